@@ -1,0 +1,54 @@
+# make demo | test | lint | bench | build | clean. Everything is set up in .venv on first use.
+PYTHON ?= python3
+# Any torch from 2.11 on: make test TORCH=torch==2.14.1
+TORCH ?= torch==2.13.0
+# WERROR=ON turns compiler warnings into errors.
+WERROR ?= OFF
+ARGS ?=
+
+BIN := .venv/bin
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python bench -type f \
+             ! -name '*.pyc' ! -path 'bench/results/*')
+CXX_FILES := $(filter %.h %.cpp %.inl %.cuh %.cu,$(SOURCES))
+# venv/bin first: pip's cmake and ninja, not older ones of the system.
+RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONNOUSERSITE=1
+
+.PHONY: demo test lint bench build clean format
+build: .venv/built
+
+demo: .venv/built
+	$(RUN) $(BIN)/python -m braze demo $(ARGS)
+
+test: .venv/built
+	$(RUN) $(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/built
+	$(RUN) $(BIN)/python -m braze bench optim $(ARGS)
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: .venv/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("braze needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/tools: .venv/bin/python requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/built: .venv/tools $(SOURCES)
+	$(RUN) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  -C cmake.define.BRAZE_WERROR=$(WERROR) .
+	touch $@
+
+clean:
+	rm -rf .venv build braze-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

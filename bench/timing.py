@@ -1,0 +1,59 @@
+"""Interleaved timing: contenders take turns, so that a slow spell of the machine hits all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call."""
+
+    minimum: float
+    median: float
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], seconds: float, block: float = 2e-3
+) -> dict[str, Times]:
+    """Times every callable for about ``seconds`` in all.
+
+    In turns of at least ``block`` seconds and two calls; the first call of a turn is not counted, for it
+    pays for the caches that the others emptied. The order rotates.
+
+    Returns:
+        Minimum and median of the single calls, by name.
+    """
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < deadline:
+        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+            call = calls[name]
+            call()
+            spent = 0.0
+            while spent < block:
+                start = time.perf_counter()
+                call()
+                elapsed = time.perf_counter() - start
+                samples[name].append(elapsed)
+                spent += elapsed
+        rounds += 1
+    return {name: Times(min(s), statistics.median(s)) for name, s in samples.items()}
+
+
+def stream_bandwidth(megabytes: int = 256, seconds: float = 1.0) -> float:
+    """Bytes per second of ``y += x`` with torch's threads, two reads and a write: the yardstick for floors.
+
+    In place, as an optimizer works; a copy would also pay for reading the lines that it overwrites.
+    """
+    x = torch.ones(megabytes * 2**20 // 4)
+    y = torch.zeros_like(x)
+    times = interleave({"add": lambda: y.add_(x)}, seconds)
+    return 3 * x.numel() * x.element_size() / times["add"].minimum

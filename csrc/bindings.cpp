@@ -1,0 +1,58 @@
+// The Python module braze._C. The only file that includes pybind11.
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/optimizer_cpu.h"
+#include "ops/step_plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// The plan holds Python objects, so the garbage collector must see through it.
+void enable_gc(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    if (!py::detail::is_holder_constructed(self)) return 0;
+    return py::cast<braze::StepPlan&>(py::handle(self)).traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) {
+      py::cast<braze::StepPlan&>(py::handle(self)).reset();
+    }
+    return 0;
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "braze's compiled CPU operators";
+
+  py::class_<braze::StepPlan>(m, "StepPlan", py::custom_type_setup(enable_gc))
+      .def(py::init<const std::string&, std::string>(), py::arg("algorithm"), py::arg("owner"))
+      .def(
+          "step",
+          [](braze::StepPlan& plan, py::handle groups, py::handle state, double grad_scale,
+             double window_weight, bool mean, bool need_gradient) {
+            return plan.step(groups.ptr(), state.ptr(),
+                             {grad_scale, window_weight, mean, need_gradient});
+          },
+          py::arg("groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
+          py::arg("window_weight") = -1.0, py::arg("mean") = false,
+          py::arg("need_gradient") = false)
+      .def(
+          "fold",
+          [](braze::StepPlan& plan, py::handle groups, py::handle state, double weight,
+             bool into_momentum) {
+            return plan.fold(groups.ptr(), state.ptr(), weight, into_momentum);
+          },
+          py::arg("groups"), py::arg("state"), py::arg("weight"), py::arg("into_momentum"))
+      .def("reset", &braze::StepPlan::reset)
+      .def_property_readonly("rebuilds", &braze::StepPlan::rebuilds);
+
+  m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
+  m.def("instruction_set", &braze::cpu::instruction_set);
+  m.def("set_instruction_set", &braze::cpu::set_instruction_set, py::arg("name"));
+}

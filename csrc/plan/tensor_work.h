@@ -1,0 +1,32 @@
+// One parameter's share of an optimizer step: pointers and layout, no torch. Filled by ops/, read
+// by cpu/ and cuda/.
+#pragma once
+#include <cstdint>
+
+namespace braze {
+
+enum class DType : uint8_t { f32, f64, bf16, f16 };
+
+struct Operand {
+  void* data = nullptr;              // null: this operand is absent
+  const int64_t* strides = nullptr;  // [ndim], in elements; read only when the work is not linear
+  DType dtype = DType::f32;
+};
+
+constexpr int kMaxStates = 3;
+constexpr int kMaxDims = 64;  // torch allows 64 dimensions
+
+struct TensorWork {
+  int64_t numel = 0;
+  const int64_t* sizes = nullptr;  // [ndim]; read only when not linear
+  int32_t ndim = 0;
+  int32_t hyper = 0;       // index into the step's hyper-parameter table
+  bool linear = true;      // every operand is dense in one common order: element i is data[i]
+  bool is_double = false;  // arithmetic in double instead of float
+  bool first = false;      // momentum buffer or accumulator holds nothing yet: overwrite it
+  Operand param, grad;
+  Operand sum;                // fp32/fp64 gradient accumulator that joins grad
+  Operand state[kMaxStates];  // adam: exp_avg, exp_avg_sq, max_exp_avg_sq; sgd: momentum_buffer
+};
+
+}  // namespace braze

@@ -1,0 +1,40 @@
+"""``python -m braze info | bench | demo``."""
+
+from __future__ import annotations
+
+import sys
+
+USAGE = """usage: python -m braze COMMAND [options]
+
+  info    what is built, and what runs where
+  bench   microbenchmarks against torch (python -m braze bench --help)
+  demo    train a small CNN on real images, torch and braze side by side (python -m braze demo --help)
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code; 2 for a command that does not exist."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command = arguments[0] if arguments else "--help"
+    rest = arguments[1:]
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "info":
+        from braze.info import main as info
+
+        return info()
+    if command == "bench":
+        from braze.bench.__main__ import main as bench
+
+        return bench(rest)
+    if command == "demo":
+        from braze.demo.cli import main as demo
+
+        return demo(rest)
+    print(f"braze: unknown command '{command}'; choose info, bench or demo", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

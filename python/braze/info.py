@@ -1,0 +1,40 @@
+"""What is built and what runs where: ``python -m braze info``."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from braze._native import _C
+
+
+def build_info() -> dict[str, str]:
+    """Versions and capabilities, one line each, to paste into a bug report. Never raises."""
+    from braze import __version__, _build
+
+    cuda = (
+        f"torch has CUDA {torch.version.cuda}, but this release of braze has CPU kernels only"
+        if torch.version.cuda
+        else "no kernels: CPU build of torch"
+    )
+    return {
+        "braze": __version__,
+        "torch": f"{torch.__version__} (built against {_build.TORCH_VERSION})",
+        "python": platform.python_version(),
+        "compiler": _build.COMPILER,
+        "machine": platform.machine(),
+        "instruction set": (
+            f"{_C.instruction_set()} (available: {', '.join(_C.available_instruction_sets())})"
+        ),
+        "threads": str(torch.get_num_threads()),
+        "CPU kernels": "SGD, Adam, AdamW, CAG, gradient accumulation: fp32 fp64 bf16 fp16 complex",
+        "CUDA kernels": cuda,
+    }
+
+
+def main() -> int:
+    """Prints :func:`build_info`. Returns 0."""
+    for key, value in build_info().items():
+        print(f"{key:16} {value}")
+    return 0

@@ -1,0 +1,20 @@
+"""All of ``torch.optim``, with braze's SGD, Adam and AdamW in the place of torch's, and CAG."""
+
+import sys as _sys
+
+import torch.optim as _torch_optim
+from torch.optim import *  # noqa: F403
+from torch.optim import lr_scheduler as lr_scheduler
+from torch.optim import swa_utils as swa_utils
+
+from braze.optim.adam import Adam as Adam
+from braze.optim.adamw import AdamW as AdamW
+from braze.optim.cag import CAG as CAG
+from braze.optim.sgd import SGD as SGD
+
+__all__ = [*_torch_optim.__all__, "CAG"]
+
+# `import braze.optim.lr_scheduler` and the like give torch's very modules, unless braze has its own.
+for _name, _module in list(_sys.modules.items()):
+    if _name.startswith("torch.optim."):
+        _sys.modules.setdefault("braze" + _name.removeprefix("torch"), _module)

@@ -1,0 +1,349 @@
+"""The step shared by braze's optimizers: native plan, gradient accumulation, and torch's code where it must."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from braze._native import _C
+
+_NO_WINDOW = -1.0
+
+
+def _torch_step_of(cls: type[Optimizer]) -> Callable[[Optimizer], Any]:
+    """torch's step without the hook wrapper that torch puts around a class once it is instantiated."""
+    step: Any = cls.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+class FusedStep(Optimizer):
+    """Mixin in front of a torch optimizer class: replaces ``step`` and adds gradient accumulation.
+
+    A window is the run of micro-batches that one update is made of. While it is open, each parameter's
+    sum is in ``state[p]["grad_sum"]`` and the counts are in ``param_groups[0]``, so ``state_dict``, pickle
+    and deepcopy carry them; outside a window there is no trace of them.
+    """
+
+    _algorithm: ClassVar[str]
+    _torch_class: ClassVar[type[Optimizer]]
+    _folds_momentum: ClassVar[bool] = False
+
+    accumulation_steps: int
+    accumulation: str
+
+    @staticmethod
+    def _check_extras(accumulation_steps: int, accumulation: str, l1: float) -> None:
+        if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool):
+            raise TypeError(
+                f"accumulation_steps must be an int, got {type(accumulation_steps).__name__}"
+            )
+        if accumulation_steps < 1:
+            raise ValueError(f"Invalid accumulation_steps value: {accumulation_steps}")
+        if accumulation not in ("mean", "sum"):
+            raise ValueError(f"Invalid accumulation value: {accumulation!r}; use 'mean' or 'sum'")
+        if not l1 >= 0.0:
+            raise ValueError(f"Invalid l1 value: {l1}")
+
+    def _configure(self, accumulation_steps: int, accumulation: str, l1: float) -> None:
+        self.accumulation_steps = accumulation_steps
+        self.accumulation = accumulation
+        # Only a group that uses it has the key: a default state_dict keeps exactly torch's keys.
+        if l1 != 0.0:
+            self.defaults["l1"] = l1
+            for group in self.param_groups:
+                group.setdefault("l1", l1)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Everything that is derived: after the constructor, unpickling and deepcopy."""
+        defaults = self.defaults
+        # Decided by the constructor's arguments: a loaded checkpoint overwrites the flags in the groups.
+        self._uses_torch = bool(
+            defaults.get("differentiable")
+            or defaults.get("foreach")
+            or defaults.get("fused") is False
+        )
+        if not self._uses_torch:
+            self._step_supports_amp_scaling = True
+        self._updated = False
+        self._raw_window = False
+        self._plan = _C.StepPlan(self._algorithm, type(self).__name__)
+
+    @property
+    def updated(self) -> bool:
+        """Whether the last ``step()`` changed parameters: False while gradients only accumulate, after an
+        overflow, and when no parameter had a gradient."""
+        return self._updated
+
+    # ------------------------------------------------------------------ step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step; see the class for the formula.
+
+        With an open accumulation window, or ``accumulation_steps`` > 1, the present gradients join the
+        window with weight 1, and parameters change only when the window is complete.
+
+        Args:
+            closure: re-evaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            The closure's value, or None.
+
+        Raises:
+            ValueError: parameters share memory, or a gradient or state tensor does not fit its parameter
+                (shape, device). Nothing has been changed then.
+            TypeError: a gradient, state tensor or hyper-parameter has an unusable type; nothing changed.
+            RuntimeError: a parameter is on a CUDA device: this build has CPU kernels only.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._updated = False
+        grad_scale = getattr(self, "grad_scale", None)
+        window = self._window()
+        if self._overflowed():
+            if window is not None or self.accumulation_steps > 1:
+                self._release_gradients()
+            return loss
+        scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+
+        if window is None and self.accumulation_steps == 1:
+            self._update(scale, _NO_WINDOW, False)
+            return loss
+
+        if grad_scale is not None and self._raw_window:
+            raise RuntimeError(
+                f"{type(self).__name__}: accumulate() was called on gradients that still carry the "
+                "GradScaler's loss scale, which it could not know. With a GradScaler, let "
+                "scaler.step(optimizer) accumulate: construct the optimizer with accumulation_steps=J"
+            )
+        group = self.param_groups[0]
+        steps = group.get("accumulated_steps", 0) + 1
+        pending = group.get("accumulated_pending", False)
+        if steps < self.accumulation_steps:
+            if self._fold(1.0, scale) or pending:
+                group = self.param_groups[0]
+                group["accumulated_steps"] = steps
+                group["accumulated_pending"] = False
+            return loss
+        weight = group.get("accumulated_weight", 0.0)
+        self._update(scale, weight, not pending)
+        return loss
+
+    def _window(self) -> dict[str, Any] | None:
+        groups = self.param_groups
+        return groups[0] if groups and "accumulated_weight" in groups[0] else None
+
+    def _overflowed(self) -> bool:
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and bool(found_inf.item())
+
+    def _update(self, scale: float, window_weight: float, need_gradient: bool) -> None:
+        """One update from the gradients, or from the window if ``window_weight`` is not negative."""
+        mean = self.accumulation == "mean"
+        if self._uses_torch or torch.compiler.is_compiling():
+            reason = "torch"
+        else:
+            reason = self._plan.step(
+                self.param_groups, self.state, scale, window_weight, mean, need_gradient
+            )
+        if reason == "none":
+            return
+        if reason != "":
+            self._check_reason(reason)
+            if not self._torch_step(scale, window_weight, mean, need_gradient):
+                return
+        self._updated = True
+        if window_weight != _NO_WINDOW:
+            for key in ("accumulated_steps", "accumulated_weight", "accumulated_pending"):
+                self.param_groups[0].pop(key, None)
+            self._raw_window = False
+
+    def _check_reason(self, reason: str) -> None:
+        if reason.startswith("cuda"):
+            raise RuntimeError(
+                f"{type(self).__name__}: a parameter is on {reason}, but this build of braze has CPU "
+                "kernels only. Nothing was changed. Until braze has CUDA kernels, construct the "
+                "optimizer with foreach=True to use torch's implementation on that device"
+            )
+
+    # ---------------------------------------------------------- accumulation
+
+    def accumulate(self, weight: float = 1.0) -> None:
+        """Folds the present gradients into the window with a weight, and releases them (``.grad`` = None).
+
+        sum += weight * g in fp32 (fp64 for fp64 parameters), in one pass over all parameters. The next
+        update uses sum / (all weights) with ``accumulation="mean"``, or the sum itself with ``"sum"``.
+        Use the number of tokens or samples as the weight, and the result equals one big batch. Parameters
+        without a gradient contribute zero. Without any gradient the call does nothing.
+
+        Args:
+            weight: finite and not negative.
+
+        Raises:
+            ValueError: a bad weight, or a sparse gradient; as ``step()`` otherwise. Nothing has changed.
+        """
+        weight = float(weight)
+        if not (math.isfinite(weight) and weight >= 0.0):
+            raise ValueError(f"accumulate: weight must be finite and >= 0, got {weight}")
+        if self._overflowed():
+            self._release_gradients()
+            return
+        grad_scale = getattr(self, "grad_scale", None)
+        if self._fold(weight, 1.0 if grad_scale is None else 1.0 / float(grad_scale)):
+            self.param_groups[0]["accumulated_pending"] = True
+            self._raw_window = self._raw_window or grad_scale is None
+
+    def _fold(self, weight: float, scale: float) -> bool:
+        into_momentum = self._folds_momentum and self.accumulation == "sum"
+        into_momentum = into_momentum and not self._uses_torch
+        reason = self._plan.fold(self.param_groups, self.state, weight * scale, into_momentum)
+        if reason == "none":
+            return False
+        if reason != "":
+            self._check_reason(reason)
+            if reason == "sparse":
+                raise ValueError(
+                    f"{type(self).__name__}: sparse gradients cannot be accumulated; use "
+                    "nn.Embedding(sparse=False), or accumulation_steps=1"
+                )
+            self._torch_fold(weight * scale)
+        group = self.param_groups[0]
+        group["accumulated_weight"] = group.get("accumulated_weight", 0.0) + weight
+        return True
+
+    def _release_gradients(self) -> None:
+        for p in self._parameters():
+            p.grad = None
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    # ---------------------------------------------------------- torch's code
+
+    @torch.no_grad()
+    def _torch_fold(self, weight: float) -> None:
+        for p in self._parameters():
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "grad_sum" not in state:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                state["grad_sum"] = torch.zeros_like(p, dtype=wide)
+            state["grad_sum"].add_(p.grad, alpha=weight)
+            p.grad = None
+
+    def _torch_step(
+        self, scale: float, window_weight: float, mean: bool, need_gradient: bool
+    ) -> bool:
+        """torch's own step on the gradients that the update is to use; False if there are none."""
+        present = any(p.grad is not None for p in self._parameters())
+        if need_gradient and not present:
+            return False
+        window = window_weight != _NO_WINDOW
+        divisor = window_weight + float(present) if window and mean else 1.0
+        if divisor == 0.0:
+            raise ValueError(
+                f"{type(self).__name__}: the weights of the accumulated gradients sum to 0"
+            )
+        if any("in_window" in self.state[p] for p in self._parameters() if p in self.state):
+            raise RuntimeError(
+                f"{type(self).__name__}: gradients of this window are already in the momentum buffers, "
+                "but this step needs torch's code, which would decay them again; keep gradients dense "
+                "and the step uncompiled for the whole window"
+            )
+        step = _torch_step_of(self._torch_class)
+        kept = [(p, p.grad) for p in self._parameters()]
+        try:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    grad = self._effective_gradient(p, scale, divisor, group)
+                    if grad is not p.grad:
+                        p.grad = grad
+            step(self)
+        finally:
+            for p, grad in kept:
+                if p.grad is not grad:
+                    p.grad = grad
+        if window:
+            self._plan.reset()
+            for p in self._parameters():
+                if p in self.state:
+                    self.state[p].pop("grad_sum", None)
+        return True
+
+    def _effective_gradient(
+        self, p: Tensor, scale: float, divisor: float, group: dict[str, Any]
+    ) -> Tensor | None:
+        grad = p.grad
+        total = self.state[p].get("grad_sum") if p in self.state else None
+        l1 = group.get("l1", 0.0)
+        if grad is not None and scale != 1.0:
+            grad = grad * scale
+        if total is not None:
+            grad = total if grad is None else total + grad
+        if grad is None:
+            return None
+        if divisor != 1.0:
+            grad = grad / divisor
+        if l1 != 0.0:
+            if grad.layout is not torch.strided:
+                raise ValueError(f"{type(self).__name__}: l1 needs dense gradients")
+            # torch negates the gradient to maximize; the penalty keeps its sign.
+            sign = torch.view_as_real(p).sign() if p.is_complex() else p.sign()
+            sign = torch.view_as_complex(sign) if p.is_complex() else sign
+            grad = grad - l1 * sign if group["maximize"] else grad + l1 * sign
+        return grad.to(p.dtype) if grad.dtype != p.dtype else grad
+
+    # ------------------------------------------------- checkpoints and copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "accumulation_steps": self.accumulation_steps,
+            "accumulation": self.accumulation,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "l1" in self.defaults:
+            for group in self.param_groups:
+                group.setdefault("l1", self.defaults["l1"])
+        if "_plan" not in self.__dict__:
+            self._prepare()
+        self._plan.reset()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. The tensors are copied, so that a step never writes into the caller's dict, and
+        fp32 accumulators of an open window keep their dtype."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        theirs = {
+            value.untyped_storage().data_ptr()
+            for entry in saved.values()
+            if isinstance(entry, dict)
+            for value in entry.values()
+            if isinstance(value, Tensor) and value.layout is torch.strided
+        }
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for key, p in zip(ids, self._parameters(), strict=True):
+            if p not in self.state:
+                continue
+            entry = self.state[p]
+            if "grad_sum" in saved.get(key, ()):
+                entry["grad_sum"] = saved[key]["grad_sum"].to(p.device)
+            for name, value in entry.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.layout is torch.strided
+                    and value.untyped_storage().data_ptr() in theirs
+                ):
+                    entry[name] = value.clone()
+        self._plan.reset()

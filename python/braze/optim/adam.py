@@ -1,0 +1,99 @@
+"""Adam, torch-compatible."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as adam
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from braze.optim._step import FusedStep
+
+__all__ = ["Adam", "adam"]
+
+
+class Adam(FusedStep, torch.optim.Adam):
+    r"""Adam; a drop-in for :class:`torch.optim.Adam` with one native call per step.
+
+    For each parameter :math:`p` with gradient :math:`g` at its step :math:`t`:
+
+    .. math::
+        g &\leftarrow \pm g + \lambda p + l_1\,\mathrm{sign}(p) \\
+        m &\leftarrow \beta_1 m + (1-\beta_1) g, \qquad v \leftarrow \beta_2 v + (1-\beta_2) g^2 \\
+        p &\leftarrow p - \frac{\gamma}{1-\beta_1^t} \cdot
+            \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
+
+    with the running maximum of :math:`v` in its place if ``amsgrad``; decoupled decay multiplies p by
+    :math:`1-\gamma\lambda` instead of adding :math:`\lambda p` to the gradient.
+
+    Arguments, state, ``state_dict`` and hooks are torch's. fp32, fp64, bf16, fp16 and complex parameters on
+    the CPU, in any strided layout; 16-bit types compute in fp32 and round once. The gradient's dtype may
+    differ from the parameter's. Bit-exact class: the same bits for any number of threads and on any CPU.
+
+    Keyword-only additions, whose defaults reproduce torch:
+
+    Args:
+        l1 (float): adds ``l1 * sign(p)`` to the gradient, sign(0) = 0, real and imaginary parts separately;
+            may be set per parameter group. Default: 0.
+        accumulation_steps (int): J calls of ``step()`` make one update; the first J-1 fold the gradients
+            into an fp32 accumulator and set ``.grad`` to None. A call without any gradient, or one that a
+            GradScaler found to overflow, does not count. What a learning-rate schedule counts is its own
+            ``scheduler.step()``: call that only when ``updated`` is True, or give it J times the horizon.
+            The rate in force at the J-th call is used. Default: 1.
+        accumulation (str): "mean" divides the accumulated gradient by the sum of the weights, "sum" does
+            not. Default: "mean".
+
+    Differences from torch: one memory pass whatever the flags; parameters that overlap in memory raise
+    ValueError; ``.grad`` is never written, also with a GradScaler (torch stores the unscaled gradient);
+    ``capturable`` has no effect on the CPU; ``load_state_dict`` copies. ``differentiable=True``, sparse
+    gradients, tensor subclasses such as DTensor, explicit ``foreach=True`` or ``fused=False``, and
+    ``torch.compile`` run torch's own code.
+
+    Raises:
+        ValueError, TypeError: an argument torch would refuse, or a bad ``l1``, ``accumulation_steps`` or
+            ``accumulation``.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014; ``torch.optim.Adam``.
+    """
+
+    _algorithm: ClassVar[str] = "adam"
+    _torch_class: ClassVar[type[Optimizer]] = torch.optim.Adam
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        l1: float = 0.0,
+        accumulation_steps: int = 1,
+        accumulation: str = "mean",
+    ) -> None:
+        self._check_extras(accumulation_steps, accumulation, l1)
+        torch.optim.Adam.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._configure(accumulation_steps, accumulation, l1)

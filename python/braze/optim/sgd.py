@@ -1,0 +1,70 @@
+"""SGD, torch-compatible."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.sgd import sgd as sgd
+
+from braze.optim._step import FusedStep
+
+__all__ = ["SGD", "sgd"]
+
+
+class SGD(FusedStep, torch.optim.SGD):
+    r"""Stochastic gradient descent; a drop-in for :class:`torch.optim.SGD` with one native call per step.
+
+    For each parameter :math:`p` with gradient :math:`g`, momentum :math:`\mu` and dampening :math:`\tau`:
+
+    .. math::
+        g &\leftarrow \pm g + \lambda p + l_1\,\mathrm{sign}(p) \\
+        b &\leftarrow \mu b + (1-\tau) g \quad (b = g \text{ the first time}) \\
+        p &\leftarrow p - \gamma \,(g + \mu b \text{ if nesterov, else } b)
+
+    Arguments, state, ``state_dict`` and hooks are torch's. Dtypes, layouts, the numerics class, the
+    keyword-only additions ``l1``, ``accumulation_steps`` and ``accumulation``, the differences from torch
+    and the errors raised are those of :class:`braze.optim.Adam`. A momentum buffer has the parameter's
+    dtype and layout; on an overflow found by a GradScaler not even a first one appears.
+
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013;
+    ``torch.optim.SGD``.
+    """
+
+    _algorithm: ClassVar[str] = "sgd"
+    _torch_class: ClassVar[type[Optimizer]] = torch.optim.SGD
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        l1: float = 0.0,
+        accumulation_steps: int = 1,
+        accumulation: str = "mean",
+    ) -> None:
+        self._check_extras(accumulation_steps, accumulation, l1)
+        torch.optim.SGD.__init__(
+            self,
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._configure(accumulation_steps, accumulation, l1)
