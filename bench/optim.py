@@ -16,7 +16,7 @@ import braze.optim
 import torch
 from torch.nn import Parameter
 
-from .timing import stream_bandwidth, interleave
+from .timing import interleave, stream_bandwidth
 
 TORCH_MODES: dict[str, dict[str, bool]] = {
     "for-loop": {"foreach": False, "fused": False},

@@ -253,7 +253,7 @@ class View {
  public:
   static constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
   static bool in_place(const TensorWork& t, const Operand& operand) {
-    return t.linear && operand.dtype == kDType;
+    return t.linear && operand.data != nullptr && operand.dtype == kDType;
   }
   // read: the old values are needed.
   BRAZE_TARGET T* open(const TensorWork& t, const Operand& operand, int64_t begin, int64_t n,

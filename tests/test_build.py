@@ -1,0 +1,147 @@
+"""The build, the guard at import, the command line, and the rules of the source tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import braze
+import pytest
+import torch
+from braze import _native
+from braze.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+CXX = [
+    p for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in {".h", ".cpp", ".inl", ".cuh", ".cu"}
+]
+
+
+def test_guard_accepts_the_same_minor() -> None:
+    _native.check_torch("2.13.0+cpu", "2.13.1+cu130")
+
+
+@pytest.mark.parametrize("running", ["2.12.1", "2.14.0+cu130", "3.13.0"])
+def test_guard_refuses_another_minor_with_the_command_that_fixes_it(running: str) -> None:
+    with pytest.raises(ImportError) as error:
+        _native.check_torch("2.13.0+cpu", running)
+    text = str(error.value)
+    assert "2.13.0+cpu" in text and running in text
+    assert "pip install 'torch==2.13.*'" in text and _native.REBUILD in text
+    assert "\n" not in text
+
+
+def test_import_against_another_minor_fails_before_the_extension_loads() -> None:
+    code = "import torch; torch.__version__ = '2.1.0'; import braze"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert run.returncode != 0
+    assert "ImportError: braze was built against torch" in run.stderr
+
+
+def test_source_folder_without_a_build_says_what_to_run(tmp_path: Path) -> None:
+    (tmp_path / "braze").symlink_to(ROOT / "python" / "braze")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import braze"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert run.returncode != 0
+    assert "was never built" in run.stderr and _native.REBUILD in run.stderr
+
+
+def test_built_for_this_torch() -> None:
+    from braze import _build
+
+    assert _build.TORCH_VERSION == torch.__version__
+
+
+def test_stub_names_what_the_extension_has() -> None:
+    stub = ast.parse((ROOT / "python/braze/_C.pyi").read_text())
+    names = {n.name for n in stub.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    assert names == {n for n in dir(_native._C) if not n.startswith("_")}
+    plan = next(n for n in stub.body if isinstance(n, ast.ClassDef))
+    methods = {n.name for n in plan.body if isinstance(n, ast.FunctionDef)} - {"__init__"}
+    assert methods == {n for n in dir(_native._C.StepPlan) if not n.startswith("_")}
+
+
+def test_one_openmp_runtime() -> None:
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    maps = Path("/proc/self/maps").read_text()
+    assert len(set(re.findall(r"\S*libgomp\S*", maps))) == 1
+
+
+def test_runs_on_the_best_instruction_set_available() -> None:
+    sets = _native._C.available_instruction_sets()
+    assert sets[0] == "baseline" and _native._C.instruction_set() == sets[-1]
+    assert not _native._C.set_instruction_set("abacus")
+    assert _native._C.instruction_set() == sets[-1]
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "instruction set" in out and braze.__version__ in out
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["bench", "nonsense"]])
+def test_unknown_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "nonsense" in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["bench"], ["bench", "-h"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "usage: python -m braze" in capsys.readouterr().out
+
+
+def test_bench_measures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        file = tmp_path / "out.json"
+        arguments = ["bench", "optim", "--only", "1 x 64", "--seconds", "0.01", "--json", str(file)]
+        assert main([*arguments, "--optimizer", "SGD", "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "ratio min" in capsys.readouterr().out and '"ratio_min"' in file.read_text()
+
+
+# ------------------------------------------------------- the house's rules
+
+
+def includes_torch(text: str) -> bool:
+    return re.search(r'#include\s*[<"](torch|ATen|c10|pybind11)/', text) is not None
+
+
+def test_only_ops_and_bindings_know_torch() -> None:
+    assert includes_torch("#include <ATen/core/Tensor.h>") and not includes_torch(
+        "#include <cmath>"
+    )
+    offenders = [
+        p for p in CXX if p.parent.name not in {"ops", "csrc"} and includes_torch(p.read_text())
+    ]
+    assert not offenders
+    pybind = [
+        p.name for p in CXX if "pybind" in p.read_text().split("namespace", 1)[0].split("//")[0]
+    ]
+    assert [name for name in pybind if name != "bindings.cpp"] == []
+
+
+def test_basenames_are_unique() -> None:
+    stems = [p.stem for p in CXX if p.suffix in {".cpp", ".cu"}]
+    assert len(stems) == len(set(stems))
+
+
+def test_files_stay_short() -> None:
+    python = [*ROOT.glob("python/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/*.py")]
+    long = {str(p): n for p in [*CXX, *python] if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_no_build_for_this_machine_only_and_no_fast_math() -> None:
+    for name in ("CMakeLists.txt", "pyproject.toml", "Makefile"):
+        text = (ROOT / name).read_text()
+        assert "march=native" not in text and "fast-math" not in text
+    assert "-ffp-contract=off" in (ROOT / "CMakeLists.txt").read_text()
