@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../math/convert.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,8 +47,12 @@ BRAZE_INLINE void to_storage(float value, F16& out) { out.bits = f16_from_float(
 #undef BRAZE_ISA
 #undef BRAZE_TARGET
 
+#if defined(__clang__)
+#define BRAZE_AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
+#else  // gcc prefers half-width vectors unless told otherwise
 #define BRAZE_AVX512_TARGET \
   "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
+#endif
 #define BRAZE_AVX512
 #define BRAZE_ISA avx512
 #define BRAZE_TARGET __attribute__((target(BRAZE_AVX512_TARGET)))
@@ -114,7 +119,7 @@ void run(void (*kernel)(const TensorWork&, const Hyper&, int64_t, int64_t),
   };
   const int64_t batches = list.num_batches();
   threads = static_cast<int>(std::min<int64_t>(threads, batches));
-  if (threads <= 1 || list.cost < kParallelCost) {
+  if (list.cost < kParallelCost || (threads = usable_threads(threads)) == 1) {
     for (int64_t b = 0; b < batches; ++b) run_batch(b);
     return;
   }

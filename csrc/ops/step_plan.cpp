@@ -8,6 +8,7 @@
 #include <atomic>
 #include <exception>
 
+#include "../cpu/threads.h"
 #include "step_plan_active.h"
 
 namespace braze {
@@ -340,12 +341,13 @@ bool StepPlan::gather(Compare compare) {
     }
   };
   bool same = true;
-  if (count < kParallelSlots || at::get_num_threads() == 1) {
+  const int threads = count < kParallelSlots ? 1 : cpu::usable_threads(at::get_num_threads());
+  if (threads == 1) {
     same = compare();
     if (same) work();
   } else {
     std::exception_ptr error;  // must not leave the parallel region
-#pragma omp parallel num_threads(at::get_num_threads())
+#pragma omp parallel num_threads(threads)
     {
 #pragma omp master
       {

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/DefaultDtype.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -96,6 +97,10 @@ std::string StepPlan::collect(bool include_window) {
       return cuda ? THPVariable_Unpack(slot.param.object).device().str() : slot.obstacle;
     }
     if (options_[static_cast<size_t>(slot.group)].differentiable) return "differentiable";
+    TORCH_CHECK(
+        !THPVariable_Unpack(slot.param.object).is_inference() || c10::InferenceMode::is_enabled(),
+        "Inplace update to inference tensor outside InferenceMode is not allowed: ", owner_,
+        " cannot update ", name_of(slot), "; make the parameter outside torch.inference_mode()");
     active_.push_back({&slot, gathered.grad, gathered.finding == Finding::usual, false, 0, 0});
     Active& active = active_.back();
     if (gathered.finding == Finding::unusual) {

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from braze._native import _C
+from braze.optim import _torch_path
 
 _NO_WINDOW = -1.0
-
-
-def _torch_step_of(cls: type[Optimizer]) -> Callable[[Optimizer], Any]:
-    """torch's step without the hook wrapper that torch puts around a class once it is instantiated."""
-    step: Any = cls.step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
+_WINDOW_KEYS = (
+    "accumulated_steps",
+    "accumulated_weight",
+    "accumulated_pending",
+    "accumulated_raw",
+)
 
 
 class FusedStep(Optimizer):
@@ -72,7 +73,6 @@ class FusedStep(Optimizer):
         if not self._uses_torch:
             self._step_supports_amp_scaling = True
         self._updated = False
-        self._raw_window = False
         self._plan = _C.StepPlan(self._algorithm, type(self).__name__)
 
     @property
@@ -114,11 +114,11 @@ class FusedStep(Optimizer):
             return loss
         scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
-        if window is None and self.accumulation_steps == 1:
+        if window is None and (self.accumulation_steps == 1 or self._only_creates_state()):
             self._update(scale, _NO_WINDOW, False)
             return loss
 
-        if grad_scale is not None and self._raw_window:
+        if grad_scale is not None and window is not None and "accumulated_raw" in window:
             raise RuntimeError(
                 f"{type(self).__name__}: accumulate() was called on gradients that still carry the "
                 "GradScaler's loss scale, which it could not know. With a GradScaler, let "
@@ -143,7 +143,15 @@ class FusedStep(Optimizer):
 
     def _overflowed(self) -> bool:
         found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and bool(found_inf.item())
+        # A plain 0 when no parameter has a gradient: GradScaler sums an empty list.
+        return found_inf is not None and bool(found_inf)
+
+    def _only_creates_state(self) -> bool:
+        """torch.distributed.checkpoint creates a state by stepping with zero gradients and lr 0: such a
+        first step must not open a window."""
+        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        return all(p.grad is None or not bool(p.grad.any()) for p in self._parameters())
 
     def _update(self, scale: float, window_weight: float, need_gradient: bool) -> None:
         """One update from the gradients, or from the window if ``window_weight`` is not negative."""
@@ -158,13 +166,15 @@ class FusedStep(Optimizer):
             return
         if reason != "":
             self._check_reason(reason)
-            if not self._torch_step(scale, window_weight, mean, need_gradient):
+            window = None if window_weight == _NO_WINDOW else window_weight
+            if not _torch_path.step(self, self._torch_class, scale, window, mean, need_gradient):
                 return
+            if window is not None:
+                self._plan.reset()
         self._updated = True
         if window_weight != _NO_WINDOW:
-            for key in ("accumulated_steps", "accumulated_weight", "accumulated_pending"):
+            for key in _WINDOW_KEYS:
                 self.param_groups[0].pop(key, None)
-            self._raw_window = False
 
     def _check_reason(self, reason: str) -> None:
         if reason.startswith("cuda"):
@@ -198,8 +208,10 @@ class FusedStep(Optimizer):
             return
         grad_scale = getattr(self, "grad_scale", None)
         if self._fold(weight, 1.0 if grad_scale is None else 1.0 / float(grad_scale)):
-            self.param_groups[0]["accumulated_pending"] = True
-            self._raw_window = self._raw_window or grad_scale is None
+            group = self.param_groups[0]
+            group["accumulated_pending"] = True
+            if grad_scale is None:
+                group["accumulated_raw"] = True
 
     def _fold(self, weight: float, scale: float) -> bool:
         into_momentum = self._folds_momentum and self.accumulation == "sum"
@@ -214,7 +226,7 @@ class FusedStep(Optimizer):
                     f"{type(self).__name__}: sparse gradients cannot be accumulated; use "
                     "nn.Embedding(sparse=False), or accumulation_steps=1"
                 )
-            self._torch_fold(weight * scale)
+            _torch_path.fold(self, weight * scale)
         group = self.param_groups[0]
         group["accumulated_weight"] = group.get("accumulated_weight", 0.0) + weight
         return True
@@ -225,82 +237,6 @@ class FusedStep(Optimizer):
 
     def _parameters(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
-
-    # ---------------------------------------------------------- torch's code
-
-    @torch.no_grad()
-    def _torch_fold(self, weight: float) -> None:
-        for p in self._parameters():
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if "grad_sum" not in state:
-                wide = torch.promote_types(p.dtype, torch.float32)
-                state["grad_sum"] = torch.zeros_like(p, dtype=wide)
-            state["grad_sum"].add_(p.grad, alpha=weight)
-            p.grad = None
-
-    def _torch_step(
-        self, scale: float, window_weight: float, mean: bool, need_gradient: bool
-    ) -> bool:
-        """torch's own step on the gradients that the update is to use; False if there are none."""
-        present = any(p.grad is not None for p in self._parameters())
-        if need_gradient and not present:
-            return False
-        window = window_weight != _NO_WINDOW
-        divisor = window_weight + float(present) if window and mean else 1.0
-        if divisor == 0.0:
-            raise ValueError(
-                f"{type(self).__name__}: the weights of the accumulated gradients sum to 0"
-            )
-        if any("in_window" in self.state[p] for p in self._parameters() if p in self.state):
-            raise RuntimeError(
-                f"{type(self).__name__}: gradients of this window are already in the momentum buffers, "
-                "but this step needs torch's code, which would decay them again; keep gradients dense "
-                "and the step uncompiled for the whole window"
-            )
-        step = _torch_step_of(self._torch_class)
-        kept = [(p, p.grad) for p in self._parameters()]
-        try:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    grad = self._effective_gradient(p, scale, divisor, group)
-                    if grad is not p.grad:
-                        p.grad = grad
-            step(self)
-        finally:
-            for p, grad in kept:
-                if p.grad is not grad:
-                    p.grad = grad
-        if window:
-            self._plan.reset()
-            for p in self._parameters():
-                if p in self.state:
-                    self.state[p].pop("grad_sum", None)
-        return True
-
-    def _effective_gradient(
-        self, p: Tensor, scale: float, divisor: float, group: dict[str, Any]
-    ) -> Tensor | None:
-        grad = p.grad
-        total = self.state[p].get("grad_sum") if p in self.state else None
-        l1 = group.get("l1", 0.0)
-        if grad is not None and scale != 1.0:
-            grad = grad * scale
-        if total is not None:
-            grad = total if grad is None else total + grad
-        if grad is None:
-            return None
-        if divisor != 1.0:
-            grad = grad / divisor
-        if l1 != 0.0:
-            if grad.layout is not torch.strided:
-                raise ValueError(f"{type(self).__name__}: l1 needs dense gradients")
-            # torch negates the gradient to maximize; the penalty keeps its sign.
-            sign = torch.view_as_real(p).sign() if p.is_complex() else p.sign()
-            sign = torch.view_as_complex(sign) if p.is_complex() else sign
-            grad = grad - l1 * sign if group["maximize"] else grad + l1 * sign
-        return grad.to(p.dtype) if grad.dtype != p.dtype else grad
 
     # ------------------------------------------------- checkpoints and copies
 
@@ -323,16 +259,22 @@ class FusedStep(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. The tensors are copied, so that a step never writes into the caller's dict, and
         fp32 accumulators of an open window keep their dtype."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["state"]
+        seen: dict[str, Any] = {}  # what is loaded, after all other hooks have had their say
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: seen.update(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved = seen["state"]
+        # torch's conversion returns the very same tensor when there is nothing to convert.
         theirs = {
-            value.untyped_storage().data_ptr()
+            id(value)
             for entry in saved.values()
             if isinstance(entry, dict)
             for value in entry.values()
-            if isinstance(value, Tensor) and value.layout is torch.strided
+            if isinstance(value, Tensor)
         }
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
         for key, p in zip(ids, self._parameters(), strict=True):
             if p not in self.state:
                 continue
@@ -340,10 +282,10 @@ class FusedStep(Optimizer):
             if "grad_sum" in saved.get(key, ()):
                 entry["grad_sum"] = saved[key]["grad_sum"].to(p.device)
             for name, value in entry.items():
-                if (
-                    isinstance(value, Tensor)
-                    and value.layout is torch.strided
-                    and value.untyped_storage().data_ptr() in theirs
-                ):
+                if not isinstance(value, Tensor):
+                    continue
+                if name == "step" and value.dtype not in (torch.float32, torch.float64):
+                    entry[name] = value.to(torch.float32)
+                elif id(value) in theirs:
                     entry[name] = value.clone()
         self._plan.reset()

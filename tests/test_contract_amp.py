@@ -1,0 +1,270 @@
+"""The drop-in contract with torch.amp.GradScaler on the CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import braze.optim as optim
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+SCALE = 1024.0
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"lr": 0.05}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.5}),
+    ("Adam", {"lr": 0.02, "amsgrad": True, "maximize": True}),
+    ("AdamW", {"lr": 0.02}),
+]
+EACH = pytest.mark.parametrize(("name", "kwargs"), CONFIGS, ids=str)
+FLAGS = pytest.mark.parametrize(
+    "flags", [{}, {"fused": True}, {"foreach": True}, {"fused": False}], ids=str
+)
+Pair = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def make(module: Any, name: str, **kwargs: Any) -> Pair:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 17), nn.Tanh(), nn.Linear(17, 3)).double()
+    return model, getattr(module, name)(model.parameters(), **kwargs)
+
+
+def batch(seed: int) -> Tensor:
+    return torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def backward(pair: Pair, seed: int, scaler: GradScaler | None = None) -> None:
+    model, optimizer = pair
+    optimizer.zero_grad()
+    loss = model(batch(seed)).pow(2).sum()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def poison(model: nn.Module) -> None:
+    last = list(model.parameters())[-1]
+    assert last.grad is not None
+    last.grad[-1] = math.inf
+
+
+def train_plainly(pair: Pair, seeds: range) -> None:
+    for seed in seeds:
+        backward(pair, seed)
+        pair[1].step()
+
+
+def assert_close(a: nn.Module, b: nn.Module) -> None:
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=1e-12, atol=1e-13)
+
+
+@EACH
+@FLAGS
+def test_scaled_training_equals_unscaled_training(
+    name: str, kwargs: dict[str, Any], flags: dict[str, bool]
+) -> None:
+    pair, reference = make(optim, name, **kwargs, **flags), make(torch.optim, name, **kwargs)
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    for seed in range(4):
+        backward(pair, seed, scaler)
+        scaler.step(pair[1])
+        scaler.update()
+        assert not hasattr(pair[1], "grad_scale")
+        assert not hasattr(pair[1], "found_inf")
+    train_plainly(reference, range(4))
+    assert_close(pair[0], reference[0])
+
+
+@EACH
+@FLAGS
+def test_overflow_on_the_very_first_step_changes_nothing(
+    name: str, kwargs: dict[str, Any], flags: dict[str, bool]
+) -> None:
+    """torch's fused SGD leaves an uninitialized momentum buffer behind and uses it afterwards."""
+    pair, reference = make(optim, name, **kwargs, **flags), make(torch.optim, name, **kwargs)
+    model, optimizer = pair
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    backward(pair, 99, scaler)
+    poison(model)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == SCALE / 2
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert not any(optimizer.state.values())
+    for seed in range(3):
+        backward(pair, seed, scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    train_plainly(reference, range(3))
+    assert_close(model, reference[0])
+    if name != "SGD":
+        assert {float(entry["step"]) for entry in optimizer.state.values()} == {3.0}
+
+
+@EACH
+def test_overflow_later_changes_nothing(name: str, kwargs: dict[str, Any]) -> None:
+    pair, reference = make(optim, name, **kwargs), make(torch.optim, name, **kwargs)
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    for seed in (0, 1, 99, 2):
+        backward(pair, seed, scaler)
+        if seed == 99:
+            poison(pair[0])
+        scaler.step(pair[1])
+        scaler.update()
+        assert pair[1].updated is (seed != 99)  # type: ignore[attr-defined]
+    train_plainly(reference, range(3))
+    assert_close(pair[0], reference[0])
+
+
+@EACH
+@pytest.mark.parametrize("overflow", [False, True])
+def test_unscale_then_clip_then_step(name: str, kwargs: dict[str, Any], overflow: bool) -> None:
+    pair, reference = make(optim, name, **kwargs), make(torch.optim, name, **kwargs)
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    backward(pair, 0, scaler)
+    if overflow:
+        poison(pair[0])
+    scaler.unscale_(pair[1])
+    nn.utils.clip_grad_norm_(pair[0].parameters(), 0.25)
+    scaler.step(pair[1])
+    scaler.update()
+    if not overflow:
+        backward(reference, 0)
+        nn.utils.clip_grad_norm_(reference[0].parameters(), 0.25)
+        reference[1].step()
+    assert_close(pair[0], reference[0])
+    assert bool(pair[1].state) is (not overflow and kwargs != {"lr": 0.05})
+
+
+@EACH
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_found_inf_and_grad_scale_of_either_shape(
+    name: str, kwargs: dict[str, Any], shape: tuple[int, ...], found: float
+) -> None:
+    pair, reference = make(optim, name, **kwargs), make(torch.optim, name, **kwargs)
+    backward(pair, 0)
+    for p in pair[0].parameters():
+        assert p.grad is not None
+        p.grad.mul_(8.0)
+    pair[1].grad_scale = torch.full(shape, 8.0)  # type: ignore[attr-defined]
+    pair[1].found_inf = torch.full(shape, found)  # type: ignore[attr-defined]
+    pair[1].step()
+    if found == 0.0:
+        train_plainly(reference, range(1))
+    assert_close(pair[0], reference[0])
+
+
+@EACH
+def test_a_preset_grad_scale_multiplies(name: str, kwargs: dict[str, Any]) -> None:
+    pair, reference = make(optim, name, **kwargs), make(torch.optim, name, **kwargs)
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    pair[1].grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
+    backward(pair, 0, scaler)
+    for p in pair[0].parameters():
+        assert p.grad is not None
+        p.grad.mul_(4.0)
+    scaler.step(pair[1])
+    train_plainly(reference, range(1))
+    assert_close(pair[0], reference[0])
+
+
+@EACH
+def test_a_disabled_scaler_is_transparent(name: str, kwargs: dict[str, Any]) -> None:
+    pair, reference = make(optim, name, **kwargs), make(torch.optim, name, **kwargs)
+    scaler = GradScaler("cpu", init_scale=SCALE, enabled=False)
+    for seed in range(2):
+        backward(pair, seed, scaler)
+        scaler.step(pair[1])
+        scaler.update()
+    train_plainly(reference, range(2))
+    assert_close(pair[0], reference[0])
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_the_step_offers_scaling_exactly_where_it_is_native(name: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    for flags in ({}, {"fused": True}):
+        assert getattr(optim, name)([p], **flags)._step_supports_amp_scaling is True
+    for flags in ({"foreach": True}, {"differentiable": True}, {"fused": False}):
+        optimizer = getattr(optim, name)([p], **flags)
+        assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}], ids=["native", "foreach"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_no_gradients_at_all(name: str, flags: dict[str, bool]) -> None:
+    """A scaler leaves the int 0 in found_inf then; torch's for-loop path asserts before the step."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = getattr(optim, name)([p], **flags)
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    scaler.scale(torch.ones(1))
+    if flags:
+        with pytest.raises(AssertionError, match="No inf checks were recorded"):
+            scaler.step(optimizer)
+    else:
+        assert scaler.step(optimizer) is None
+    assert torch.equal(p.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "overflow",
+    [False, True],
+)
+def test_scaler_with_sparse_gradients(overflow: bool) -> None:
+    results = []
+    for module in (optim, torch.optim):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(6, 3, sparse=True).double()
+        optimizer = module.SGD(embedding.parameters(), lr=0.1)
+        scaler = GradScaler("cpu", init_scale=SCALE)
+        loss = embedding(torch.tensor([1, 4, 4])).pow(2).sum()
+        scaler.scale(loss * (math.inf if overflow else 1.0)).backward()
+        scaler.step(optimizer)
+        results.append(embedding.weight.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": True}], ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), [("SGD", {"lr": 0.05}), ("AdamW", {"eps": 0.1})])
+def test_scaler_when_the_step_is_compiled(
+    name: str, kwargs: dict[str, Any], flags: dict[str, bool]
+) -> None:
+    pair, reference = make(optim, name, **kwargs, **flags), make(torch.optim, name, **kwargs)
+    torch._dynamo.reset()
+    optimizer = pair[1]
+
+    @torch.compile(backend="eager")
+    def step() -> None:
+        optimizer.step()
+
+    for seed in range(2):
+        backward(pair, seed)
+        for p in pair[0].parameters():
+            assert p.grad is not None
+            p.grad.mul_(8.0)
+        optimizer.grad_scale = torch.tensor(8.0)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+        step()
+    train_plainly(reference, range(2))
+    # torch's code corrects the bias in fp32 when compiled.
+    states = (pair[0].state_dict(), reference[0].state_dict())
+    torch.testing.assert_close(*states, rtol=1e-6, atol=1e-7)
+
+
+def test_fp16_model_with_overflowing_scale_recovers() -> None:
+    p = nn.Parameter(torch.full((40,), 2.0, dtype=torch.float16))
+    optimizer = optim.SGD([p], lr=0.5, momentum=0.9)
+    scaler = GradScaler("cpu", init_scale=2.0**17)
+    losses = 0
+    while losses < 2:
+        optimizer.zero_grad()
+        scaler.scale((p * p).sum().float()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses += optimizer.updated
+    # b = 4, p = 0; then b = 0.9 * 4 + 0, p = -1.8
+    expected = torch.full((40,), -1.8, dtype=torch.float16)
+    assert torch.equal(p.detach(), expected)
+    assert scaler.get_scale() < 2.0**17
