@@ -18,7 +18,8 @@ BRAZE_INLINE double square_root(double a) { return ::sqrt(a); }
 template <class T>
 BRAZE_INLINE T add_penalty(T g, T p, T l2, T l1) {
   const T signed_l1 = p > T(0) ? l1 : (p < T(0) ? -l1 : T(0));
-  return fused_multiply_add(l2, p, g) + signed_l1;
+  // Not just l2 * p with l2 = 0: that would turn an infinite p into NaN.
+  return (l2 != T(0) ? fused_multiply_add(l2, p, g) : g) + signed_l1;
 }
 
 template <class T>

@@ -37,6 +37,9 @@ void StepPlan::drop() {
   slots_.clear();
   dims_.clear();
   spare_sums_.clear();
+  owners_.clear();
+  footprints_.clear();
+  spans_.clear();
   readers_.clear();
   active_.clear();
   work_key_.clear();
@@ -82,6 +85,7 @@ void StepPlan::see(SeenTensor& entry, PyObject* object) {
   entry.data = tensor.const_data_ptr();
   entry.storage = storage_memory(tensor);
   entry.dtype = tensor.scalar_type();
+  entry.keys = tensor.key_set();
   entry.geometry = {static_cast<int32_t>(dims_.size()), static_cast<int32_t>(tensor.dim())};
   dims_.insert(dims_.end(), tensor.sizes().begin(), tensor.sizes().end());
   dims_.insert(dims_.end(), tensor.strides().begin(), tensor.strides().end());
@@ -94,6 +98,10 @@ void StepPlan::adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyOb
                    " must be a tensor, got ", Py_TYPE(object)->tp_name);
   const at::Tensor& param = THPVariable_Unpack(slot.param.object);
   const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (tensor.is_cpu() && (tensor.is_conj() || tensor.is_neg())) {
+    slot.obstacle = "subclass";
+    return;
+  }
   TORCH_CHECK_VALUE(is_plain_cpu(tensor), owner_, ": state['", name, "'] of ", name_of(slot),
                     " must be a dense tensor on ", param.device(), ", got ", tensor.toString(),
                     " on ", tensor.device());
@@ -113,10 +121,17 @@ void StepPlan::adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyOb
   TORCH_CHECK_TYPE(real_dtype(dtype) && tensor.is_complex() == param.is_complex(), owner_,
                    ": state['", name, "'] of ", name_of(slot), " has dtype ", dtype,
                    ", which cannot go with a parameter of dtype ", param.scalar_type());
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, owner_,
+                    ": the memory of state['", name, "'] of ", name_of(slot), " has been freed");
+  TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense() ||
+                        is_non_overlapping(tensor.sizes().vec(), tensor.strides().vec()),
+                    owner_, ": elements of state['", name, "'] of ", name_of(slot), " (strides ",
+                    tensor.strides(), ") share memory with each other; clone it");
+  see(entry, object);
   if (tensor.strides() == param.strides()) {
-    entry = {object, tensor.const_data_ptr(), storage_memory(tensor), slot.param.geometry, dtype};
-  } else {
-    see(entry, object);
+    // Same dimensions as the parameter's: compare with those, they are in the cache.
+    dims_.resize(static_cast<size_t>(entry.geometry.offset));
+    entry.geometry = slot.param.geometry;
   }
   slot.linear = slot.linear && same_order(param, tensor);
 }
@@ -194,33 +209,6 @@ void StepPlan::build(PyObject* groups, PyObject* state) {
   }
 }
 
-void StepPlan::check_overlap() const {
-  std::vector<Footprint> footprints;
-  std::vector<std::pair<const Slot*, PyObject*>> owners;  // a null key is the parameter itself
-  for (const Slot& slot : slots_) {
-    if (slot.obstacle != nullptr) continue;
-    const auto add = [&](PyObject* object, PyObject* key) {
-      if (object == nullptr) return;
-      footprints.push_back(footprint(THPVariable_Unpack(object)));
-      owners.emplace_back(&slot, key);
-    };
-    add(slot.param.object, nullptr);
-    for (int k = 0; k < max_states(); ++k) add(slot.state[k].object, state_key(k));
-    add(slot.step.object, keys().step);
-    add(slot.sum.object, keys().grad_sum);
-  }
-  const OverlapPair pair = find_overlap(footprints);
-  if (pair.first < 0) return;
-  const auto text = [&](int64_t i) {
-    const auto& [slot, key] = owners[static_cast<size_t>(i)];
-    return (key == nullptr ? std::string() : std::string(PyUnicode_AsUTF8(key)) + " of ") +
-           name_of(*slot);
-  };
-  TORCH_CHECK_VALUE(false, owner_, ": ", text(pair.first), " and ", text(pair.second),
-                    " share memory, so a step would update it twice; remove one of them from the "
-                    "optimizer, or clone it");
-}
-
 bool StepPlan::unchanged(const SeenTensor& entry) const {
   if (entry.object == nullptr) return true;
   const at::TensorImpl* impl = THPVariable_Unpack(entry.object).unsafeGetTensorImpl();
@@ -238,7 +226,7 @@ bool StepPlan::unchanged(const SeenTensor& entry) const {
       memory != entry.storage ||
       (entry.data != nullptr &&
        memory + impl->storage_offset() * static_cast<int64_t>(impl->itemsize()) != entry.data);
-  return differences == 0 && !moved;
+  return differences == 0 && !moved && impl->key_set() == entry.keys;
 }
 
 bool StepPlan::unchanged(const Slot& slot) const {

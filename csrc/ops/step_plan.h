@@ -30,6 +30,7 @@ struct SeenTensor {
   const void* storage = nullptr;  // start of the storage's memory
   Geometry geometry;
   c10::ScalarType dtype = c10::ScalarType::Undefined;
+  c10::DispatchKeySet keys;  // a lazy conjugation shows nowhere else
 };
 
 // One parameter. Kept small: every step reads all of them.
@@ -80,6 +81,10 @@ class StepPlan {
     bool fold = false;  // write accumulators (or momentum buffers) instead of parameters
     bool into_momentum = false;
   };
+  struct Owner {
+    const Slot* slot;
+    PyObject* key;  // of the state tensor; null: the parameter itself
+  };
   struct HyperKey {
     int32_t group;
     double variant;
@@ -99,13 +104,15 @@ class StepPlan {
   bool unchanged(const Slot& slot) const;
   void adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyObject* key);
   void adopt_states(Slot& slot);
-  void check_overlap() const;
+  void check_overlap();
+  void refuse_overlapping_gradient(const Slot& slot, const at::Tensor& grad) const;
   template <class Compare>
   bool gather(Compare compare);
   void gather_slot(size_t slot);
   void prefetch(size_t slot) const;
   void drop();
   std::string name_of(const Slot& slot) const;
+  std::string name_of(const Owner& owner) const;
   PyObject* state_key(int k) const;
   int max_states() const;
   int num_states(const GroupOptions& options) const;
@@ -130,6 +137,9 @@ class StepPlan {
   Snapshot snapshot_;
   std::vector<Slot> slots_;
   std::vector<int64_t> dims_;
+  std::vector<Owner> owners_;                           // of the memory that steps write
+  std::vector<Footprint> footprints_;                   // [owner]
+  std::vector<std::pair<uintptr_t, uintptr_t>> spans_;  // the same, sorted and merged
   std::vector<at::Tensor>
       spare_sums_;  // [slot] accumulators between windows, out of Python's sight
   std::vector<GroupReader> readers_;

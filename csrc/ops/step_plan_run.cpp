@@ -110,9 +110,11 @@ std::string StepPlan::collect(bool include_window) {
       }
     }
     active.linear = active.linear && slot.linear;
-    TORCH_CHECK_VALUE(slot.numel == 0 || active.grad->const_data_ptr() != slot.param.data, owner_,
-                      ": the gradient of ", name_of(slot),
-                      " is the parameter's own memory; assign a copy to .grad");
+    if (slot.numel == 0) continue;
+    TORCH_CHECK_VALUE(slot.param.data != nullptr && active.grad->const_data_ptr() != nullptr,
+                      owner_, ": the memory of ", name_of(slot),
+                      " or of its gradient has been freed");
+    refuse_overlapping_gradient(slot, *active.grad);
   }
   return "";
 }

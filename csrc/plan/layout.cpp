@@ -1,7 +1,6 @@
 #include "layout.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace braze {
 namespace {
@@ -57,7 +56,8 @@ class ByteSet {
 };
 
 bool share_a_byte(const Footprint& a, const Footprint& b) {
-  if (a.dense && b.dense) return true;  // their spans already intersect
+  if (a.end() <= b.base || b.end() <= a.base) return false;
+  if (a.dense && b.dense) return true;
   ByteSet bytes(a.base, a.end());
   for_each_offset(a.sizes, a.strides, [&](int64_t offset) {
     bytes.insert(a.base + static_cast<uintptr_t>(offset * a.itemsize), a.itemsize);
@@ -131,21 +131,32 @@ uintptr_t Footprint::end() const {
 }
 
 OverlapPair find_overlap(const std::vector<Footprint>& footprints) {
-  std::vector<size_t> order(footprints.size());
-  std::iota(order.begin(), order.end(), size_t{0});
+  std::vector<size_t> order;
+  for (size_t i = 0; i < footprints.size(); ++i) {
+    if (footprints[i].end() != footprints[i].base) order.push_back(i);
+  }
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return footprints[a].base < footprints[b].base; });
-  std::vector<size_t> open;  // footprints whose span may reach the next one
-  for (const size_t i : order) {
-    const Footprint& f = footprints[i];
-    if (f.end() == f.base) continue;
-    std::erase_if(open, [&](size_t j) { return footprints[j].end() <= f.base; });
-    for (const size_t j : open) {
-      if (share_a_byte(footprints[j], f)) {
-        return {static_cast<int64_t>(std::min(i, j)), static_cast<int64_t>(std::max(i, j))};
+  // Clusters of spans that reach into one another; the elements of one cluster go into one set.
+  for (size_t begin = 0, end; begin < order.size(); begin = end) {
+    uintptr_t reach = footprints[order[begin]].end();
+    for (end = begin + 1; end < order.size() && footprints[order[end]].base < reach; ++end) {
+      reach = std::max(reach, footprints[order[end]].end());
+    }
+    if (end == begin + 1) continue;
+    ByteSet taken(footprints[order[begin]].base, reach);
+    for (size_t k = begin; k < end; ++k) {
+      const Footprint& f = footprints[order[k]];
+      const bool free = for_each_offset(f.sizes, f.strides, [&](int64_t offset) {
+        return taken.insert(f.base + static_cast<uintptr_t>(offset * f.itemsize), f.itemsize);
+      });
+      for (size_t j = begin; !free && j < k; ++j) {
+        if (share_a_byte(footprints[order[j]], f)) {
+          return {static_cast<int64_t>(std::min(order[j], order[k])),
+                  static_cast<int64_t>(std::max(order[j], order[k]))};
+        }
       }
     }
-    open.push_back(i);
   }
   return {};
 }
