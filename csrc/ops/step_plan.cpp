@@ -79,16 +79,33 @@ std::string StepPlan::name_of(const Slot& slot) const {
   return text;
 }
 
-void StepPlan::see(SeenTensor& entry, PyObject* object) {
+void StepPlan::see(SeenTensor& entry, PyObject* object, const Geometry* known) {
   const at::Tensor& tensor = THPVariable_Unpack(object);
   entry.object = object;
   entry.data = tensor.const_data_ptr();
   entry.storage = storage_memory(tensor);
   entry.dtype = tensor.scalar_type();
   entry.keys = tensor.key_set();
-  entry.geometry = {static_cast<int32_t>(dims_.size()), static_cast<int32_t>(tensor.dim())};
-  dims_.insert(dims_.end(), tensor.sizes().begin(), tensor.sizes().end());
-  dims_.insert(dims_.end(), tensor.strides().begin(), tensor.strides().end());
+  if (known != nullptr) {
+    entry.geometry = *known;
+  } else if (!same_geometry(entry.geometry, tensor)) {
+    entry.geometry = {static_cast<int32_t>(dims_.size()), static_cast<int32_t>(tensor.dim())};
+    dims_.insert(dims_.end(), tensor.sizes().begin(), tensor.sizes().end());
+    dims_.insert(dims_.end(), tensor.strides().begin(), tensor.strides().end());
+  }
+}
+
+bool StepPlan::same_geometry(const Geometry& geometry, const at::Tensor& tensor) const {
+  const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  const c10::IntArrayRef sizes = impl->sizes(), strides = impl->strides();
+  const size_t ndim = static_cast<size_t>(geometry.ndim);
+  if (sizes.size() != ndim) return false;
+  const int64_t* seen = dims_.data() + geometry.offset;
+  int64_t differences = 0;
+  for (size_t d = 0; d < ndim; ++d) {
+    differences |= (sizes[d] ^ seen[d]) | (strides[d] ^ seen[ndim + d]);
+  }
+  return differences == 0;
 }
 
 void StepPlan::adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyObject* key) {
@@ -112,7 +129,7 @@ void StepPlan::adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyOb
                      owner_, ": state['step'] of ", name_of(slot),
                      " must be a one-element tensor of float32 or float64, got ", dtype,
                      " of shape ", tensor.sizes());
-    see(entry, object);
+    see(entry, object, nullptr);
     return;
   }
   TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), owner_, ": state['", name, "'] of ",
@@ -127,12 +144,9 @@ void StepPlan::adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyOb
                         is_non_overlapping(tensor.sizes().vec(), tensor.strides().vec()),
                     owner_, ": elements of state['", name, "'] of ", name_of(slot), " (strides ",
                     tensor.strides(), ") share memory with each other; clone it");
-  see(entry, object);
-  if (tensor.strides() == param.strides()) {
-    // Same dimensions as the parameter's: compare with those, they are in the cache.
-    dims_.resize(static_cast<size_t>(entry.geometry.offset));
-    entry.geometry = slot.param.geometry;
-  }
+  // Same dimensions as the parameter's: compare with those, they are in the cache.
+  const bool alike = tensor.strides() == param.strides();
+  see(entry, object, alike ? &slot.param.geometry : nullptr);
   slot.linear = slot.linear && same_order(param, tensor);
 }
 
@@ -166,7 +180,7 @@ void StepPlan::build_slot(Slot& slot, PyObject* state) {
     slot.obstacle = "subclass";
   }
   if (slot.obstacle != nullptr) return;
-  see(slot.param, slot.param.object);
+  see(slot.param, slot.param.object, nullptr);
   slot.real = *real_dtype(param.scalar_type());
   slot.numel = param.numel() * (param.is_complex() ? 2 : 1);
   slot.linear = param.is_non_overlapping_and_dense();
@@ -211,22 +225,16 @@ void StepPlan::build(PyObject* groups, PyObject* state) {
 
 bool StepPlan::unchanged(const SeenTensor& entry) const {
   if (entry.object == nullptr) return true;
-  const at::TensorImpl* impl = THPVariable_Unpack(entry.object).unsafeGetTensorImpl();
-  const c10::IntArrayRef sizes = impl->sizes(), strides = impl->strides();
-  const size_t ndim = static_cast<size_t>(entry.geometry.ndim);
-  if (sizes.size() != ndim || c10::typeMetaToScalarType(impl->dtype()) != entry.dtype) return false;
-  const int64_t* seen = dims_.data() + entry.geometry.offset;
-  int64_t differences = 0;
-  for (size_t d = 0; d < ndim; ++d) {
-    differences |= (sizes[d] ^ seen[d]) | (strides[d] ^ seen[ndim + d]);
+  const at::Tensor& tensor = THPVariable_Unpack(entry.object);
+  const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!same_geometry(entry.geometry, tensor) || impl->key_set() != entry.keys ||
+      c10::typeMetaToScalarType(impl->dtype()) != entry.dtype) {
+    return false;
   }
   const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   const char* memory = storage == nullptr ? nullptr : static_cast<const char*>(storage->data());
-  const bool moved =
-      memory != entry.storage ||
-      (entry.data != nullptr &&
-       memory + impl->storage_offset() * static_cast<int64_t>(impl->itemsize()) != entry.data);
-  return differences == 0 && !moved && impl->key_set() == entry.keys;
+  const int64_t offset = impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
+  return memory == entry.storage && (entry.data == nullptr || memory + offset == entry.data);
 }
 
 bool StepPlan::unchanged(const Slot& slot) const {

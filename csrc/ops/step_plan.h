@@ -99,7 +99,8 @@ class StepPlan {
   void refresh(PyObject* groups, PyObject* state);
   void build(PyObject* groups, PyObject* state);
   void build_slot(Slot& slot, PyObject* state);
-  void see(SeenTensor& entry, PyObject* object);
+  void see(SeenTensor& entry, PyObject* object, const Geometry* known);
+  bool same_geometry(const Geometry& geometry, const at::Tensor& tensor) const;
   bool unchanged(const SeenTensor& entry) const;
   bool unchanged(const Slot& slot) const;
   void adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyObject* key);

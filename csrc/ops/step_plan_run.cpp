@@ -343,7 +343,7 @@ void StepPlan::leave_window(PyObject* groups, PyObject* state) {
     changed = true;
     if (slot.sum.object != nullptr) {
       spare_sums_[static_cast<size_t>(&slot - slots_.data())] = THPVariable_Unpack(slot.sum.object);
-      slot.sum = {};
+      slot.sum.object = nullptr;  // its geometry stays, for the next window
       if (PyDict_DelItem(slot.state_dict, keys().grad_sum) < 0) throw_python_error();
     }
     if (slot.in_window) {

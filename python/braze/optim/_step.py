@@ -177,7 +177,7 @@ class FusedStep(Optimizer):
                 self.param_groups[0].pop(key, None)
 
     def _check_reason(self, reason: str) -> None:
-        if reason.startswith("cuda"):
+        if reason.startswith("cuda") and not self._uses_torch:
             raise RuntimeError(
                 f"{type(self).__name__}: a parameter is on {reason}, but this build of braze has CPU "
                 "kernels only. Nothing was changed. Until braze has CUDA kernels, construct the "
