@@ -1,5 +1,7 @@
 #include "optimizer_cpu.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
 #include <type_traits>
@@ -104,8 +106,15 @@ Kernels& active() {
 // Below this a second thread costs more than it saves.
 constexpr int64_t kParallelCost = 32768;
 
-// Batches are handed out in order, so a thread that is held up elsewhere delays one batch, not half
-// of the step.
+// The batches of one thread. On its own cache line: every thread counts here.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Each thread has the same stretch of batches in every step, so that its data is still in its
+// cache; when it is through, it takes batches from the others, so that a thread held up elsewhere
+// delays one batch, not half of the step.
 template <class Hyper>
 void run(void (*kernel)(const TensorWork&, const Hyper&, int64_t, int64_t),
          const std::vector<TensorWork>& tensors, const ChunkList& list,
@@ -123,12 +132,19 @@ void run(void (*kernel)(const TensorWork&, const Hyper&, int64_t, int64_t),
     for (int64_t b = 0; b < batches; ++b) run_batch(b);
     return;
   }
-  std::atomic<int64_t> next{0};
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[static_cast<size_t>(t)].next = batches * t / threads;
+    shares[static_cast<size_t>(t)].end = batches * (t + 1) / threads;
+  }
 #pragma omp parallel num_threads(threads)
   {
-    for (int64_t b = next.fetch_add(1, std::memory_order_relaxed); b < batches;
-         b = next.fetch_add(1, std::memory_order_relaxed)) {
-      run_batch(b);
+    const size_t own = static_cast<size_t>(omp_get_thread_num());
+    for (size_t k = 0; k < shares.size(); ++k) {
+      Share& share = shares[(own + k) % shares.size()];
+      for (int64_t b; (b = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+        run_batch(b);
+      }
     }
   }
 }

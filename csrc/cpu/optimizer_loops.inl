@@ -40,6 +40,11 @@ BRAZE_TARGET void adam_loop(S* __restrict p, const S* __restrict g, S* __restric
   if constexpr (!std::is_same_v<S, T>) {
     for (; i + kBlock <= n; i += kBlock) {
       alignas(64) T param[kBlock], grad[kBlock], first[kBlock], second[kBlock], largest[kBlock];
+      constexpr int64_t kAhead = 512;  // conversions keep the core too busy to look ahead itself
+      __builtin_prefetch(p + i + kAhead, 1);
+      __builtin_prefetch(g + i + kAhead);
+      __builtin_prefetch(m + i + kAhead, 1);
+      __builtin_prefetch(v + i + kAhead, 1);
       load_block(p + i, param);
       load_block(g + i, grad);
       load_block(m + i, first);
