@@ -158,7 +158,7 @@ def test_missing_library(
     assert main([*data, "--out", str(tmp_path / "out")]) == 2
     line = error_line(capsys)
     assert "pip install " in line
-    assert ("torchvision" if data else "'braze[demo]'") in line
+    assert ("torchvision" if data else "scikit-learn") in line
 
 
 def test_without_matplotlib(
@@ -167,7 +167,7 @@ def test_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run_demo(tmp_path, "--epochs", "1", "--optimizer", "sgd")
     assert not (tmp_path / "curves.png").exists()
-    assert "pip install 'braze[demo]'" in capsys.readouterr().out
+    assert "pip install scikit-learn matplotlib" in capsys.readouterr().out
 
 
 def test_divergence_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

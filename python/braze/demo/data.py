@@ -62,7 +62,7 @@ def _digits() -> Data:
     except ImportError as error:
         raise DemoError(
             f"scikit-learn, which brings the digits, cannot be imported ({error}); "
-            "pip install 'braze[demo]'"
+            "pip install scikit-learn matplotlib"
         ) from error
     images, labels = load_digits(return_X_y=True)
     # The split stays the same whatever --seed is, so that accuracies can be compared.

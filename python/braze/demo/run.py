@@ -56,7 +56,7 @@ def _run(config: Config) -> None:
     if write_picture(config.out / "curves.png", config, theirs, ours):
         print(", curves.png")
     else:
-        print("\nno curves.png: matplotlib is not installed; pip install 'braze[demo]'")
+        print("\nno curves.png: matplotlib is not installed; pip install scikit-learn matplotlib")
 
 
 def run(config: Config) -> None:
