@@ -322,3 +322,16 @@ def test_gradient_in_another_parameters_memory_is_refused() -> None:
     assert torch.equal(first.detach(), torch.ones(4)) and torch.equal(
         second.detach(), torch.ones(4)
     )
+
+
+def test_gradient_in_the_states_memory_is_refused() -> None:
+    p = Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = optim.Adam([p])
+    optimizer.step()
+    state = optimizer.state[p]
+    p.grad = state["exp_avg"].view(4)
+    before = [t.detach().clone() for t in (p, *state.values())]
+    with pytest.raises(ValueError, match=r"shares memory with state\['exp_avg'\]"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, (p, *state.values()), strict=True))

@@ -1,7 +1,7 @@
 // The optimizer formulas, each written once, for CPU loops and CUDA kernels alike.
-// Only IEEE operations and explicit fma: the same bits everywhere as long as the compiler contracts
-// nothing
-// (-ffp-contract=off, -fmad=false). T is float (for fp32 and 16-bit parameters) or double.
+// Only IEEE operations and explicit fma: the same bits everywhere, as long as the compiler
+// contracts nothing (-ffp-contract=off, -fmad=false). T is float (fp32 and 16-bit parameters) or
+// double.
 #pragma once
 #include <cmath>
 
@@ -35,9 +35,10 @@ struct AdamArgs {
   T eps;
 };
 
-// m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = decay p - step_size m / (sqrt(v) / sqrt(1 -
-// b2^t) + eps). One division: sqrt(v) is multiplied by the reciprocal of its correction, so eps
-// keeps torch's meaning.
+// m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+// p = decay p - step_size m / (sqrt(v) / sqrt(1 - b2^t) + eps).
+// One division: sqrt(v) is multiplied by the reciprocal of its correction, so that eps keeps
+// torch's meaning.
 template <bool kPenalty, bool kAmsgrad, class T>
 BRAZE_INLINE void adam_update(T& p, T g, T& m, T& v, T& v_max, const AdamArgs<T>& a) {
   g *= a.grad_scale;

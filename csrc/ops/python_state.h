@@ -31,7 +31,7 @@ class PyRef {
 // Raises the pending Python exception as a C++ one that pybind11 hands back unchanged.
 [[noreturn]] void throw_python_error();
 
-// dict[key] or null, for a str key; borrowed.
+// dict[key] or null; borrowed.
 PyObject* dict_get(PyObject* dict, PyObject* key);
 
 // Interned keys, made once.

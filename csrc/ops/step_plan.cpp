@@ -189,8 +189,7 @@ void StepPlan::build_slot(Slot& slot, PyObject* state) {
                     ", strides ", param.strides(), ") share memory with each other, so a step ",
                     "would update them more than once; pass a contiguous tensor, for example ",
                     "param.clone()");
-  PyObject* inner = PyDict_GetItemWithError(state, slot.param.object);
-  if (inner == nullptr && PyErr_Occurred()) throw_python_error();
+  PyObject* inner = dict_get(state, slot.param.object);
   if (inner == nullptr) return;
   TORCH_CHECK_TYPE(PyDict_Check(inner), owner_, ": state of ", name_of(slot),
                    " must be a dict, got ", Py_TYPE(inner)->tp_name);

@@ -13,6 +13,18 @@ struct StepPlan::Active {
   int32_t hyper;
 };
 
+// Without the GIL while it lives, whatever is thrown.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  ~GilReleased() { PyEval_RestoreThread(state_); }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 // One call at a time per plan. The GIL is given up while waiting: the other thread may need it to
 // finish.
 class StepPlan::Guard {
@@ -21,9 +33,8 @@ class StepPlan::Guard {
     TORCH_CHECK(plan.holder_ != std::this_thread::get_id(), plan.owner_,
                 ": step() was called from inside its own step()");
     if (!plan.mutex_.try_lock()) {
-      PyThreadState* gil = PyEval_SaveThread();
+      const GilReleased released;
       plan.mutex_.lock();
-      PyEval_RestoreThread(gil);
     }
     plan.holder_ = std::this_thread::get_id();
   }

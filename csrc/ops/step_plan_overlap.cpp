@@ -14,6 +14,9 @@ std::string StepPlan::name_of(const Owner& owner) const {
 }
 
 void StepPlan::check_overlap() {
+  owners_.clear();
+  footprints_.clear();
+  spans_.clear();
   for (const Slot& slot : slots_) {
     if (slot.obstacle != nullptr) continue;
     const auto add = [&](PyObject* object, PyObject* key) {

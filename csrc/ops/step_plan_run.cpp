@@ -128,6 +128,7 @@ void StepPlan::create_state(PyObject* groups, PyObject* state, bool fold, bool i
     at::Tensor tensor;
   };
   std::vector<Missing> missing;
+  bool allocated = false;
   const at::NoGradGuard no_grad;
   const bool wide = c10::get_default_dtype_as_scalartype() == c10::ScalarType::Double;
   const c10::ScalarType step_dtype = wide ? c10::ScalarType::Double : c10::ScalarType::Float;
@@ -138,21 +139,25 @@ void StepPlan::create_state(PyObject* groups, PyObject* state, bool fold, bool i
     if (algorithm_ == Algorithm::adam) {
       if (slot.step.object == nullptr) {
         missing.push_back({&active, keys().step, at::zeros({}, step_dtype)});
+        allocated = true;
       }
       const int states = num_states(options_[static_cast<size_t>(slot.group)]);
       for (int k = 0; k < states; ++k) {
         if (slot.state[k].object == nullptr) {
           missing.push_back({&active, state_key(k), at::zeros_like(param)});
+          allocated = true;
         }
       }
     } else if ((!fold || to_momentum) && slot.state[0].object == nullptr &&
                options_[static_cast<size_t>(slot.group)].momentum != 0) {
       missing.push_back({&active, state_key(0), at::empty_like(param)});
+      allocated = true;
       active.first = true;
     }
     if (fold && !to_momentum && slot.sum.object == nullptr) {
       at::Tensor sum = std::move(spare_sums_[static_cast<size_t>(&slot - slots_.data())]);
       if (!sum.defined()) {
+        allocated = true;
         sum = at::empty_like(param, param.options().dtype(sum_dtype(param)).requires_grad(false));
       }
       missing.push_back({&active, keys().grad_sum, std::move(sum)});
@@ -179,6 +184,7 @@ void StepPlan::create_state(PyObject* groups, PyObject* state, bool fold, bool i
     adopt_states(slot);
     entry.active->linear = entry.active->linear && slot.linear;
   }
+  if (allocated) check_overlap();  // so that a gradient in this memory is refused from now on
   snapshot_.record(groups, state);
 }
 
@@ -256,9 +262,8 @@ void StepPlan::launch(Launch run) {
   for (const Active& active : active_) {
     if (active.grad != nullptr) held_.push_back(*active.grad);
   }
-  PyThreadState* gil = PyEval_SaveThread();
+  const GilReleased released;
   run(threads);
-  PyEval_RestoreThread(gil);
 }
 
 std::string StepPlan::step(PyObject* groups, PyObject* state, StepScalars scalars) {
