@@ -1,4 +1,6 @@
 # make demo | test | lint | bench | build | clean. Everything is set up in .venv on first use.
+# make gpu: the CUDA kernels against the CPU's and torch's, on a machine with a GPU, with the torch of $(PYTHON).
+# make cuda-import: links and imports the CUDA kernels against a CUDA torch; needs nvcc, no GPU, 5 GB.
 PYTHON ?= python3
 # Any torch from 2.11 on: make test TORCH=torch==2.14.1
 TORCH ?= torch==2.13.0
@@ -9,11 +11,11 @@ ARGS ?=
 BIN := .venv/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python bench -type f \
              ! -name '*.pyc' ! -path 'bench/results/*')
-CXX_FILES := $(filter %.h %.cpp %.inl %.cuh %.cu,$(SOURCES))
+CXX_FILES := $(filter %.h %.cpp %.inl %.cuh %.cu,$(SOURCES) $(shell find tests -type f))
 # venv/bin first: pip's cmake and ninja, not older ones of the system.
 RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONNOUSERSITE=1
 
-.PHONY: demo test lint bench build clean format
+.PHONY: demo test lint bench gpu cuda-import build clean format
 build: .venv/built
 
 demo: .venv/built
@@ -24,6 +26,13 @@ test: .venv/built
 
 bench: .venv/built
 	$(RUN) $(BIN)/python -m braze bench optim $(ARGS)
+
+# Not in .venv: a GPU machine brings its own torch.
+gpu:
+	$(PYTHON) bench/gpu.py $(ARGS)
+
+cuda-import: .venv/built
+	$(RUN) $(BIN)/python tests/cuda_import.py
 
 lint: .venv/built
 	$(BIN)/ruff check .

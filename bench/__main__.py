@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 USAGE = """usage: python -m braze bench NAME [options]
 
   optim   one optimizer step, against every mode of torch.optim (python -m braze bench optim --help)
+  host    host time of a CUDA step, measured without a GPU on the emulated device (source checkout)
+  debt    kernels whose GPU results are missing or older than the sources (source checkout)
 """
+NAMES = ("optim", "host", "debt")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,11 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    if name == "optim":
-        from .optim import main as optim
-
-        return optim(arguments[1:])
-    print(f"braze bench: unknown benchmark '{name}'; choose optim", file=sys.stderr)
+    if name in NAMES:
+        code: int = importlib.import_module(f".{name}", __package__).main(arguments[1:])
+        return code
+    print(
+        f"braze bench: unknown benchmark '{name}'; choose {', '.join(NAMES[:-1])} or {NAMES[-1]}",
+        file=sys.stderr,
+    )
     return 2
 
 

@@ -7,7 +7,6 @@ import json
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import braze.optim
 import torch
 from torch.nn import Parameter
 
+from .cells import CELLS, OPTIONS, Cell
 from .timing import interleave, stream_bandwidth
 
 TORCH_MODES: dict[str, dict[str, bool]] = {
@@ -23,51 +23,6 @@ TORCH_MODES: dict[str, dict[str, bool]] = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
-OPTIONS: dict[str, dict[str, float]] = {
-    "SGD": {"lr": 1e-3, "momentum": 0.9},
-    "Adam": {"lr": 1e-3},
-    "AdamW": {"lr": 1e-3},
-}
-# Reads and writes of one parameter element, in elements: p, g and the state.
-ELEMENTS_MOVED = {"SGD": 5, "Adam": 7, "AdamW": 7}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row: which tensors, and what ratio (torch / braze) is the goal for Adam and for SGD."""
-
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype
-    goal_adam: float
-    goal_sgd: float
-    group_each: bool = False
-
-    @property
-    def numel(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes)
-
-
-def _flat(name: str, numel: int, dtype: torch.dtype, goal: float, goal_sgd: float = 0.97) -> Cell:
-    return Cell(name, ((numel,),), dtype, goal, goal_sgd)
-
-
-CELLS = (
-    Cell("1 x 64", ((64,),), torch.float32, 0.97, 0.97),
-    Cell("1000 x 64", ((64,),) * 1000, torch.float32, 30, 15),
-    Cell("200 x (64x64 + 64)", ((64, 64), (64,)) * 200, torch.float32, 8, 2.5),
-    Cell("465 groups of 64", ((64,),) * 465, torch.float32, 30, 30, group_each=True),
-    _flat("fp32 64K (in cache)", 2**16, torch.float32, 1.2),
-    _flat("fp32 256K (in cache)", 2**18, torch.float32, 1.2),
-    _flat("fp32 1M", 2**20, torch.float32, 0.97),
-    _flat("fp32 16M", 2**24, torch.float32, 0.97),
-    _flat("fp32 128M", 2**27, torch.float32, 0.97),
-    _flat("bf16 64K", 2**16, torch.bfloat16, 2, 2),
-    _flat("bf16 1M", 2**20, torch.bfloat16, 2, 2),
-    _flat("bf16 16M", 2**24, torch.bfloat16, 2, 2),
-    _flat("bf16 64M", 2**26, torch.bfloat16, 0.97),
-    _flat("fp16 1M", 2**20, torch.float16, 0.97),
-)
 
 
 def _contenders(cell: Cell, name: str) -> dict[str, Callable[[], Any]]:
@@ -102,7 +57,6 @@ def _measure(cell: Cell, name: str, seconds: float, bandwidth: float) -> dict[st
     best = min(torch_modes, key=lambda mode: probe[mode].minimum)
     times = interleave({best: calls[best], "braze": calls["braze"]}, seconds)
     ours, theirs = times["braze"], times[best]
-    moved = cell.numel * ELEMENTS_MOVED[name] * torch.empty(0, dtype=cell.dtype).element_size()
     return {
         "cell": cell.name,
         "optimizer": name,
@@ -112,7 +66,7 @@ def _measure(cell: Cell, name: str, seconds: float, bandwidth: float) -> dict[st
         "ratio_min": theirs.minimum / ours.minimum,
         "ratio_median": theirs.median / ours.median,
         "goal": cell.goal_sgd if name == "SGD" else cell.goal_adam,
-        "floor_us": moved / bandwidth * 1e6,
+        "floor_us": cell.bytes_moved(name) / bandwidth * 1e6,
     }
 
 
@@ -165,11 +119,18 @@ def run(cells: list[Cell], optimizers: list[str], seconds: float) -> dict[str, A
 
 
 def main(argv: list[str]) -> int:
-    """Parses arguments and runs. Returns 0."""
+    """Parses arguments and runs. Returns 0; with --device cuda what that benchmark returns."""
+    if "cuda" in argv or "--device=cuda" in argv:
+        from .optim_cuda import main as cuda
+
+        return cuda(argv)
     parser = argparse.ArgumentParser(
         prog="python -m braze bench optim",
         description="Time of opt.step() with every gradient present, torch's best mode against braze, "
         "interleaved; ratios above 1 mean braze is faster. floor = bytes / stream bandwidth.",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda has own --help"
     )
     parser.add_argument("--only", default="", help="cells whose name contains this text")
     parser.add_argument("--optimizer", choices=[*OPTIONS, "all"], default="all")

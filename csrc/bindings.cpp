@@ -2,6 +2,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/optimizer_cpu.h"
+#include "ops/device_backend.h"
 #include "ops/step_plan.h"
 
 namespace py = pybind11;
@@ -35,13 +36,21 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "step",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double grad_scale,
-             double window_weight, bool mean, bool need_gradient) {
-            return plan.step(groups.ptr(), state.ptr(),
-                             {grad_scale, window_weight, mean, need_gradient});
+             double window_weight, bool mean, bool need_gradient,
+             const std::optional<at::Tensor>& loss_scale,
+             const std::optional<at::Tensor>& found_inf) {
+            braze::StepScalars scalars;
+            scalars.grad_scale = grad_scale;
+            scalars.amp = {loss_scale ? &*loss_scale : nullptr, found_inf ? &*found_inf : nullptr};
+            scalars.window_weight = window_weight;
+            scalars.mean = mean;
+            scalars.need_gradient = need_gradient;
+            return plan.step(groups.ptr(), state.ptr(), scalars);
           },
           py::arg("groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
           py::arg("window_weight") = -1.0, py::arg("mean") = false,
-          py::arg("need_gradient") = false)
+          py::arg("need_gradient") = false, py::arg("loss_scale") = py::none(),
+          py::arg("found_inf") = py::none())
       .def(
           "fold",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double weight,
@@ -52,6 +61,21 @@ PYBIND11_MODULE(_C, m) {
       .def("reset", &braze::StepPlan::reset)
       .def_property_readonly("rebuilds", &braze::StepPlan::rebuilds);
 
+  m.def(
+      "register_backend",
+      [](const py::capsule& backend) {
+        TORCH_CHECK(std::string(backend.name()) == braze::DeviceBackend::kCapsuleName,
+                    "braze's extensions are of different builds (", backend.name(),
+                    "): rebuild both");
+        braze::register_backend(backend.get_pointer<braze::DeviceBackend>());
+      },
+      py::arg("backend"));
+  m.def("backends", [] {
+    std::vector<std::string> names;
+    for (const braze::DeviceBackend* backend : braze::backends())
+      names.emplace_back(backend->name());
+    return names;
+  });
   m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
   m.def("instruction_set", &braze::cpu::instruction_set);
   m.def("set_instruction_set", &braze::cpu::set_instruction_set, py::arg("name"));

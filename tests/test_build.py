@@ -85,6 +85,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and "instruction set" in out and braze.__version__ in out
+    assert re.search(r"^CUDA kernels +(none: |loaded from )", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["bench", "nonsense"]])
@@ -132,6 +133,65 @@ def test_only_ops_and_bindings_know_torch() -> None:
     assert [name for name in pybind if name != "bindings.cpp"] == []
 
 
+# What only one file may contain: the emulator replaces that file, and runs everything else.
+ONE_PLACE = {
+    "a launch": (r"<<<", "device.cuh"),
+    "shared memory": (r"\b__shared__\b", "device.cuh"),
+    "PTX": (r"\basm\b", "ptx.cuh"),
+    "a grid constant": (r"\b__grid_constant__\b", "device.cuh"),
+}
+
+
+def out_of_place(name: str, text: str) -> list[str]:
+    """What a CUDA source has that belongs elsewhere."""
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+    found = [
+        what
+        for what, (pattern, home) in ONE_PLACE.items()
+        if name != home and re.search(pattern, code)
+    ]
+    # blockIdx.x * n wraps at 2^32 before any widening; int64_t{blockIdx.x} * n does not.
+    if re.search(r"\b(blockIdx|gridDim)\.[xyz]\s*\*|\*\s*(blockIdx|gridDim)\.[xyz]\b", code):
+        found.append("a 32-bit offset")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("kernel<<<grid, block>>>(x);", "a launch"),
+        ("__shared__ float tile[32];", "shared memory"),
+        ("extern __shared__ float tile[];", "shared memory"),
+        ('asm volatile("bar.sync 0;");', "PTX"),
+        ("f(const __grid_constant__ Table t)", "a grid constant"),
+        ("int64_t i = blockIdx.x * 256 + threadIdx.x;", "a 32-bit offset"),
+        ("int64_t i = 256 * blockIdx.x;", "a 32-bit offset"),
+        ("step = blockDim.x * gridDim.x;", "a 32-bit offset"),
+    ],
+)
+def test_misplaced_cuda_is_found(text: str, what: str) -> None:
+    assert out_of_place("step_kernels.cuh", text) == [what]
+    assert out_of_place("step_kernels.cuh", f"// {text}\n") == []
+
+
+def test_cuda_sources_go_through_the_device_header() -> None:
+    assert out_of_place("step.cuh", "int64_t i = int64_t{blockIdx.x} * 256;") == []
+    sources = [p for p in CXX if p.parent.name == "cuda"]
+    assert sources
+    assert {p.name: f for p in sources if (f := out_of_place(p.name, p.read_text()))} == {}
+
+
+def test_no_cuda_conditionals() -> None:
+    """The backend is there by being linked. math/ alone is compiled by both compilers."""
+    conditional = re.compile(
+        r"#\s*(if|ifdef|elif)\b.*(WITH_CUDA|USE_CUDA|__CUDACC__|__CUDA_ARCH__)"
+    )
+    assert conditional.search("#ifdef WITH_CUDA")
+    assert [
+        p.name for p in CXX if p.parent.name != "math" and conditional.search(p.read_text())
+    ] == []
+
+
 def test_basenames_are_unique() -> None:
     stems = [p.stem for p in CXX if p.suffix in {".cpp", ".cu"}]
     assert len(stems) == len(set(stems))
@@ -139,12 +199,14 @@ def test_basenames_are_unique() -> None:
 
 def test_files_stay_short() -> None:
     python = [*ROOT.glob("python/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/*.py")]
+    python += ROOT.glob("cmake/*")
     long = {str(p): n for p in [*CXX, *python] if (n := len(p.read_text().splitlines())) > 400}
     assert not long
 
 
 def test_no_build_for_this_machine_only_and_no_fast_math() -> None:
-    for name in ("CMakeLists.txt", "pyproject.toml", "Makefile"):
+    for name in ("CMakeLists.txt", "cmake/Cuda.cmake", "pyproject.toml", "Makefile"):
         text = (ROOT / name).read_text()
         assert "march=native" not in text and "fast-math" not in text
     assert "-ffp-contract=off" in (ROOT / "CMakeLists.txt").read_text()
+    assert "-fmad=false" in (ROOT / "cmake/Cuda.cmake").read_text()

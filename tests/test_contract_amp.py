@@ -8,6 +8,7 @@ from typing import Any
 import braze.optim as optim
 import pytest
 import torch
+from devices import MODE
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -91,7 +92,10 @@ def test_overflow_on_the_very_first_step_changes_nothing(
     scaler.update()
     assert scaler.get_scale() == SCALE / 2
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-    assert not any(optimizer.state.values())
+    made = [value for entry in optimizer.state.values() for value in entry.values()]
+    # On a device the state is made before anyone knows that this step will not happen.
+    late = MODE != "cpu" and name != "SGD" and flags.get("fused", False)
+    assert not any(value.any() for value in made) if late else not made
     for seed in range(3):
         backward(pair, seed, scaler)
         scaler.step(optimizer)

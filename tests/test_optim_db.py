@@ -232,7 +232,7 @@ def test_fused_refuses_meta_parameters_until_they_are_real(name: str) -> None:
     with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating"):
         optimizer.step()
     assert not any(optimizer.state.values())
-    model.to_empty(device="cpu")
+    model.to_empty(device=torch.ones(1).device)
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(2.0)

@@ -4,31 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "../math/optimizer.h"
 #include "../plan/chunks.h"
+#include "../plan/hyper.h"
 
 namespace braze::cpu {
-
-// Hyper-parameters of one (group, step count), rounded once to both arithmetic types.
-struct AdamHyper {
-  AdamArgs<float> f;
-  AdamArgs<double> d;
-  bool penalty;
-  bool amsgrad;
-};
-
-struct SgdHyper {
-  SgdArgs<float> f;
-  SgdArgs<double> d;
-  bool penalty;
-  bool has_momentum;
-  bool nesterov;
-};
-
-// sum = keep * sum + weight * grad, in TensorWork::state[0].
-struct FoldHyper {
-  double weight, keep;
-};
 
 void adam_step(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
                const std::vector<AdamHyper>& hypers, int threads);

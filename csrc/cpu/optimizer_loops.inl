@@ -17,7 +17,7 @@ BRAZE_TARGET const T* open_gradient(const TensorWork& t, View<T>& view, View<T>&
   const T* grad = view.open(t, t.grad, begin, n, true);
   T* out = sum_view.scratch();
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = accumulate_gradient<false>(sum[i], grad[i], weight, T(1));
+    out[i] = accumulate_gradient(sum[i], grad[i], weight, T(1), false);
   }
   return out;
 }
@@ -52,7 +52,7 @@ BRAZE_TARGET void adam_loop(S* __restrict p, const S* __restrict g, S* __restric
       if constexpr (kAmsgrad) load_block(v_max + i, largest);
 #pragma omp simd
       for (int64_t k = 0; k < kBlock; ++k) {
-        adam_update<kPenalty, kAmsgrad>(param[k], grad[k], first[k], second[k], largest[k], a);
+        adam_update(param[k], grad[k], first[k], second[k], largest[k], a, kPenalty, kAmsgrad);
       }
       store_block(param, p + i);
       store_block(first, m + i);
@@ -64,7 +64,7 @@ BRAZE_TARGET void adam_loop(S* __restrict p, const S* __restrict g, S* __restric
     T param = from_storage(p[i]), first = from_storage(m[i]), second = from_storage(v[i]);
     T largest = T(0);
     if constexpr (kAmsgrad) largest = from_storage(v_max[i]);
-    adam_update<kPenalty, kAmsgrad>(param, T(from_storage(g[i])), first, second, largest, a);
+    adam_update(param, T(from_storage(g[i])), first, second, largest, a, kPenalty, kAmsgrad);
     to_storage(param, p[i]);
     to_storage(first, m[i]);
     to_storage(second, v[i]);
@@ -140,7 +140,7 @@ BRAZE_TARGET void sgd_loop(S* __restrict p, const S* __restrict g, S* __restrict
       if constexpr (kMomentum == Momentum::running) load_block(buffer + i, momentum);
 #pragma omp simd
       for (int64_t k = 0; k < kBlock; ++k) {
-        sgd_update<kMomentum, kNesterov, kPenalty>(param[k], grad[k], momentum[k], a);
+        sgd_update(param[k], grad[k], momentum[k], a, kMomentum, kNesterov, kPenalty);
       }
       store_block(param, p + i);
       if constexpr (kMomentum != Momentum::none) store_block(momentum, buffer + i);
@@ -151,7 +151,7 @@ BRAZE_TARGET void sgd_loop(S* __restrict p, const S* __restrict g, S* __restrict
     T momentum = T(0);
     // A first buffer is never read: it may hold anything.
     if constexpr (kMomentum == Momentum::running) momentum = from_storage(buffer[i]);
-    sgd_update<kMomentum, kNesterov, kPenalty>(param, T(from_storage(g[i])), momentum, a);
+    sgd_update(param, T(from_storage(g[i])), momentum, a, kMomentum, kNesterov, kPenalty);
     to_storage(param, p[i]);
     if constexpr (kMomentum != Momentum::none) to_storage(momentum, buffer[i]);
   }
@@ -229,11 +229,11 @@ BRAZE_TARGET void fold_range(const TensorWork& t, T weight, T keep, int64_t begi
     T* __restrict sum = sum_view.open(t, t.state[0], begin, n, !t.first);
     if (t.first) {
       for (int64_t i = 0; i < n; ++i) {
-        sum[i] = accumulate_gradient<true>(T(0), g[i], weight, keep);
+        sum[i] = accumulate_gradient(T(0), g[i], weight, keep, true);
       }
     } else {
       for (int64_t i = 0; i < n; ++i) {
-        sum[i] = accumulate_gradient<false>(sum[i], g[i], weight, keep);
+        sum[i] = accumulate_gradient(sum[i], g[i], weight, keep, false);
       }
     }
     sum_view.close(t, t.state[0], begin, n);

@@ -59,4 +59,21 @@ BRAZE_INLINE uint16_t f16_from_float(float value) {
   return static_cast<uint16_t>(sign | result);
 }
 
+// What memory holds, for overloads.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+BRAZE_INLINE float from_storage(float value) { return value; }
+BRAZE_INLINE double from_storage(double value) { return value; }
+BRAZE_INLINE float from_storage(Bf16 value) { return float_from_bf16(value.bits); }
+BRAZE_INLINE float from_storage(F16 value) { return float_from_f16(value.bits); }
+BRAZE_INLINE void to_storage(float value, float& out) { out = value; }
+BRAZE_INLINE void to_storage(double value, double& out) { out = value; }
+BRAZE_INLINE void to_storage(float value, Bf16& out) { out.bits = bf16_from_float(value); }
+BRAZE_INLINE void to_storage(float value, F16& out) { out.bits = f16_from_float(value); }
+
 }  // namespace braze

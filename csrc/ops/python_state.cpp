@@ -4,6 +4,10 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <limits>
+
+#include "device_backend.h"
+
 namespace braze {
 namespace {
 
@@ -50,8 +54,9 @@ std::string describe(size_t group, const char* name) {
 }
 
 // A number from a Python number or a one-element tensor; a tensor's value may change without its
-// identity.
-double to_double(PyObject* value, size_t group, const char* name, bool& reusable) {
+// identity. NaN, and the tensor in `device`, for one that a kernel is to read.
+double to_double(PyObject* value, size_t group, const char* name, bool& reusable,
+                 PyObject** device = nullptr, bool wanted = false) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   if (THPVariable_Check(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
@@ -59,6 +64,10 @@ double to_double(PyObject* value, size_t group, const char* name, bool& reusable
                       " must be a number or a tensor of one element, got a tensor of shape ",
                       tensor.sizes());
     reusable = false;
+    if (device != nullptr && is_device_scalar(tensor, wanted)) {
+      *device = value;
+      return std::numeric_limits<double>::quiet_NaN();
+    }
     return tensor.item().toDouble();
   }
   const double number = PyFloat_AsDouble(value);
@@ -89,7 +98,8 @@ const Keys& keys() {
                intern("differentiable"),  intern("momentum"),    intern("dampening"),
                intern("nesterov"),        intern("l1"),          intern("step"),
                intern("exp_avg"),         intern("exp_avg_sq"),  intern("max_exp_avg_sq"),
-               intern("momentum_buffer"), intern("grad_sum"),    intern("in_window")};
+               intern("momentum_buffer"), intern("grad_sum"),    intern("in_window"),
+               intern("capturable"),      intern("fused")};
   return *interned;
 }
 
@@ -145,8 +155,9 @@ const GroupOptions& GroupReader::read(PyObject* group, size_t index, Algorithm a
     }
     return found;
   };
-  const auto number = [&](PyObject* name, const char* text) {
-    return to_double(require(name), index, text, reusable);
+  GroupOptions o;
+  const auto number = [&](PyObject* name, const char* text, PyObject** device = nullptr) {
+    return to_double(require(name), index, text, reusable, device, o.on_device);
   };
   const auto flag = [&](PyObject* name) {
     PyObject* found = dict_get(group, name);
@@ -158,9 +169,9 @@ const GroupOptions& GroupReader::read(PyObject* group, size_t index, Algorithm a
   };
 
   const Keys& k = keys();
-  GroupOptions o;
-  o.lr = number(k.lr, "lr");
-  o.weight_decay = number(k.weight_decay, "weight_decay");
+  o.on_device = flag(k.capturable) || flag(k.fused);
+  o.lr = number(k.lr, "lr", &o.device.lr);
+  o.weight_decay = number(k.weight_decay, "weight_decay", &o.device.weight_decay);
   o.maximize = flag(k.maximize);
   o.differentiable = flag(k.differentiable);
   if (PyObject* l1 = dict_get(group, k.l1)) o.l1 = to_double(l1, index, "l1", reusable);
@@ -170,14 +181,14 @@ const GroupOptions& GroupReader::read(PyObject* group, size_t index, Algorithm a
                      describe(index, "betas"), " must be a pair of numbers");
     if (!PyTuple_CheckExact(betas)) reusable = false;
     const PyRef first(PySequence_GetItem(betas, 0)), second(PySequence_GetItem(betas, 1));
-    o.beta1 = to_double(first.get(), index, "betas", reusable);
-    o.beta2 = to_double(second.get(), index, "betas", reusable);
+    o.beta1 = to_double(first.get(), index, "betas", reusable, &o.device.beta1, o.on_device);
+    o.beta2 = to_double(second.get(), index, "betas", reusable, &o.device.beta2, o.on_device);
     o.eps = number(k.eps, "eps");
     o.amsgrad = flag(k.amsgrad);
     o.decoupled_weight_decay = flag(k.decoupled_weight_decay);
   } else {
-    o.momentum = number(k.momentum, "momentum");
-    o.dampening = number(k.dampening, "dampening");
+    o.momentum = number(k.momentum, "momentum", &o.device.momentum);
+    o.dampening = number(k.dampening, "dampening", &o.device.dampening);
     o.nesterov = flag(k.nesterov);
   }
 

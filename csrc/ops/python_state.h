@@ -38,7 +38,8 @@ PyObject* dict_get(PyObject* dict, PyObject* key);
 struct Keys {
   PyObject *params, *param_names, *lr, *betas, *eps, *weight_decay, *amsgrad, *maximize,
       *decoupled_weight_decay, *differentiable, *momentum, *dampening, *nesterov, *l1, *step,
-      *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *momentum_buffer, *grad_sum, *in_window;
+      *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *momentum_buffer, *grad_sum, *in_window, *capturable,
+      *fused;
 };
 const Keys& keys();
 
@@ -61,8 +62,22 @@ class Snapshot {
   std::vector<PyObject*> objects_;
 };
 
+// Options that are tensors in device memory, which only kernels read; borrowed, null where the
+// number is known.
+struct DeviceOptions {
+  PyObject *lr = nullptr, *weight_decay = nullptr;
+  PyObject *beta1 = nullptr, *beta2 = nullptr;         // adam
+  PyObject *momentum = nullptr, *dampening = nullptr;  // sgd
+  bool any() const {
+    return lr != nullptr || weight_decay != nullptr || beta1 != nullptr || beta2 != nullptr ||
+           momentum != nullptr || dampening != nullptr;
+  }
+};
+
 // Hyper-parameters of one group. SGD and Adam each read their own part.
 struct GroupOptions {
+  DeviceOptions device;    // what stands here is NaN below
+  bool on_device = false;  // step counts belong in device memory: capturable or fused
   double lr = 0, weight_decay = 0, l1 = 0;
   bool maximize = false, differentiable = false;
   double beta1 = 0, beta2 = 0, eps = 0;

@@ -24,6 +24,7 @@ StepPlan::StepPlan(const std::string& algorithm, std::string owner)
     : algorithm_(algorithm == "adam" ? Algorithm::adam : Algorithm::sgd), owner_(std::move(owner)) {
   TORCH_CHECK_VALUE(algorithm == "adam" || algorithm == "sgd",
                     "algorithm must be 'adam' or 'sgd', got '", algorithm, "'");
+  batches_.resize(1);
 }
 
 StepPlan::~StepPlan() = default;
@@ -42,7 +43,8 @@ void StepPlan::drop() {
   spans_.clear();
   readers_.clear();
   active_.clear();
-  work_key_.clear();
+  settled_findings_.clear();
+  for (Batch& batch : batches_) batch.key.clear();
   snapshot_.clear();
 }
 
@@ -79,6 +81,20 @@ std::string StepPlan::name_of(const Slot& slot) const {
   return text;
 }
 
+__attribute__((always_inline)) inline bool StepPlan::same_geometry(const Geometry& geometry,
+                                                                   const at::Tensor& tensor) const {
+  const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  const c10::IntArrayRef sizes = impl->sizes(), strides = impl->strides();
+  const size_t ndim = static_cast<size_t>(geometry.ndim);
+  if (sizes.size() != ndim) return false;
+  const int64_t* seen = dims_.data() + geometry.offset;
+  int64_t differences = 0;
+  for (size_t d = 0; d < ndim; ++d) {
+    differences |= (sizes[d] ^ seen[d]) | (strides[d] ^ seen[ndim + d]);
+  }
+  return differences == 0;
+}
+
 void StepPlan::see(SeenTensor& entry, PyObject* object, const Geometry* known) {
   const at::Tensor& tensor = THPVariable_Unpack(object);
   entry.object = object;
@@ -95,19 +111,6 @@ void StepPlan::see(SeenTensor& entry, PyObject* object, const Geometry* known) {
   }
 }
 
-bool StepPlan::same_geometry(const Geometry& geometry, const at::Tensor& tensor) const {
-  const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  const c10::IntArrayRef sizes = impl->sizes(), strides = impl->strides();
-  const size_t ndim = static_cast<size_t>(geometry.ndim);
-  if (sizes.size() != ndim) return false;
-  const int64_t* seen = dims_.data() + geometry.offset;
-  int64_t differences = 0;
-  for (size_t d = 0; d < ndim; ++d) {
-    differences |= (sizes[d] ^ seen[d]) | (strides[d] ^ seen[ndim + d]);
-  }
-  return differences == 0;
-}
-
 void StepPlan::adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyObject* key) {
   if (entry.object == object) return;
   const char* name = PyUnicode_AsUTF8(key);
@@ -115,15 +118,18 @@ void StepPlan::adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyOb
                    " must be a tensor, got ", Py_TYPE(object)->tp_name);
   const at::Tensor& param = THPVariable_Unpack(slot.param.object);
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  if (tensor.is_cpu() && (tensor.is_conj() || tensor.is_neg())) {
+  if (tensor.is_conj() || tensor.is_neg()) {
     slot.obstacle = "subclass";
     return;
   }
-  TORCH_CHECK_VALUE(is_plain_cpu(tensor), owner_, ": state['", name, "'] of ", name_of(slot),
-                    " must be a dense tensor on ", param.device(), ", got ", tensor.toString(),
-                    " on ", tensor.device());
+  const bool counts = &entry == &slot.step;  // which the CPU may keep for any device
+  TORCH_CHECK_VALUE(
+      is_plain(tensor) && (tensor.device() == param.device() || (counts && tensor.is_cpu())),
+      owner_, ": state['", name, "'] of ", name_of(slot), " must be a dense tensor on ",
+      param.device(), counts && !param.is_cpu() ? " or cpu" : "", ", got ", tensor.toString(),
+      " on ", tensor.device());
   const c10::ScalarType dtype = tensor.scalar_type();
-  if (&entry == &slot.step) {
+  if (counts) {
     TORCH_CHECK_TYPE(tensor.numel() == 1 &&
                          (dtype == c10::ScalarType::Float || dtype == c10::ScalarType::Double),
                      owner_, ": state['step'] of ", name_of(slot),
@@ -170,16 +176,18 @@ void StepPlan::build_slot(Slot& slot, PyObject* state) {
     slot.obstacle = "meta";
   } else if (param.key_set().has(c10::DispatchKey::Python)) {
     slot.obstacle = "subclass";
-  } else if (!param.is_cpu()) {
+  } else if (!param.is_cpu() && device_place(param).backend == nullptr) {
     slot.obstacle = param.is_cuda() ? "cuda" : "device";
   } else if (param.layout() != c10::kStrided) {
     slot.obstacle = "sparse";
   } else if (!real_dtype(param.scalar_type())) {
     slot.obstacle = "dtype";
-  } else if (!is_plain_cpu(param)) {
+  } else if (!is_plain(param)) {
     slot.obstacle = "subclass";
   }
   if (slot.obstacle != nullptr) return;
+  slot.batch = batch_of(param);
+  any_on_cpu_ = any_on_cpu_ || slot.batch == 0;
   see(slot.param, slot.param.object, nullptr);
   slot.real = *real_dtype(param.scalar_type());
   slot.numel = param.numel() * (param.is_complex() ? 2 : 1);
@@ -199,6 +207,7 @@ void StepPlan::build_slot(Slot& slot, PyObject* state) {
 
 void StepPlan::build(PyObject* groups, PyObject* state) {
   drop();
+  any_on_cpu_ = false;
   try {
     snapshot_.record(groups, state);
     const Py_ssize_t num_groups = PyList_GET_SIZE(groups);
@@ -238,10 +247,7 @@ bool StepPlan::unchanged(const SeenTensor& entry) const {
 
 bool StepPlan::unchanged(const Slot& slot) const {
   if (slot.obstacle != nullptr) return false;
-  const at::Tensor& param = THPVariable_Unpack(slot.param.object);
-  if (!param.is_cpu() || !unchanged(slot.param) || !unchanged(slot.step) || !unchanged(slot.sum)) {
-    return false;
-  }
+  if (!unchanged(slot.param) || !unchanged(slot.step) || !unchanged(slot.sum)) return false;
   for (int k = 0; k < max_states(); ++k) {
     if (!unchanged(slot.state[k])) return false;
   }
@@ -311,7 +317,8 @@ void StepPlan::gather_slot(size_t i) {
   }
   const at::TensorImpl* grad_impl = grad.unsafeGetTensorImpl();
   if (slot.obstacle != nullptr || grad_impl->key_set() != impl->key_set() ||
-      grad_impl->dtype() != impl->dtype() || grad_impl->sizes() != impl->sizes()) {
+      grad_impl->dtype() != impl->dtype() || grad_impl->device() != impl->device() ||
+      grad_impl->sizes() != impl->sizes()) {
     out.finding = Finding::unusual;
     return;
   }
@@ -336,7 +343,10 @@ bool StepPlan::gather(Compare compare) {
     }
   };
   bool same = true;
-  const int threads = count < kParallelSlots ? 1 : cpu::usable_threads(at::get_num_threads());
+  // A step on a device is meant to run beside busy CPU cores, where a parallel region waits for the
+  // slowest.
+  const bool small = count < kParallelSlots || !any_on_cpu_;
+  const int threads = small ? 1 : cpu::usable_threads(at::get_num_threads());
   if (threads == 1) {
     same = compare();
     if (same) work();

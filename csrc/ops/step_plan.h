@@ -10,8 +10,8 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/optimizer_cpu.h"
-#include "../plan/chunks.h"
+#include "../plan/hyper.h"
+#include "device_backend.h"
 #include "python_state.h"
 #include "tensor_work.h"
 
@@ -40,6 +40,7 @@ struct Slot {
   PyObject* state_dict = nullptr;  // its inner state dict, or null; owned by the snapshot
   int64_t numel = 0;               // real elements
   int32_t group = 0, index = 0;    // param_groups[group]['params'][index]
+  int32_t batch = 0;               // where it is updated: batches_[batch]
   const char* obstacle = nullptr;  // why no kernel can take this parameter, or null
   DType real = DType::f32;
   bool linear = false;     // dense, and so is all of its state, in the same order
@@ -49,6 +50,7 @@ struct Slot {
 // Scalars of one call that do not come from param_groups.
 struct StepScalars {
   double grad_scale = 1;       // 1 / loss scale: multiplies the gradients that are present
+  DeviceScale amp;             // a GradScaler's tensors, on any device; grad_scale is 1 then
   double window_weight = -1;   // >= 0: an accumulation window with this sum of weights closes now
   bool mean = false;           // divide the window's sum by its weights; present gradients weigh 1
   bool need_gradient = false;  // without a present gradient, leave the window open
@@ -63,7 +65,8 @@ class StepPlan {
   // One optimizer step over everything that has a gradient. Returns "" when done, "none" when there
   // was nothing to do; otherwise nothing changed and the word says why torch's own code must do
   // this step: "sparse", "subclass", "dtype", "differentiable", "meta", or the device of a
-  // parameter that has no kernel here.
+  // parameter that has no kernel here. "overflow": found_inf is set, nothing changed. "deferred":
+  // done, but whether found_inf made the step do nothing, only the device knows.
   std::string step(PyObject* groups, PyObject* state, StepScalars scalars);
 
   // Adds weight * gradient to each parameter's accumulator (or, with into_momentum, to its momentum
@@ -76,6 +79,7 @@ class StepPlan {
 
  private:
   struct Active;  // one slot with work in this call
+  struct Batch;   // all work of one device
   class Guard;    // one call at a time
   struct Destination {
     bool fold = false;  // write accumulators (or momentum buffers) instead of parameters
@@ -91,9 +95,9 @@ class StepPlan {
     bool has_sum;
     bool operator==(const HyperKey&) const = default;
   };
-  struct BiasCorrection {  // of the last (betas, step) seen: groups mostly share it
+  struct LastCorrection {  // of the last (betas, step) seen: groups mostly share it
     double beta1 = -1, beta2 = -1, step = -1;
-    double correction1 = 0, inv_sqrt_correction2 = 0;
+    BiasCorrection correction{};
   };
 
   void refresh(PyObject* groups, PyObject* state);
@@ -117,17 +121,35 @@ class StepPlan {
   PyObject* state_key(int k) const;
   int max_states() const;
   int num_states(const GroupOptions& options) const;
+  uint8_t shape_of(const GroupOptions& options) const;
   bool folds_into_momentum(const Slot& slot, bool into_momentum) const;
 
-  std::string collect(bool include_window);
+  std::string collect(bool include_window, bool may_repeat);
   std::string admit_unusual(Active& active, const at::Tensor& param, const at::Tensor& grad);
   void create_state(PyObject* groups, PyObject* state, bool fold, bool into_momentum);
-  void fill_work(const Destination& destination);
-  void fill(TensorWork& work, const Active& active, const Destination& destination);
-  int32_t adam_hyper(const Active& active, const StepScalars& scalars);
-  int32_t sgd_hyper(const Active& active, const StepScalars& scalars);
-  template <class Launch>
-  void launch(Launch run);
+  template <class Body>
+  void undo_state_on_failure(PyObject* state, Body body);
+  void undo_state(PyObject* state);
+  int32_t batch_of(const at::Tensor& param);
+  void arrange_batches();
+  bool repeats();
+  void settle();
+  void check_gradient(const Slot& slot, const at::Tensor& grad) const;
+  bool counts_on_device(const Slot& slot) const;
+  void check_capture() const;
+  bool resolve_loss_scale(StepScalars& scalars, bool window);
+  void choose_hypers(const StepScalars& scalars);
+  void fill_work(Batch& batch, const Destination& destination);
+  void fill(Batch& batch, TensorWork& work, const Active& active, const Destination& destination);
+  DeviceScalar device_scalar(const Batch& batch, PyObject* option);
+  AdamRule adam_rule(const GroupOptions& o) const;
+  SgdRule sgd_rule(const GroupOptions& o) const;
+  int32_t adam_hyper(Batch& batch, const Active& active, const StepScalars& scalars);
+  int32_t sgd_hyper(Batch& batch, const Active& active, const StepScalars& scalars);
+  void launch_step(Batch& batch, const StepScalars& scalars);
+  void launch_fold(Batch& batch);
+  template <class Run>
+  void run_on_cpu(Batch& batch, Run run);
   void leave_window(PyObject* groups, PyObject* state);
 
   Algorithm algorithm_;
@@ -154,17 +176,20 @@ class StepPlan {
     Finding finding;
   };
   std::vector<Gathered> gathered_;  // [slot]
+  // Of the last step, if it came to its end: one that finds the same again keeps active_ and
+  // batches_.
+  std::vector<Finding> settled_findings_;  // [slot]; empty: none
+  std::vector<uint8_t> settled_groups_;    // [group]
+  int64_t settled_build_ = -1;
+  bool repeating_ = false;
   std::vector<Active> active_;
+  std::vector<std::pair<Slot*, PyObject*>> created_;  // state entries that this call made, by key
   std::deque<at::Tensor> held_;  // gradients that were materialised or must outlive the GIL
-  std::vector<TensorWork> work_;
-  std::deque<Layout> layouts_;
-  ChunkList chunks_;
-  std::vector<int64_t> work_key_, work_key_scratch_;  // what work_ and chunks_ were made for
+  bool any_on_cpu_ = false;
+  std::vector<Batch> batches_;  // [0]: the CPU; one more for each device met
+  std::vector<int64_t> work_key_scratch_;
   HyperKey last_key_{};
-  BiasCorrection power_;
-  std::vector<cpu::AdamHyper> adam_;
-  std::vector<cpu::SgdHyper> sgd_;
-  std::vector<cpu::FoldHyper> fold_;
+  LastCorrection power_;
 };
 
 }  // namespace braze

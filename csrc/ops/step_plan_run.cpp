@@ -1,9 +1,6 @@
-// StepPlan, part 2: one call, from gradients to kernels. Everything that can fail comes before the
+// StepPlan, part 2: one call, from gradients to launches. Everything that can fail comes before the
 // first write.
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/grad_mode.h>
-#include <c10/core/DefaultDtype.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -13,9 +10,6 @@
 
 namespace braze {
 namespace {
-
-// A step shorter than this keeps the GIL: letting go costs more than it gives to other threads.
-constexpr int64_t kReleaseGilCost = 1 << 18;
 
 double read_step(const SeenTensor& entry) {
   return entry.dtype == c10::ScalarType::Float ? *static_cast<const float*>(entry.data)
@@ -30,32 +24,7 @@ void write_step(const SeenTensor& entry, double value) {
   }
 }
 
-const at::Tensor* tensor_of(const SeenTensor& entry) {
-  return entry.object == nullptr ? nullptr : &THPVariable_Unpack(entry.object);
-}
-
-Operand operand_of(const SeenTensor& entry) {
-  if (entry.object == nullptr) return {};
-  return {const_cast<void*>(entry.data), nullptr, *real_dtype(entry.dtype)};
-}
-
-// Accumulators are fp32, or fp64 for fp64 parameters.
-c10::ScalarType sum_dtype(const at::Tensor& param) {
-  const bool wide = real_dtype(param.scalar_type()) == DType::f64;
-  if (param.is_complex()) {
-    return wide ? c10::ScalarType::ComplexDouble : c10::ScalarType::ComplexFloat;
-  }
-  return wide ? c10::ScalarType::Double : c10::ScalarType::Float;
-}
-
 }  // namespace
-
-bool StepPlan::folds_into_momentum(const Slot& slot, bool into_momentum) const {
-  const c10::ScalarType dtype = slot.state[0].object ? slot.state[0].dtype : slot.param.dtype;
-  const DType real = *real_dtype(dtype);
-  return into_momentum && options_[static_cast<size_t>(slot.group)].momentum != 0 &&
-         slot.sum.object == nullptr && (real == DType::f32 || real == DType::f64);
-}
 
 // For a gradient that differs from its parameter in more than strides. Empty if the kernels can use
 // it.
@@ -64,25 +33,69 @@ std::string StepPlan::admit_unusual(Active& active, const at::Tensor& param,
   const Slot& slot = *active.slot;
   if (grad.layout() != c10::kStrided) return "sparse";
   if (grad.key_set().has(c10::DispatchKey::Python)) return "subclass";
-  TORCH_CHECK_VALUE(grad.is_cpu(), owner_, ": the gradient of ", name_of(slot),
-                    " must be on the parameter's device cpu, got ", grad.device());
+  TORCH_CHECK_VALUE(grad.device() == param.device(), owner_, ": the gradient of ", name_of(slot),
+                    " must be on the parameter's device ", param.device(), ", got ", grad.device());
   TORCH_CHECK_VALUE(grad.sizes() == param.sizes(), owner_, ": the gradient of ", name_of(slot),
                     " must have the parameter's shape ", param.sizes(), ", got ", grad.sizes());
   TORCH_CHECK_TYPE(real_dtype(grad.scalar_type()) && grad.is_complex() == param.is_complex(),
                    owner_, ": the gradient of ", name_of(slot), " has dtype ", grad.scalar_type(),
                    ", which cannot go with a parameter of dtype ", param.scalar_type());
-  if (!is_plain_cpu(grad)) {
+  if (!is_plain(grad)) {
     held_.push_back(grad.resolve_conj().resolve_neg());
     active.grad = &held_.back();
-    if (!is_plain_cpu(*active.grad)) return "subclass";
+    if (!is_plain(*active.grad)) return "subclass";
   }
   active.linear = same_order(param, *active.grad);
   return "";
 }
 
-std::string StepPlan::collect(bool include_window) {
-  active_.clear();
+// What of a group's options decides which state its parameters need and whether they step here.
+uint8_t StepPlan::shape_of(const GroupOptions& options) const {
+  return static_cast<uint8_t>(num_states(options) | options.differentiable << 4 |
+                              options.on_device << 5);
+}
+
+void StepPlan::settle() {
+  settled_build_ = rebuilds_;
+  settled_findings_.resize(slots_.size());
+  for (size_t i = 0; i < slots_.size(); ++i) settled_findings_[i] = gathered_[i].finding;
+  settled_groups_.clear();
+  for (const GroupOptions& o : options_) settled_groups_.push_back(shape_of(o));
+}
+
+// True if this step works on the same tensors in the same way as the last one. Most do.
+bool StepPlan::repeats() {
+  if (settled_build_ != rebuilds_ || settled_findings_.size() != slots_.size() ||
+      settled_groups_.size() != options_.size()) {
+    return false;
+  }
+  for (size_t g = 0; g < options_.size(); ++g) {
+    if (shape_of(options_[g]) != settled_groups_[g]) return false;
+  }
+  bool same = true;
+  for (size_t i = 0; i < slots_.size(); ++i) same &= gathered_[i].finding == settled_findings_[i];
+  return same;
+}
+
+void StepPlan::check_gradient(const Slot& slot, const at::Tensor& grad) const {
+  if (slot.numel == 0) return;
+  TORCH_CHECK_VALUE(slot.param.data != nullptr && grad.const_data_ptr() != nullptr, owner_,
+                    ": the memory of ", name_of(slot), " or of its gradient has been freed");
+  refuse_overlapping_gradient(slot, grad);
+}
+
+std::string StepPlan::collect(bool include_window, bool may_repeat) {
   held_.clear();
+  repeating_ = may_repeat && repeats();
+  settled_findings_.clear();  // until this step has come to its end
+  if (repeating_) {
+    for (Active& active : active_) {
+      active.grad = gathered_[static_cast<size_t>(active.slot - slots_.data())].grad;
+      check_gradient(*active.slot, *active.grad);
+    }
+    return "";
+  }
+  active_.clear();
   for (size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
     const Gathered& gathered = gathered_[i];
@@ -103,6 +116,9 @@ std::string StepPlan::collect(bool include_window) {
         " cannot update ", name_of(slot), "; make the parameter outside torch.inference_mode()");
     active_.push_back({&slot, gathered.grad, gathered.finding == Finding::usual, false, 0, 0});
     Active& active = active_.back();
+    active.repeatable = gathered.finding == Finding::usual && slot.linear &&
+                        slot.sum.object == nullptr && !slot.in_window &&
+                        !THPVariable_Unpack(slot.param.object).is_inference();
     if (gathered.finding == Finding::unusual) {
       const at::Tensor& param = THPVariable_Unpack(slot.param.object);
       if (std::string reason = admit_unusual(active, param, *gathered.grad); !reason.empty()) {
@@ -110,167 +126,116 @@ std::string StepPlan::collect(bool include_window) {
       }
     }
     active.linear = active.linear && slot.linear;
-    if (slot.numel == 0) continue;
-    TORCH_CHECK_VALUE(slot.param.data != nullptr && active.grad->const_data_ptr() != nullptr,
-                      owner_, ": the memory of ", name_of(slot),
-                      " or of its gradient has been freed");
-    refuse_overlapping_gradient(slot, *active.grad);
+    check_gradient(slot, *active.grad);
   }
   return "";
 }
 
-// Allocates all that is missing, then enters it into Python's state: an allocation that fails
-// changes nothing.
-void StepPlan::create_state(PyObject* groups, PyObject* state, bool fold, bool into_momentum) {
-  struct Missing {
-    Active* active;
-    PyObject* key;
-    at::Tensor tensor;
+// Active slots of one device side by side, and each batch's share of them.
+void StepPlan::arrange_batches() {
+  if (repeating_) return;
+  const auto before = [](const Active& a, const Active& b) {
+    return a.slot->batch < b.slot->batch;
   };
-  std::vector<Missing> missing;
-  bool allocated = false;
-  const at::NoGradGuard no_grad;
-  const bool wide = c10::get_default_dtype_as_scalartype() == c10::ScalarType::Double;
-  const c10::ScalarType step_dtype = wide ? c10::ScalarType::Double : c10::ScalarType::Float;
-  for (Active& active : active_) {
-    Slot& slot = *active.slot;
-    const at::Tensor& param = THPVariable_Unpack(slot.param.object);
-    const bool to_momentum = fold && folds_into_momentum(slot, into_momentum);
-    if (algorithm_ == Algorithm::adam) {
-      if (slot.step.object == nullptr) {
-        missing.push_back({&active, keys().step, at::zeros({}, step_dtype)});
-        allocated = true;
-      }
-      const int states = num_states(options_[static_cast<size_t>(slot.group)]);
-      for (int k = 0; k < states; ++k) {
-        if (slot.state[k].object == nullptr) {
-          missing.push_back({&active, state_key(k), at::zeros_like(param)});
-          allocated = true;
-        }
-      }
-    } else if ((!fold || to_momentum) && slot.state[0].object == nullptr &&
-               options_[static_cast<size_t>(slot.group)].momentum != 0) {
-      missing.push_back({&active, state_key(0), at::empty_like(param)});
-      allocated = true;
-      active.first = true;
-    }
-    if (fold && !to_momentum && slot.sum.object == nullptr) {
-      at::Tensor sum = std::move(spare_sums_[static_cast<size_t>(&slot - slots_.data())]);
-      if (!sum.defined()) {
-        allocated = true;
-        sum = at::empty_like(param, param.options().dtype(sum_dtype(param)).requires_grad(false));
-      }
-      missing.push_back({&active, keys().grad_sum, std::move(sum)});
-      active.first = true;
-    }
+  if (!std::is_sorted(active_.begin(), active_.end(), before)) {
+    std::stable_sort(active_.begin(), active_.end(), before);
   }
-  if (missing.empty()) return;
-  for (Missing& entry : missing) {
-    Slot& slot = *entry.active->slot;
-    if (slot.state_dict == nullptr) {
-      const PyRef inner(PyDict_New());
-      if (inner.get() == nullptr || PyObject_SetItem(state, slot.param.object, inner.get()) < 0) {
-        throw_python_error();
-      }
-      slot.state_dict = inner.get();
-    }
-    const PyRef object(THPVariable_Wrap(entry.tensor));
-    if (object.get() == nullptr || PyDict_SetItem(slot.state_dict, entry.key, object.get()) < 0) {
-      throw_python_error();
-    }
+  for (Batch& batch : batches_) batch.begin = batch.end = 0;
+  for (size_t i = 0; i < active_.size(); ++i) {
+    Batch& batch = batches_[static_cast<size_t>(active_[i].slot->batch)];
+    if (batch.end == 0) batch.begin = i;
+    batch.end = i + 1;
   }
-  for (Missing& entry : missing) {
-    Slot& slot = *entry.active->slot;
-    adopt_states(slot);
-    entry.active->linear = entry.active->linear && slot.linear;
-  }
-  if (allocated) check_overlap();  // so that a gradient in this memory is refused from now on
-  snapshot_.record(groups, state);
 }
 
-void StepPlan::fill_work(const Destination& destination) {
-  bool all_linear = true;
-  work_key_scratch_.assign({rebuilds_, destination.fold, destination.into_momentum});
+// A graph replays the launch, not this code: nothing that changes from step to step may be decided
+// here.
+void StepPlan::check_capture() const {
+  for (const Batch& batch : batches_) {
+    if (batch.begin == batch.end || batch.place.backend == nullptr ||
+        !batch.place.backend->is_capturing(batch.place.index)) {
+      continue;
+    }
+    TORCH_CHECK(
+        algorithm_ == Algorithm::sgd || batch.device_hypers,
+        "Attempting CUDA graph capture of step() for an instance of ", owner_,
+        " whose step counts the CPU keeps: param_groups' capturable is False. Construct it ",
+        "with capturable=True");
+  }
+}
+
+// Adam's step count of this slot, present or still to be made, is in the memory of its device.
+bool StepPlan::counts_on_device(const Slot& slot) const {
+  const Batch& batch = batches_[static_cast<size_t>(slot.batch)];
+  if (batch.place.backend == nullptr || algorithm_ != Algorithm::adam) return false;
+  const bool wanted = options_[static_cast<size_t>(slot.group)].on_device;
+  if (slot.step.object == nullptr) return wanted;
+  return batch.place.backend->holds_scalar(THPVariable_Unpack(slot.step.object), wanted);
+}
+
+// A GradScaler's tensors stay on the device if every kernel can read them and no later decision
+// hangs on them here; otherwise their values are waited for. False if they tell of an overflow.
+bool StepPlan::resolve_loss_scale(StepScalars& scalars, bool window) {
+  if (scalars.amp.grad_scale == nullptr && scalars.amp.found_inf == nullptr) return true;
+  const auto readable = [](const at::Tensor* tensor) {
+    return tensor == nullptr ||
+           (tensor->scalar_type() == c10::ScalarType::Float && tensor->numel() == 1);
+  };
+  bool deferred = !window && readable(scalars.amp.grad_scale) && readable(scalars.amp.found_inf);
   for (const Active& active : active_) {
-    const GroupOptions& o = options_[static_cast<size_t>(active.slot->group)];
-    all_linear = all_linear && active.linear;
-    work_key_scratch_.push_back((active.slot - slots_.data()) * 64 + active.linear * 32 +
-                                (active.grad != nullptr) * 16 +
-                                (active.slot->sum.object != nullptr) * 8 + num_states(o));
+    const Slot& slot = *active.slot;
+    const bool momentum = options_[static_cast<size_t>(slot.group)].momentum != 0;
+    // A first momentum buffer starts as the gradient, of the first step that is not skipped.
+    deferred = deferred && batches_[static_cast<size_t>(slot.batch)].place.backend != nullptr &&
+               (algorithm_ == Algorithm::adam ? counts_on_device(slot)
+                                              : !momentum || slot.state[0].object != nullptr);
   }
-  if (all_linear && work_key_scratch_ == work_key_) {
-    for (size_t i = 0; i < active_.size(); ++i) {
-      work_[i].hyper = active_[i].hyper;
-      work_[i].first = active_[i].first;
-      if (active_[i].grad != nullptr) work_[i].grad = linear_operand(*active_[i].grad);
-    }
-    return;
+  if (deferred) return true;
+  if (scalars.amp.found_inf != nullptr && scalars.amp.found_inf->item().toDouble() != 0)
+    return false;
+  if (scalars.amp.grad_scale != nullptr) {
+    scalars.grad_scale = 1 / scalars.amp.grad_scale->item().toDouble();
   }
-  layouts_.clear();
-  work_.resize(active_.size());
-  for (size_t i = 0; i < active_.size(); ++i) fill(work_[i], active_[i], destination);
-  chunks_.build(work_);
-  work_key_.swap(work_key_scratch_);
+  scalars.amp = {};
+  return true;
 }
 
-void StepPlan::fill(TensorWork& work, const Active& active, const Destination& destination) {
-  const Slot& slot = *active.slot;
-  const SeenTensor* entries[kMaxStates] = {};
-  const SeenTensor* sum = nullptr;
-  if (destination.fold) {
-    entries[0] = folds_into_momentum(slot, destination.into_momentum) ? &slot.state[0] : &slot.sum;
-  } else {
-    const int used = num_states(options_[static_cast<size_t>(slot.group)]);
-    for (int k = 0; k < used; ++k) entries[k] = &slot.state[k];
-    sum = &slot.sum;
-  }
-  work.hyper = active.hyper;
-  work.first = active.first;
-  work.is_double = slot.real == DType::f64;
-  work.linear = active.linear;
-  if (work.linear) {
-    work.numel = slot.numel;
-    work.param = {const_cast<void*>(slot.param.data), nullptr, slot.real};
-    work.grad = active.grad == nullptr ? Operand{} : linear_operand(*active.grad);
-    work.sum = sum == nullptr ? Operand{} : operand_of(*sum);
-    for (int k = 0; k < kMaxStates; ++k) {
-      work.state[k] = entries[k] == nullptr ? Operand{} : operand_of(*entries[k]);
+void StepPlan::choose_hypers(const StepScalars& scalars) {
+  for (Batch& batch : batches_) {
+    batch.adam.clear();
+    batch.sgd.clear();
+    batch.adam_device.clear();
+    batch.sgd_device.clear();
+    if (!repeating_) {
+      batch.counts_on_device = false;
+      for (size_t i = batch.begin; i < batch.end; ++i) {
+        const bool on_device = counts_on_device(*active_[i].slot);
+        active_[i].counted = algorithm_ == Algorithm::adam && !on_device;
+        batch.counts_on_device |= on_device;
+      }
     }
-    return;
+    batch.device_hypers = batch.place.backend != nullptr &&
+                          (scalars.amp.grad_scale != nullptr || scalars.amp.found_inf != nullptr ||
+                           batch.counts_on_device ||
+                           std::any_of(options_.begin(), options_.end(),
+                                       [](const GroupOptions& o) { return o.device.any(); }));
+    for (size_t i = batch.begin; i < batch.end; ++i) {
+      Active& active = active_[i];
+      if (algorithm_ == Algorithm::adam) {
+        active.step = active.counted ? read_step(active.slot->step) + 1 : 0;
+        active.hyper = adam_hyper(batch, active, scalars);
+      } else {
+        active.hyper = sgd_hyper(batch, active, scalars);
+      }
+    }
   }
-  const at::Tensor* states[kMaxStates] = {};
-  for (int k = 0; k < kMaxStates; ++k) {
-    states[k] = entries[k] == nullptr ? nullptr : tensor_of(*entries[k]);
-  }
-  lay_out(work,
-          {{&THPVariable_Unpack(slot.param.object), &work.param},
-           {active.grad, &work.grad},
-           {sum == nullptr ? nullptr : tensor_of(*sum), &work.sum},
-           {states[0], &work.state[0]},
-           {states[1], &work.state[1]},
-           {states[2], &work.state[2]}},
-          layouts_);
-}
-
-template <class Launch>
-void StepPlan::launch(Launch run) {
-  const int threads = at::get_num_threads();
-  if (chunks_.cost < kReleaseGilCost) {
-    run(threads);
-    return;
-  }
-  for (const Active& active : active_) {
-    if (active.grad != nullptr) held_.push_back(*active.grad);
-  }
-  const GilReleased released;
-  run(threads);
 }
 
 std::string StepPlan::step(PyObject* groups, PyObject* state, StepScalars scalars) {
   Guard guard(*this);
   refresh(groups, state);
   const bool window = scalars.window_weight >= 0;
-  if (std::string reason = collect(window); !reason.empty()) return reason;
+  if (std::string reason = collect(window, !window); !reason.empty()) return reason;
   const bool present = std::any_of(active_.begin(), active_.end(),
                                    [](const Active& active) { return active.grad != nullptr; });
   if (active_.empty() || (scalars.need_gradient && !present)) return "none";
@@ -279,55 +244,70 @@ std::string StepPlan::step(PyObject* groups, PyObject* state, StepScalars scalar
     TORCH_CHECK_VALUE(scalars.divisor != 0, owner_,
                       ": the weights of the accumulated gradients sum to 0");
   }
-  create_state(groups, state, false, false);
-  adam_.clear();
-  sgd_.clear();
-  for (Active& active : active_) {
-    if (algorithm_ == Algorithm::adam) {
-      active.step = read_step(active.slot->step) + 1;
-      active.hyper = adam_hyper(active, scalars);
-    } else {
-      active.hyper = sgd_hyper(active, scalars);
-    }
-  }
-  fill_work({});
-  launch([&](int threads) {
-    if (algorithm_ == Algorithm::adam) {
-      cpu::adam_step(work_, chunks_, adam_, threads);
-    } else {
-      cpu::sgd_step(work_, chunks_, sgd_, threads);
+  arrange_batches();
+  if (!resolve_loss_scale(scalars, window)) return "overflow";
+  const bool deferred = scalars.amp.found_inf != nullptr;
+  undo_state_on_failure(state, [&] {
+    if (!repeating_) create_state(groups, state, false, false);
+    choose_hypers(scalars);
+    check_capture();
+    for (Batch& batch : batches_) fill_work(batch, {});
+    for (Batch& batch : batches_) {
+      launch_step(batch, scalars);
+      for (size_t i = batch.begin; i < batch.end; ++i) {
+        const Slot& slot = *active_[i].slot;
+        if (active_[i].counted) write_step(slot.step, active_[i].step);
+        THPVariable_Unpack(slot.param.object).unsafeGetTensorImpl()->bump_version();
+      }
     }
   });
-  for (const Active& active : active_) {
-    if (algorithm_ == Algorithm::adam) write_step(active.slot->step, active.step);
-    THPVariable_Unpack(active.slot->param.object).unsafeGetTensorImpl()->bump_version();
-  }
   if (window) leave_window(groups, state);
-  return "";
+  const bool settled = !window && std::all_of(active_.begin(), active_.end(), [](const Active& a) {
+    return a.repeatable && !a.first;
+  });
+  if (settled) settle();
+  return deferred ? "deferred" : "";
 }
 
 std::string StepPlan::fold(PyObject* groups, PyObject* state, double weight, bool into_momentum) {
   Guard guard(*this);
   refresh(groups, state);
-  if (std::string reason = collect(false); !reason.empty()) return reason;
+  if (std::string reason = collect(false, false); !reason.empty()) return reason;
   if (active_.empty()) return "none";
-  create_state(groups, state, true, into_momentum);
-  fold_.clear();
-  for (Active& active : active_) {
-    const GroupOptions& o = options_[static_cast<size_t>(active.slot->group)];
-    const bool to_momentum = folds_into_momentum(*active.slot, into_momentum);
-    // A buffer carries the sign of the update direction; an accumulator carries the gradient
-    // itself.
-    const double signed_weight = to_momentum && o.maximize ? -weight : weight;
-    const double keep = to_momentum && !active.slot->in_window ? o.momentum : 1;
-    const cpu::FoldHyper hyper{signed_weight, keep};
-    if (fold_.empty() || fold_.back().weight != hyper.weight || fold_.back().keep != hyper.keep) {
-      fold_.push_back(hyper);
-    }
-    active.hyper = static_cast<int32_t>(fold_.size()) - 1;
+  arrange_batches();
+  for (const Batch& batch : batches_) {
+    TORCH_CHECK(batch.begin == batch.end || batch.place.backend == nullptr ||
+                    !batch.place.backend->is_capturing(batch.place.index),
+                owner_,
+                ": accumulation counts its micro-batches on the CPU and cannot be captured ",
+                "into a CUDA graph");
   }
-  fill_work({true, into_momentum});
-  launch([&](int threads) { cpu::fold_gradients(work_, chunks_, fold_, threads); });
+  undo_state_on_failure(state, [&] {
+    create_state(groups, state, true, into_momentum);
+    for (Batch& batch : batches_) {
+      batch.fold.clear();
+      for (size_t i = batch.begin; i < batch.end; ++i) {
+        Active& active = active_[i];
+        const GroupOptions& o = options_[static_cast<size_t>(active.slot->group)];
+        const bool to_momentum = folds_into_momentum(*active.slot, into_momentum);
+        // A buffer carries the sign of the update direction; an accumulator carries the gradient
+        // itself.
+        const double signed_weight = to_momentum && o.maximize ? -weight : weight;
+        const double momentum = o.device.momentum == nullptr
+                                    ? o.momentum
+                                    : THPVariable_Unpack(o.device.momentum).item().toDouble();
+        const double keep = to_momentum && !active.slot->in_window ? momentum : 1;
+        const FoldHyper hyper{signed_weight, keep};
+        if (batch.fold.empty() || batch.fold.back().weight != hyper.weight ||
+            batch.fold.back().keep != hyper.keep) {
+          batch.fold.push_back(hyper);
+        }
+        active.hyper = static_cast<int32_t>(batch.fold.size()) - 1;
+      }
+    }
+    for (Batch& batch : batches_) fill_work(batch, {true, into_momentum});
+    for (Batch& batch : batches_) launch_fold(batch);
+  });
   bool marked = false;
   for (const Active& active : active_) {
     Slot& slot = *active.slot;

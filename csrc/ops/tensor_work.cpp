@@ -16,9 +16,9 @@ std::optional<DType> real_dtype(c10::ScalarType dtype) {
   }
 }
 
-bool is_plain_cpu(const at::Tensor& tensor) {
+bool is_plain(const at::Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.key_set();
-  return tensor.is_cpu() && tensor.layout() == c10::kStrided && tensor.has_storage() &&
+  return tensor.layout() == c10::kStrided && tensor.has_storage() && !tensor.is_meta() &&
          !keys.has(c10::DispatchKey::Python) && !keys.has(c10::DispatchKey::Conjugate) &&
          !keys.has(c10::DispatchKey::Negative) && !keys.has(c10::DispatchKey::FuncTorchBatched) &&
          !keys.has(c10::DispatchKey::FuncTorchGradWrapper) &&

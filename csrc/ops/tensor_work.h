@@ -17,9 +17,9 @@ namespace braze {
 // no kernel for it.
 std::optional<DType> real_dtype(c10::ScalarType dtype);
 
-// True for a CPU tensor whose memory may be read as it stands: strided, real data pointer, no lazy
-// conjugate or negative bit, no Python dispatch.
-bool is_plain_cpu(const at::Tensor& tensor);
+// True for a tensor whose memory may be read as it stands by its device: strided, real data
+// pointer, no lazy conjugate or negative bit, no Python dispatch.
+bool is_plain(const at::Tensor& tensor);
 
 // Same order in memory: equal strides, where dimensions of size 1 do not count.
 bool same_order(const at::Tensor& a, const at::Tensor& b);

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from torch import Tensor
+
 class StepPlan:
     """An optimizer's parameters and state, compared with Python at every call.
 
     ``step`` and ``fold`` return ``""`` when done and ``"none"`` when there was no gradient.
+    ``step`` also returns ``"overflow"`` (found_inf is set: nothing was changed) and ``"deferred"`` (done, but
+    only the device knows whether found_inf was set and the step did nothing).
     Otherwise nothing was changed, and the word says why the kernels cannot do it: ``"sparse"``,
     ``"subclass"``, ``"dtype"``, ``"differentiable"``, ``"meta"``, ``"device"``, or ``"cuda:0"``.
     """
@@ -19,6 +23,8 @@ class StepPlan:
         window_weight: float = -1.0,
         mean: bool = False,
         need_gradient: bool = False,
+        loss_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> str: ...
     def fold(
         self,
@@ -31,6 +37,10 @@ class StepPlan:
     @property
     def rebuilds(self) -> int: ...
 
+def register_backend(backend: object) -> None:
+    """Takes the capsule ``backend`` of ``braze._cuda``. Raises RuntimeError if the builds do not fit."""
+
+def backends() -> list[str]: ...
 def available_instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str) -> bool: ...

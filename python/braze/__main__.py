@@ -1,4 +1,4 @@
-"""``python -m braze info | bench | demo``."""
+"""``python -m braze info | build | bench | demo``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 USAGE = """usage: python -m braze COMMAND [options]
 
   info    what is built, and what runs where
+  build   compile the CUDA kernels for the installed torch, if braze came without them
   bench   microbenchmarks against torch (python -m braze bench --help)
   demo    train a small CNN on real images, torch and braze side by side (python -m braze demo --help)
 """
@@ -24,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         from braze.info import main as info
 
         return info()
+    if command == "build":
+        from braze.build import main as build
+
+        return build(rest)
     if command == "bench":
         from braze.bench.__main__ import main as bench
 
@@ -32,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         from braze.demo.cli import main as demo
 
         return demo(rest)
-    print(f"braze: unknown command '{command}'; choose info, bench or demo", file=sys.stderr)
+    print(f"braze: unknown command '{command}'; choose info, build, bench or demo", file=sys.stderr)
     return 2
 
 

@@ -6,18 +6,20 @@ import platform
 
 import torch
 
+from braze import _native
 from braze._native import _C
+
+
+def _cuda() -> str:
+    if missing := _native.cuda_missing():
+        return f"none: {missing}"
+    return f"loaded from {_native.CUDA_FILE}, torch's CUDA {torch.version.cuda}"
 
 
 def build_info() -> dict[str, str]:
     """Versions and capabilities, one line each, to paste into a bug report. Never raises."""
     from braze import __version__, _build
 
-    cuda = (
-        f"torch has CUDA {torch.version.cuda}, but this release of braze has CPU kernels only"
-        if torch.version.cuda
-        else "no kernels: CPU build of torch"
-    )
     return {
         "braze": __version__,
         "torch": f"{torch.__version__} (built against {_build.TORCH_VERSION})",
@@ -29,7 +31,7 @@ def build_info() -> dict[str, str]:
         ),
         "threads": str(torch.get_num_threads()),
         "CPU kernels": "SGD, Adam, AdamW, CAG, gradient accumulation: fp32 fp64 bf16 fp16 complex",
-        "CUDA kernels": cuda,
+        "CUDA kernels": _cuda(),
     }
 
 

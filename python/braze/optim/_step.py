@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from braze import _native
 from braze._native import _C
 from braze.optim import _torch_path
 
@@ -51,14 +52,19 @@ class FusedStep(Optimizer):
         if not l1 >= 0.0:
             raise ValueError(f"Invalid l1 value: {l1}")
 
-    def _configure(self, accumulation_steps: int, accumulation: str, l1: float) -> None:
+    def _configure(
+        self, accumulation_steps: int, accumulation: str, l1: float, capturable: bool = False
+    ) -> None:
         self.accumulation_steps = accumulation_steps
         self.accumulation = accumulation
         # Only a group that uses it has the key: a default state_dict keeps exactly torch's keys.
-        if l1 != 0.0:
-            self.defaults["l1"] = l1
+        extras: dict[str, Any] = {"l1": l1} if l1 != 0.0 else {}
+        if capturable:
+            extras["capturable"] = True
+        for key, value in extras.items():
+            self.defaults[key] = value
             for group in self.param_groups:
-                group.setdefault("l1", l1)
+                group.setdefault(key, value)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -72,13 +78,15 @@ class FusedStep(Optimizer):
         )
         if not self._uses_torch:
             self._step_supports_amp_scaling = True
-        self._updated = False
+        self._updated: bool | Tensor = False  # a tensor: a found_inf not looked at yet
         self._plan = _C.StepPlan(self._algorithm, type(self).__name__)
 
     @property
     def updated(self) -> bool:
         """Whether the last ``step()`` changed parameters: False while gradients only accumulate, after an
-        overflow, and when no parameter had a gradient."""
+        overflow, and when no parameter had a gradient. Waits for the device if only that knows."""
+        if isinstance(self._updated, Tensor):
+            self._updated = not bool(self._updated)
         return self._updated
 
     # ------------------------------------------------------------------ step
@@ -99,7 +107,9 @@ class FusedStep(Optimizer):
             ValueError: parameters share memory, or a gradient or state tensor does not fit its parameter
                 (shape, device). Nothing has been changed then.
             TypeError: a gradient, state tensor or hyper-parameter has an unusable type; nothing changed.
-            RuntimeError: a parameter is on a CUDA device: this build has CPU kernels only.
+            RuntimeError: a parameter is on a CUDA device and braze has no CUDA kernels here; a step inside
+                a CUDA graph capture whose state does not exist yet, or whose step counts the CPU keeps.
+                Nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -108,13 +118,18 @@ class FusedStep(Optimizer):
         self._updated = False
         grad_scale = getattr(self, "grad_scale", None)
         window = self._window()
+        if window is None and self.accumulation_steps == 1:
+            found_inf = getattr(self, "found_inf", None)
+            # A plain 0 when no parameter has a gradient: GradScaler sums an empty list.
+            if not isinstance(found_inf, Tensor):
+                found_inf = None
+            self._update(1.0, _NO_WINDOW, False, grad_scale, found_inf)
+            return loss
         if self._overflowed():
-            if window is not None or self.accumulation_steps > 1:
-                self._release_gradients()
+            self._release_gradients()
             return loss
         scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-
-        if window is None and (self.accumulation_steps == 1 or self._only_creates_state()):
+        if window is None and self._only_creates_state():
             self._update(scale, _NO_WINDOW, False)
             return loss
 
@@ -143,7 +158,6 @@ class FusedStep(Optimizer):
 
     def _overflowed(self) -> bool:
         found_inf = getattr(self, "found_inf", None)
-        # A plain 0 when no parameter has a gradient: GradScaler sums an empty list.
         return found_inf is not None and bool(found_inf)
 
     def _only_creates_state(self) -> bool:
@@ -153,19 +167,43 @@ class FusedStep(Optimizer):
             return False
         return all(p.grad is None or not bool(p.grad.any()) for p in self._parameters())
 
-    def _update(self, scale: float, window_weight: float, need_gradient: bool) -> None:
-        """One update from the gradients, or from the window if ``window_weight`` is not negative."""
+    def _update(
+        self,
+        scale: float,
+        window_weight: float,
+        need_gradient: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One update from the gradients, or from the window if ``window_weight`` is not negative.
+
+        ``grad_scale`` and ``found_inf`` are a GradScaler's; on a device they are not waited for.
+        """
         mean = self.accumulation == "mean"
         if self._uses_torch or torch.compiler.is_compiling():
             reason = "torch"
         else:
             reason = self._plan.step(
-                self.param_groups, self.state, scale, window_weight, mean, need_gradient
+                self.param_groups,
+                self.state,
+                scale,
+                window_weight,
+                mean,
+                need_gradient,
+                grad_scale,
+                found_inf,
             )
-        if reason == "none":
+        if reason in ("none", "overflow"):
+            return
+        if reason == "deferred":
+            self._updated = True if found_inf is None else found_inf
             return
         if reason != "":
             self._check_reason(reason)
+            if found_inf is not None and bool(found_inf):
+                return
+            if grad_scale is not None:
+                scale /= float(grad_scale)
             window = None if window_weight == _NO_WINDOW else window_weight
             if not _torch_path.step(self, self._torch_class, scale, window, mean, need_gradient):
                 return
@@ -179,9 +217,9 @@ class FusedStep(Optimizer):
     def _check_reason(self, reason: str) -> None:
         if reason.startswith("cuda") and not self._uses_torch:
             raise RuntimeError(
-                f"{type(self).__name__}: a parameter is on {reason}, but this build of braze has CPU "
-                "kernels only. Nothing was changed. Until braze has CUDA kernels, construct the "
-                "optimizer with foreach=True to use torch's implementation on that device"
+                f"{type(self).__name__}: a parameter is on {reason}, but braze has no CUDA kernels "
+                f"here: {_native.cuda_missing()}. Nothing was changed. To use torch's implementation "
+                "instead, construct the optimizer with foreach=True"
             )
 
     # ---------------------------------------------------------- accumulation
@@ -249,9 +287,10 @@ class FusedStep(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "l1" in self.defaults:
-            for group in self.param_groups:
-                group.setdefault("l1", self.defaults["l1"])
+        for key in ("l1", "capturable"):
+            if key in self.defaults:
+                for group in self.param_groups:
+                    group.setdefault(key, self.defaults[key])
         if "_plan" not in self.__dict__:
             self._prepare()
         self._plan.reset()

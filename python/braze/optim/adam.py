@@ -29,8 +29,14 @@ class Adam(FusedStep, torch.optim.Adam):
     :math:`1-\gamma\lambda` instead of adding :math:`\lambda p` to the gradient.
 
     Arguments, state, ``state_dict`` and hooks are torch's. fp32, fp64, bf16, fp16 and complex parameters on
-    the CPU, in any strided layout; 16-bit types compute in fp32 and round once. The gradient's dtype may
-    differ from the parameter's. Bit-exact class: the same bits for any number of threads and on any CPU.
+    the CPU and on CUDA devices, in any strided layout and any mix, one launch per device and step; 16-bit
+    types compute in fp32 and round once. The gradient's dtype may differ from the parameter's. Bit-exact
+    class: the same bits for any number of threads, on any CPU and GPU.
+
+    On CUDA, step counts are on the CPU as torch's are, or on the device with ``fused=True`` or
+    ``capturable=True``; then a GradScaler's scale and overflow flag are not waited for either. With
+    ``capturable=True`` a step can be captured into a CUDA graph, after one step outside it; ``lr``, ``betas``
+    and ``weight_decay`` that are tensors on the device are read when the graph runs.
 
     Keyword-only additions, whose defaults reproduce torch:
 

@@ -29,6 +29,13 @@ class SGD(FusedStep, torch.optim.SGD):
     and the errors raised are those of :class:`braze.optim.Adam`. A momentum buffer has the parameter's
     dtype and layout; on an overflow found by a GradScaler not even a first one appears.
 
+    Keyword-only besides those:
+
+    Args:
+        capturable (bool): for CUDA graphs: ``lr``, ``momentum``, ``dampening`` and ``weight_decay`` that are
+            tensors on the device are read when the graph runs, so that a schedule may change them between
+            replays. Default: False.
+
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013;
     ``torch.optim.SGD``.
     """
@@ -49,6 +56,7 @@ class SGD(FusedStep, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         l1: float = 0.0,
         accumulation_steps: int = 1,
         accumulation: str = "mean",
@@ -67,4 +75,4 @@ class SGD(FusedStep, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._configure(accumulation_steps, accumulation, l1)
+        self._configure(accumulation_steps, accumulation, l1, capturable)

@@ -1,0 +1,367 @@
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <type_traits>
+
+#include "optimizer_kernels.cuh"
+#include "optimizer_launch.h"
+
+namespace braze::cuda {
+namespace {
+
+constexpr uint16_t kNeverPlain = 0xffff;
+
+template <class Op>
+constexpr int kAlgorithm = std::is_same_v<Op, AdamOp>  ? 0
+                           : std::is_same_v<Op, SgdOp> ? 1
+                                                       : 2;
+
+uint32_t flags_of(const AdamHyper& h) {
+  return (h.penalty ? kPenalty : 0u) | (h.amsgrad ? kAmsgrad : 0u);
+}
+uint32_t flags_of(const SgdHyper& h) {
+  return (h.penalty ? kPenalty : 0u) | (h.has_momentum ? kHasMomentum : 0u) |
+         (h.nesterov ? kNesterov : 0u);
+}
+uint32_t flags_of(const FoldHyper&) { return 0; }
+// Whether there is a penalty only the device knows.
+uint32_t flags_of(const AdamDeviceHyper& h) { return h.amsgrad ? kAmsgrad : 0u; }
+uint32_t flags_of(const SgdDeviceHyper& h) {
+  return (h.has_momentum ? kHasMomentum : 0u) | (h.nesterov ? kNesterov : 0u);
+}
+
+template <class Args>
+void append(std::vector<char>& bytes, const Args& args) {
+  static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) % 4 == 0);
+  const char* begin = reinterpret_cast<const char*>(&args);
+  bytes.insert(bytes.end(), begin, begin + sizeof(Args));
+}
+
+// What the kernels read of one hyper: float arguments, and double ones for tensors that need them.
+template <class Hyper>
+struct Stored {
+  using Narrow = decltype(Hyper::f);
+  using Wide = decltype(Hyper::d);
+  static Narrow narrow(const Hyper& h) { return h.f; }
+  static Wide wide(const Hyper& h) { return h.d; }
+};
+template <>
+struct Stored<FoldHyper> {
+  using Narrow = FoldArgs<float>;
+  using Wide = FoldArgs<double>;
+  static Narrow narrow(const FoldHyper& h) {
+    return {static_cast<float>(h.weight), static_cast<float>(h.keep)};
+  }
+  static Wide wide(const FoldHyper& h) { return {h.weight, h.keep}; }
+};
+template <class Hyper>
+constexpr bool kMadeOnDevice =
+    std::is_same_v<Hyper, AdamDeviceHyper> || std::is_same_v<Hyper, SgdDeviceHyper>;
+
+size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Blocks that the current device runs at once.
+template <class Kernel>
+cudaError_t resident_blocks(Kernel kernel, int64_t& blocks) {
+  constexpr size_t kMaxDevices = 64;
+  static std::array<int64_t, kMaxDevices> known = {};  // a race writes the same number twice
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  int64_t& cached = known[static_cast<size_t>(device) % kMaxDevices];
+  if (cached == 0) {
+    int multiprocessors = 0, blocks_each = 0;
+    cudaError_t error =
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kBlockThreads, 0);
+    }
+    if (error != cudaSuccess) return error;
+    cached = static_cast<int64_t>(multiprocessors) * std::max(blocks_each, 1);
+  }
+  blocks = cached;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+// Errors are ignored: at the end of the process the driver may be gone already.
+StepLauncher::~StepLauncher() {
+  if (blocks_done_ != nullptr) (void)cudaFree(blocks_done_);
+}
+
+template <class Op>
+void StepLauncher::make_entries(const StepWork& work) {
+  if (generation_ == work.generation && algorithm_ == kAlgorithm<Op>) return;
+  generation_ = work.generation;
+  algorithm_ = kAlgorithm<Op>;
+  entries_.clear();
+  dims_.clear();
+  plain_dtype_.clear();
+  chunks_before_.assign(1, 0);
+  has_steps_ = false;
+  for (const TensorWork& t : work.tensors) {
+    TensorEntry entry = {};
+    const Operand* columns[kNumColumns] = {&t.param,    &t.grad,     &t.sum,
+                                           &t.state[0], &t.state[1], &t.state[2]};
+    bool plain = t.linear && !t.is_double;
+    for (int c = 0; c < kNumColumns; ++c) {
+      const bool used = c == kGrad    ? false
+                        : c < kState0 ? Op::kUpdatesParam
+                                      : c < kState0 + Op::kStates;
+      if (!used || columns[c]->data == nullptr) continue;
+      entry.data[c] = columns[c]->data;
+      entry.dtypes |= static_cast<uint16_t>(static_cast<int>(columns[c]->dtype) << (2 * c));
+      plain = plain && c != kSum && columns[c]->dtype == t.param.dtype;
+    }
+    entry.step = t.step.data;
+    entry.step_is_double = t.step.dtype == DType::f64;
+    has_steps_ = has_steps_ || entry.step != nullptr;
+    entry.numel = t.numel;
+    entry.first_chunk = static_cast<int32_t>(chunks_before_.back());
+    entry.ndim = t.ndim;
+    entry.is_double = t.is_double;
+    entry.dims = -1;
+    if (!t.linear) {
+      entry.dims = static_cast<int32_t>(dims_.size());
+      dims_.insert(dims_.end(), t.sizes, t.sizes + t.ndim);
+      for (const Operand* column : columns) {
+        const int64_t* strides = column->strides;
+        for (int d = 0; d < t.ndim; ++d) dims_.push_back(strides == nullptr ? 0 : strides[d]);
+      }
+    }
+    entries_.push_back(entry);
+    plain_dtype_.push_back(plain ? static_cast<uint16_t>(t.param.dtype) : kNeverPlain);
+    chunks_before_.push_back(chunks_before_.back() +
+                             (t.numel + kChunkElements - 1) / kChunkElements);
+  }
+}
+
+template <class Hyper>
+void StepLauncher::make_now(const StepWork& work, const std::vector<Hyper>& hypers) {
+  hypers_.clear();
+  wide_hypers_.clear();
+  if constexpr (kMadeOnDevice<Hyper>) {
+    narrow_size_ = sizeof(Hyper);
+    wide_size_ = 0;
+    for (const Hyper& h : hypers) append(hypers_, h);
+  } else {
+    narrow_size_ = sizeof(typename Stored<Hyper>::Narrow);
+    wide_size_ = sizeof(typename Stored<Hyper>::Wide);
+    bool any_wide = false;
+    for (const TensorEntry& entry : entries_) any_wide = any_wide || entry.is_double;
+    for (const Hyper& h : hypers) {
+      append(hypers_, Stored<Hyper>::narrow(h));
+      if (any_wide) append(wide_hypers_, Stored<Hyper>::wide(h));
+    }
+  }
+  plain_ = true;
+  now_.resize(entries_.size());
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const TensorWork& t = work.tensors[i];
+    const size_t hyper = static_cast<size_t>(t.hyper);
+    const uint32_t flags = flags_of(hypers[hyper]) | (t.first ? kFirst : 0u);
+    const uint32_t dtype = static_cast<uint32_t>(t.grad.dtype);
+    now_[i] = {t.grad.data, static_cast<uint32_t>(hyper * hyper_size(i)),
+               flags | dtype << kGradDtypeShift};
+    plain_ = plain_ && plain_dtype_[i] == dtype && t.grad.data != nullptr && !(flags & kAmsgrad);
+  }
+}
+
+// Elements of dims_ that tensors [first, first + count) use: a stretch, for they come in order.
+size_t StepLauncher::dims_bytes(size_t first, size_t count) const {
+  if (count == entries_.size()) return dims_.size() * sizeof(int64_t);
+  size_t elements = 0;
+  for (size_t i = first; i < first + count; ++i) {
+    if (entries_[i].dims >= 0) {
+      elements += static_cast<size_t>(entries_[i].ndim) * (kNumColumns + 1);
+    }
+  }
+  return elements * sizeof(int64_t);
+}
+
+size_t StepLauncher::hyper_size(size_t tensor) const {
+  return wide_size_ != 0 && entries_[tensor].is_double ? wide_size_ : narrow_size_;
+}
+
+// The bytes of hypers_, or wide_hypers_, that tensors [first, first + count) read.
+StepLauncher::HyperRange StepLauncher::hyper_range(size_t first, size_t count, bool wide) const {
+  if (count == entries_.size()) {
+    return {0, static_cast<uint32_t>((wide ? wide_hypers_ : hypers_).size())};
+  }
+  HyperRange range{UINT32_MAX, 0};
+  for (size_t i = first; i < first + count; ++i) {
+    if ((wide_size_ != 0 && entries_[i].is_double) != wide) continue;
+    range.begin = std::min(range.begin, now_[i].hyper);
+    range.end = std::max(range.end, now_[i].hyper + static_cast<uint32_t>(hyper_size(i)));
+  }
+  return range.end == 0 ? HyperRange{0, 0} : range;
+}
+
+// Fills the argument (and the resident table's image) for tensors [first, first + count). What does
+// not fit the argument goes to device memory, what changes least first.
+void StepLauncher::place(size_t first, size_t count, bool capturing) {
+  struct Section {
+    const char* data;
+    size_t bytes;
+    uint32_t* offset;
+  };
+  argument_.num_tensors = static_cast<int32_t>(count);
+  argument_.chunk_begin = std::max(chunks_before_[first], only_begin_);
+  argument_.chunk_end = std::min(chunks_before_[first + count], only_end_);
+  int32_t dims_begin = 0;
+  for (size_t i = first; i < first + count && !dims_.empty(); ++i) {
+    if (entries_[i].dims < 0) continue;
+    dims_begin = entries_[i].dims;
+    break;
+  }
+  argument_.dims_begin = dims_begin;
+  const HyperRange narrow = hyper_range(first, count, false),
+                   wide = hyper_range(first, count, true);
+  argument_.hypers_begin = narrow.begin;
+  argument_.wide_hypers_begin = wide.begin;
+  const std::array<Section, 5> sections = {{
+      {hypers_.data() + narrow.begin, narrow.end - narrow.begin, &argument_.hypers},
+      {wide_hypers_.data() + wide.begin, wide.end - wide.begin, &argument_.wide_hypers},
+      {reinterpret_cast<const char*>(now_.data() + first), count * sizeof(TensorNow),
+       &argument_.now},
+      {reinterpret_cast<const char*>(entries_.data() + first), count * sizeof(TensorEntry),
+       &argument_.entries},
+      {reinterpret_cast<const char*>(dims_.data() + dims_begin), dims_bytes(first, count),
+       &argument_.dims},
+  }};
+  const auto total = [&](size_t begin, size_t end) {
+    size_t bytes = 0;
+    for (size_t s = begin; s < end; ++s) bytes += align16(sections[s].bytes);
+    return bytes;
+  };
+  const bool all_fit = total(0, 5) <= kArgumentBytes, changing_fit = total(0, 3) <= kArgumentBytes;
+  const size_t resident_from = all_fit || capturing ? 5 : changing_fit ? 3 : 0;
+  char* image = table_.image(total(resident_from, 5));
+  size_t in_argument = 0, in_image = 0;
+  for (size_t s = 0; s < sections.size(); ++s) {
+    const bool resident = s >= resident_from;
+    size_t& offset = resident ? in_image : in_argument;
+    char* to = resident ? image : argument_.bytes;
+    if (sections[s].bytes != 0) memcpy(to + offset, sections[s].data, sections[s].bytes);
+    *sections[s].offset = static_cast<uint32_t>(offset) | (resident ? kResident : 0u);
+    offset += align16(sections[s].bytes);
+  }
+}
+
+// A graph would run the memset at every replay, and memory cannot be allocated while one is
+// captured.
+cudaError_t StepLauncher::make_counter(bool capturing, cudaStream_t stream) {
+  if (blocks_done_ != nullptr) return cudaSuccess;
+  if (capturing) return cudaErrorStreamCaptureUnsupported;
+  unsigned int* counter = nullptr;
+  cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&counter), sizeof(unsigned int));
+  if (error != cudaSuccess) return error;
+  error = cudaMemsetAsync(counter, 0, sizeof(unsigned int), stream);
+  if (error != cudaSuccess) {
+    (void)cudaFree(counter);
+    return error;
+  }
+  blocks_done_ = counter;
+  return cudaSuccess;
+}
+
+template <class Op, bool kOnDevice>
+cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale scale, bool capturing,
+                                       cudaStream_t stream) {
+  place(first, count, capturing);
+  int64_t chunks = argument_.chunk_end - argument_.chunk_begin;
+  if (chunks <= 0 && !(kOnDevice && has_steps_)) return cudaSuccess;
+  argument_.grad_scale = scale.grad_scale;
+  argument_.found_inf = scale.found_inf;
+  argument_.blocks_done = kOnDevice && has_steps_ ? blocks_done_ : nullptr;
+  const bool resident = (argument_.entries & kResident) != 0;
+  if (resident) {
+    if (const cudaError_t error = table_.upload(stream); error != cudaSuccess) return error;
+  }
+  argument_.resident = table_.device();
+  const auto run = [&](auto kernel) {
+    int64_t blocks = 0;
+    if (const cudaError_t error = resident_blocks(kernel, blocks); error != cudaSuccess) {
+      return error;
+    }
+    const unsigned int grid = static_cast<unsigned int>(std::clamp<int64_t>(chunks, 1, blocks));
+    return BRAZE_LAUNCH(kernel, grid, kBlockThreads, 0, stream, argument_);
+  };
+  cudaError_t error;
+  if constexpr (kOnDevice) {
+    error = plain_ ? run(device_step_kernel<Op, true>) : run(device_step_kernel<Op, false>);
+  } else if constexpr (Op::kUpdatesParam) {
+    error = plain_ ? run(step_kernel<Op, true>) : run(step_kernel<Op, false>);
+  } else {
+    error = run(step_kernel<Op, false>);
+  }
+  // The launch is on its way, so this is no error of it.
+  if (error == cudaSuccess && resident) (void)table_.mark_read(stream);
+  return error;
+}
+
+template <class Op, bool kOnDevice, class Hyper>
+cudaError_t StepLauncher::launch(const StepWork& work, const std::vector<Hyper>& hypers,
+                                 LossScale scale, cudaStream_t stream) {
+  make_entries<Op>(work);
+  make_now(work, hypers);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (const cudaError_t error = cudaStreamIsCapturing(stream, &status); error != cudaSuccess) {
+    return error;
+  }
+  const bool capturing = status != cudaStreamCaptureStatusNone;
+  if (kOnDevice && has_steps_) {
+    if (const cudaError_t error = make_counter(capturing, stream); error != cudaSuccess) {
+      return error;
+    }
+  }
+  const size_t count = entries_.size();
+  if (!capturing) return launch_range<Op, kOnDevice>(0, count, scale, false, stream);
+  // A graph keeps arguments, but would read a table long after it has changed: as many launches as
+  // it takes.
+  for (size_t first = 0; first < count;) {
+    size_t bytes = 5 * 16, end = first;  // of padding
+    HyperRange ranges[2] = {{UINT32_MAX, 0}, {UINT32_MAX, 0}};
+    for (; end < count; ++end) {
+      HyperRange& range = ranges[wide_size_ != 0 && entries_[end].is_double];
+      range.begin = std::min(range.begin, now_[end].hyper);
+      range.end = std::max(range.end, now_[end].hyper + static_cast<uint32_t>(hyper_size(end)));
+      bytes += sizeof(TensorNow) + sizeof(TensorEntry) + dims_bytes(end, 1);
+      size_t hypers = 0;
+      for (const HyperRange& r : ranges) hypers += r.end == 0 ? 0 : r.end - r.begin;
+      if (bytes + hypers > kArgumentBytes && end > first) break;
+    }
+    const cudaError_t error = launch_range<Op, kOnDevice>(first, end - first, scale, true, stream);
+    if (error != cudaSuccess) return error;
+    first = end;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t StepLauncher::adam_step(const StepWork& work, const std::vector<AdamHyper>& hypers,
+                                    cudaStream_t stream) {
+  return launch<AdamOp, false>(work, hypers, {}, stream);
+}
+
+cudaError_t StepLauncher::sgd_step(const StepWork& work, const std::vector<SgdHyper>& hypers,
+                                   cudaStream_t stream) {
+  return launch<SgdOp, false>(work, hypers, {}, stream);
+}
+
+cudaError_t StepLauncher::fold_gradients(const StepWork& work, const std::vector<FoldHyper>& hypers,
+                                         cudaStream_t stream) {
+  return launch<FoldOp, false>(work, hypers, {}, stream);
+}
+
+cudaError_t StepLauncher::adam_step(const StepWork& work,
+                                    const std::vector<AdamDeviceHyper>& hypers, LossScale scale,
+                                    cudaStream_t stream) {
+  return launch<AdamOp, true>(work, hypers, scale, stream);
+}
+
+cudaError_t StepLauncher::sgd_step(const StepWork& work, const std::vector<SgdDeviceHyper>& hypers,
+                                   LossScale scale, cudaStream_t stream) {
+  return launch<SgdOp, true>(work, hypers, scale, stream);
+}
+
+}  // namespace braze::cuda

@@ -1,0 +1,86 @@
+// Launches optimizer steps: plain pointers in, no torch. One launch per call, whatever the number
+// of tensors.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "device_table.h"
+#include "optimizer_table.h"
+
+namespace braze::cuda {
+
+struct StepWork {
+  const std::vector<TensorWork>& tensors;
+  int64_t generation;  // another number whenever more than grad, hyper and first has changed
+};
+
+// In device memory; each may be null.
+struct LossScale {
+  const float* grad_scale = nullptr;  // gradients are divided by it
+  const float* found_inf = nullptr;   // not 0: the step does nothing
+};
+
+// Of one optimizer on one device, which must be current in every call. An error means that nothing
+// was launched.
+class StepLauncher {
+ public:
+  StepLauncher() = default;
+  ~StepLauncher();
+  StepLauncher(const StepLauncher&) = delete;
+  StepLauncher& operator=(const StepLauncher&) = delete;
+
+  cudaError_t adam_step(const StepWork& work, const std::vector<AdamHyper>& hypers,
+                        cudaStream_t stream);
+  cudaError_t sgd_step(const StepWork& work, const std::vector<SgdHyper>& hypers,
+                       cudaStream_t stream);
+  cudaError_t fold_gradients(const StepWork& work, const std::vector<FoldHyper>& hypers,
+                             cudaStream_t stream);
+  // Step counts, hyper-parameters or the loss scale in device memory.
+  cudaError_t adam_step(const StepWork& work, const std::vector<AdamDeviceHyper>& hypers,
+                        LossScale scale, cudaStream_t stream);
+  cudaError_t sgd_step(const StepWork& work, const std::vector<SgdDeviceHyper>& hypers,
+                       LossScale scale, cudaStream_t stream);
+
+  // Makes later launches process chunks [begin, end) only: for memory that exists in part.
+  void limit_chunks(int64_t begin, int64_t end) { only_begin_ = begin, only_end_ = end; }
+  size_t bytes_uploaded() const { return table_.bytes_uploaded(); }
+
+ private:
+  struct HyperRange {
+    uint32_t begin, end;
+  };
+  template <class Op, bool kOnDevice, class Hyper>
+  cudaError_t launch(const StepWork& work, const std::vector<Hyper>& hypers, LossScale scale,
+                     cudaStream_t stream);
+  template <class Op, bool kOnDevice>
+  cudaError_t launch_range(size_t first, size_t count, LossScale scale, bool capturing,
+                           cudaStream_t stream);
+  template <class Op>
+  void make_entries(const StepWork& work);
+  template <class Hyper>
+  void make_now(const StepWork& work, const std::vector<Hyper>& hypers);
+  size_t dims_bytes(size_t first, size_t count) const;
+  size_t hyper_size(size_t tensor) const;
+  HyperRange hyper_range(size_t first, size_t count, bool wide) const;
+  void place(size_t first, size_t count, bool capturing);
+  cudaError_t make_counter(bool capturing, cudaStream_t stream);
+
+  int64_t generation_ = -1;
+  int algorithm_ = -1;  // what entries_ were made for
+  std::vector<TensorEntry> entries_;
+  std::vector<int64_t> chunks_before_;  // [tensor], and the total
+  std::vector<int64_t> dims_;
+  std::vector<uint16_t> plain_dtype_;  // [tensor] the one dtype of its operands, if it is plain
+  std::vector<TensorNow> now_;
+  std::vector<char> hypers_, wide_hypers_;  // each in the order of the tensors
+  size_t narrow_size_ = 0, wide_size_ = 0;
+  bool has_steps_ = false, plain_ = false;
+  StepArgument argument_;
+  DeviceTable table_;
+  unsigned int* blocks_done_ = nullptr;
+  int64_t only_begin_ = 0, only_end_ = INT64_MAX;
+};
+
+}  // namespace braze::cuda

@@ -1,0 +1,66 @@
+// What one optimizer launch reads: a table of all tensors, in the launch's 32 KB argument as far as
+// it fits, the rest in device memory. Plain structs, the same on host and device.
+#pragma once
+#include <cstdint>
+
+#include "../plan/hyper.h"
+
+namespace braze::cuda {
+
+// Elements of one chunk; a block works on one chunk at a time.
+constexpr int64_t kChunkElements = 8192;
+constexpr int kBlockThreads = 256;
+
+enum Column : int { kParam, kGrad, kSum, kState0, kState1, kState2, kNumColumns };
+
+// What stays as it is from step to step.
+struct TensorEntry {
+  void* data[kNumColumns];  // null: absent; kGrad is in TensorNow
+  void* step;               // step count in device memory, one element, or null
+  int64_t numel;
+  int32_t first_chunk;  // chunks of all tensors before this one
+  int32_t
+      dims;  // element of the table's dims: [ndim] sizes, then [column][ndim] strides; -1: linear
+  int32_t ndim;
+  uint16_t dtypes;  // 2 bits per column, kGrad's in TensorNow
+  uint8_t step_is_double;
+  uint8_t is_double;  // arithmetic in double
+};
+
+// What changes from step to step.
+struct TensorNow {
+  const void* grad;
+  uint32_t hyper;  // byte offset among the hypers of its arithmetic
+  uint32_t flags;
+};
+
+enum Flag : uint32_t { kFirst = 1, kPenalty = 2, kAmsgrad = 4, kHasMomentum = 8, kNesterov = 16 };
+constexpr int kGradDtypeShift = 8;  // 2 bits of TensorNow::flags
+
+// Set in an offset: the bytes are in device memory, not in the argument.
+constexpr uint32_t kResident = 1u << 31;
+constexpr int kArgumentBytes = 32 * 1024 - 256;
+
+struct alignas(16) StepArgument {
+  const char* resident;  // device memory
+  int64_t chunk_begin, chunk_end;
+  const float* grad_scale;    // loss scale in device memory: gradients are divided by it; or null
+  const float* found_inf;     // not 0: nothing is to be updated; or null
+  unsigned int* blocks_done;  // counter in device memory, 0 before and after; null where no step
+                              // count is to advance
+  int32_t num_tensors;
+  uint32_t hypers, wide_hypers, now, entries, dims;  // offsets of the sections
+  // Where the sections begin, for launches over part of the tensors: entries count from the list's
+  // first.
+  uint32_t hypers_begin, wide_hypers_begin;  // bytes
+  int32_t dims_begin;                        // elements
+  alignas(16) char bytes[kArgumentBytes];
+};
+static_assert(sizeof(StepArgument) <= 32764, "CUDA limits a launch's parameters to 32,764 bytes");
+
+template <class T>
+struct FoldArgs {
+  T weight, keep;
+};
+
+}  // namespace braze::cuda

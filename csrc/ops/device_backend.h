@@ -1,0 +1,68 @@
+// What a device other than the CPU offers to the optimizers. braze._cuda provides one and hands it
+// over when it is loaded, so that this extension never links CUDA.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../plan/hyper.h"
+
+namespace braze {
+
+// Gradient scaling by numbers in device memory: one-element fp32 tensors of the launch's device, or
+// null.
+struct DeviceScale {
+  const at::Tensor* grad_scale = nullptr;  // gradients are divided by it
+  const at::Tensor* found_inf = nullptr;   // not 0: the step does nothing
+};
+
+// One optimizer's steps on one device: each call is one launch on the current stream. Raises if it
+// cannot be launched.
+class DeviceStep {
+ public:
+  struct Work {
+    const std::vector<TensorWork>& tensors;
+    int64_t generation;  // another number whenever more than grad, hyper and first has changed
+  };
+  virtual ~DeviceStep() = default;
+  virtual void adam(const Work& work, const std::vector<AdamHyper>& hypers) = 0;
+  virtual void adam(const Work& work, const std::vector<AdamDeviceHyper>& hypers,
+                    const DeviceScale& scale) = 0;
+  virtual void sgd(const Work& work, const std::vector<SgdHyper>& hypers) = 0;
+  virtual void sgd(const Work& work, const std::vector<SgdDeviceHyper>& hypers,
+                   const DeviceScale& scale) = 0;
+  virtual void fold(const Work& work, const std::vector<FoldHyper>& hypers) = 0;
+};
+
+class DeviceBackend {
+ public:
+  static constexpr const char* kCapsuleName = "braze.DeviceBackend.1";
+
+  virtual ~DeviceBackend() = default;
+  virtual const char* name() const = 0;
+  // Index of the device that holds the tensor, or -1 if it is none of this backend's.
+  virtual int device_of(const at::Tensor& tensor) const = 0;
+  // Whether kernels can read this one-element tensor, a step count or an option of a group.
+  // `wanted`: the group asks for it (capturable or fused).
+  virtual bool holds_scalar(const at::Tensor& tensor, bool wanted) const = 0;
+  virtual bool is_capturing(int device) const = 0;
+  virtual std::unique_ptr<DeviceStep> make_step(int device, const std::string& owner) const = 0;
+};
+
+// Backends live as long as the process.
+void register_backend(const DeviceBackend* backend);
+const std::vector<const DeviceBackend*>& backends();
+
+// The backend and device index of a tensor, or {nullptr, -1}.
+struct DevicePlace {
+  const DeviceBackend* backend = nullptr;
+  int index = -1;
+};
+DevicePlace device_place(const at::Tensor& tensor);
+
+// Whether some backend's kernels can read the tensor.
+bool is_device_scalar(const at::Tensor& tensor, bool wanted);
+
+}  // namespace braze

@@ -1,0 +1,99 @@
+#include "optimizer_cuda.h"
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../cuda/optimizer_launch.h"
+
+namespace braze {
+namespace {
+
+const float* scale_pointer(const at::Tensor* tensor) {
+  return tensor == nullptr ? nullptr : static_cast<const float*>(tensor->const_data_ptr());
+}
+
+class CudaStep final : public DeviceStep {
+ public:
+  CudaStep(int device, std::string owner) : device_(device), owner_(std::move(owner)) {}
+
+  // At the end of the process the driver may be gone; then there is nothing to free.
+  ~CudaStep() override {
+    try {
+      const c10::cuda::CUDAGuard guard(index());
+      launcher_.reset();
+    } catch (const c10::Error&) {
+    }
+  }
+
+  void adam(const Work& work, const std::vector<AdamHyper>& hypers) override {
+    run(work, [&](auto& step, cudaStream_t stream) {
+      return launcher_->adam_step(step, hypers, stream);
+    });
+  }
+  void adam(const Work& work, const std::vector<AdamDeviceHyper>& hypers,
+            const DeviceScale& scale) override {
+    run(work, [&](auto& step, cudaStream_t stream) {
+      return launcher_->adam_step(step, hypers, loss_scale(scale), stream);
+    });
+  }
+  void sgd(const Work& work, const std::vector<SgdHyper>& hypers) override {
+    run(work,
+        [&](auto& step, cudaStream_t stream) { return launcher_->sgd_step(step, hypers, stream); });
+  }
+  void sgd(const Work& work, const std::vector<SgdDeviceHyper>& hypers,
+           const DeviceScale& scale) override {
+    run(work, [&](auto& step, cudaStream_t stream) {
+      return launcher_->sgd_step(step, hypers, loss_scale(scale), stream);
+    });
+  }
+  void fold(const Work& work, const std::vector<FoldHyper>& hypers) override {
+    run(work, [&](auto& step, cudaStream_t stream) {
+      return launcher_->fold_gradients(step, hypers, stream);
+    });
+  }
+
+ private:
+  static cuda::LossScale loss_scale(const DeviceScale& scale) {
+    return {scale_pointer(scale.grad_scale), scale_pointer(scale.found_inf)};
+  }
+  c10::DeviceIndex index() const { return static_cast<c10::DeviceIndex>(device_); }
+
+  template <class Launch>
+  void run(const Work& work, Launch launch) {
+    const c10::cuda::CUDAGuard guard(index());
+    const cuda::StepWork step{work.tensors, work.generation};
+    const cudaError_t error = launch(step, c10::cuda::getCurrentCUDAStream(index()).stream());
+    TORCH_CHECK(error != cudaErrorStreamCaptureUnsupported, owner_,
+                ": the first step cannot be captured into a CUDA graph, for it allocates; run one ",
+                "step on a side stream before the capture (warm-up)");
+    TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction,
+                owner_, ": braze's CUDA kernels were not built for the GPU cuda:", device_,
+                ". `python -m braze info` lists what they were built for; rebuild with ",
+                "TORCH_CUDA_ARCH_LIST set to this GPU's compute capability");
+    TORCH_CHECK(error == cudaSuccess, owner_, ": launching the step on cuda:", device_,
+                " failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+  }
+
+  int device_;
+  std::string owner_;
+  std::unique_ptr<cuda::StepLauncher> launcher_ = std::make_unique<cuda::StepLauncher>();
+};
+
+}  // namespace
+
+std::unique_ptr<DeviceStep> make_cuda_step(int device, const std::string& owner) {
+  return std::make_unique<CudaStep>(device, owner);
+}
+
+bool cuda_is_capturing(int device) {
+  const auto index = static_cast<c10::DeviceIndex>(device);
+  const c10::cuda::CUDAGuard guard(index);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error =
+      cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(index).stream(), &status);
+  TORCH_CHECK(error == cudaSuccess, "CUDA does not answer on cuda:", device, ": ",
+              cudaGetErrorString(error));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+}  // namespace braze

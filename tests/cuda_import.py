@@ -1,0 +1,114 @@
+"""Links braze._cuda against a torch with CUDA and imports it, on a machine without a GPU.
+
+    .venv/bin/python tests/cuda_import.py     or: make cuda-import
+
+In an environment of its own (build/cuda-import, 5 GB, kept for the next time) with the CUDA build of
+the torch in this one. The CPU extension is taken over from here: builds of one torch version are
+interchangeable, which this checks by the way.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HOME = ROOT / "build/cuda-import"
+PYTHON = HOME / "venv/bin/python"
+
+LOADED = """
+import sys, torch, braze
+from braze import _native
+assert torch.version.cuda and not torch.cuda.is_available()
+assert _native.cuda_missing() == "", _native.cuda_missing()
+assert sys.modules["braze._cuda"].__file__ == str(_native.CUDA_FILE)
+assert "cuda" in _native._C.backends(), _native._C.backends()
+maps = open("/proc/self/maps").read().split()
+assert len({p for p in maps if "libcudart" in p}) == 1, "two CUDA runtimes"
+assert braze.build_info()["CUDA kernels"].startswith("loaded from"), braze.build_info()
+print(_native.CUDA_FILE)
+"""
+MISSING = """
+from braze import _native
+assert "cuda" not in _native._C.backends()
+text = _native.cuda_missing()
+assert "which has no CUDA; build them for this torch with" in text, text
+assert text.endswith("-m braze build"), text
+"""
+
+
+def run(command: list[str | Path], **environ: str) -> str:
+    """Runs ``command`` away from the source tree; prints its output and stops if it fails."""
+    keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BRAZE_JIT")}
+    tools = f"{Path(sys.executable).parent}:{keep['PATH']}"
+    done = subprocess.run(
+        list(map(str, command)),
+        env={**keep, "PATH": tools, "BRAZE_CACHE_DIR": str(HOME / "cache"), **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd="/",
+    )
+    if done.returncode:
+        sys.exit(f"{done.stdout}\nfailed: {' '.join(map(str, command))[:400]}")
+    return done.stdout
+
+
+def step(what: str, started: float) -> None:
+    """One line of progress."""
+    print(f"{time.monotonic() - started:5.0f} s  {what}", flush=True)
+
+
+def main() -> int:
+    """Runs all steps; stops with an error at the first that fails."""
+    import braze
+    import torch
+
+    started = time.monotonic()
+    version = torch.__version__.split("+")[0]
+    if not PYTHON.exists():
+        run([sys.executable, "-m", "venv", HOME / "venv"])
+    # ===: the CPU build has a local version (2.13.0+cpu), and == would prefer that.
+    run([PYTHON, "-m", "pip", "install", "--quiet", "--no-compile", f"torch==={version}", "numpy"])
+    step(f"torch {version} with CUDA is there", started)
+
+    libraries = sysconfig.get_paths(vars={"base": str(PYTHON.parents[1])})["purelib"]
+    package = Path(libraries, "braze")
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(Path(braze.__file__).parent, package)
+    for stale in package.glob("_cuda*"):
+        stale.unlink()
+    shutil.rmtree(HOME / "cache", ignore_errors=True)
+    run([PYTHON, "-c", MISSING])
+    step("the CPU installation loads, and says that CUDA kernels are missing", started)
+
+    # One architecture: the two ways differ in linking, tests/test_cuda_build.py compiles for all.
+    print(run([PYTHON, "-m", "braze", "build"], TORCH_CUDA_ARCH_LIST="9.0"), end="")
+    run([PYTHON, "-c", LOADED])
+    step("python -m braze build: compiled, linked, found in the cache, loaded", started)
+    run([PYTHON, "-c", LOADED], BRAZE_JIT="1", TORCH_CUDA_ARCH_LIST="9.0")
+    shutil.rmtree(HOME / "cache")
+
+    options = {
+        "Python_EXECUTABLE": PYTHON,
+        "CMAKE_CUDA_ARCHITECTURES": "90-real",
+        "CMAKE_INSTALL_PREFIX": package.parent,
+        "BRAZE_WERROR": "ON",
+    }
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    build = HOME / "build"
+    run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
+    run(["cmake", "--build", build, "--target", "_cuda"])
+    run(["cmake", "--install", build, "--component", "cuda"])
+    run([PYTHON, "-c", LOADED])
+    step("CMake: compiled, linked, installed, loaded", started)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,396 @@
+"""The benchmarks' tools: hashes of sources, debt, bit comparison, cells, files."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from braze.__main__ import main
+from braze.bench import (
+    cells,
+    debt,
+    files,
+    golden,
+    golden_cases,
+    host,
+    optim_cuda,
+    optim_device,
+    sources,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+# ------------------------------------------------------------------ hashes
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A tree that looks like a source checkout."""
+    (tmp_path / "pyproject.toml").write_text('name = "braze"\nversion = "9.8.7"\n')
+    for name in ("cuda/a.cu", "cuda/deep/b.cuh", "math/m.h", "plan/p.h", "ops/x_cuda.cpp"):
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "csrc/ops/other.cpp").write_text("")
+    return tmp_path
+
+
+def test_hash_sees_every_change_that_matters_and_no_other(checkout: Path) -> None:
+    seen = {sources.family_digest(checkout, "optimizer")}
+
+    def changed() -> bool:
+        new = sources.family_digest(checkout, "optimizer")
+        was_new = new not in seen
+        seen.add(new)
+        return was_new
+
+    assert not changed()
+    (checkout / "csrc/ops/other.cpp").write_text("not of this family")
+    assert not changed()
+    (checkout / "csrc/cuda/deep/b.cuh").write_text("edited")
+    assert changed()
+    (checkout / "csrc/cuda/new.cuh").write_text("")
+    assert changed()
+    (checkout / "csrc/math/m.h").rename(checkout / "csrc/math/n.h")
+    assert changed()
+    (checkout / "csrc/ops/x_cuda.cpp").unlink()
+    assert changed()
+
+
+def test_every_family_has_sources_here() -> None:
+    for globs in sources.FAMILIES.values():
+        assert sources.files_of(ROOT, globs)
+        assert not any(p.suffix == ".pyc" for p in sources.files_of(ROOT, globs))
+
+
+def test_root_is_found_from_below_and_its_absence_is_told(checkout: Path) -> None:
+    assert sources.find_root(checkout / "csrc" / "cuda") == checkout
+    (checkout / "pyproject.toml").write_text('name = "other"\n')
+    with pytest.raises(FileNotFoundError, match="not inside a source checkout"):
+        sources.find_root(checkout / "csrc")
+
+
+# -------------------------------------------------------------------- debt
+
+
+def result(root: Path, gpu_name: str, kind: str, **changes: Any) -> None:
+    data = {
+        "kind": kind,
+        "family": "optimizer",
+        "sources": sources.family_digest(root, "optimizer"),
+        "device": {"type": "cuda", "name": gpu_name},
+        "date": "2026-01-02T00:00:00+00:00",
+        "complete": True,
+        "ok": True,
+        **changes,
+    }
+    files.write_json(data, root / "bench" / "results" / files.slug(gpu_name) / f"{kind}.json")
+
+
+def all_results(root: Path) -> None:
+    for kind in debt.KINDS:
+        result(root, "NVIDIA H200", kind)
+
+
+def test_no_debt(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    all_results(checkout)
+    assert main(["bench", "debt", "--root", str(checkout)]) == 0
+    assert "no debt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sources": "0" * 64}, "golden was measured on other sources (newest: NVIDIA H200"),
+        ({"ok": False}, "golden failed"),
+        ({"complete": False}, "golden is incomplete"),
+        ({"available": False}, "golden was not available"),
+        ({"device": {"type": "cpu"}}, "no golden result of any GPU"),
+        ({"family": "batch_norm"}, "no golden result of any GPU"),
+    ],
+)
+def test_debt(
+    checkout: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    all_results(checkout)
+    result(checkout, "NVIDIA H200", "golden", **changes)
+    assert main(["bench", "debt", "--root", str(checkout)]) == 1
+    out = capsys.readouterr().out
+    assert f"optimizer: {words}" in out and out.count("optimizer:") == 1 and "make gpu" in out
+
+
+def test_debt_takes_the_newest_result_for_the_present_sources(checkout: Path) -> None:
+    all_results(checkout)
+    result(checkout, "A100", "golden", date="2026-02-01", sources="old")
+    assert debt.find_debt(checkout) == []
+    result(checkout, "A100", "golden", date="2026-02-01", available=False)
+    assert debt.find_debt(checkout) == []
+    result(checkout, "A100", "golden", date="2026-02-01", ok=False)
+    assert len(debt.find_debt(checkout)) == 1
+
+
+def test_debt_and_damaged_or_missing_results(checkout: Path) -> None:
+    assert len(debt.find_debt(checkout)) == len(debt.KINDS)
+    all_results(checkout)
+    (checkout / "bench/results/nvidia-h200/test.json").write_text('{"cut o')
+    assert debt.find_debt(checkout) == ["optimizer: no test result of any GPU"]
+
+
+def test_debt_outside_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "debt", "--root", str(tmp_path)]) == 2
+    assert "source checkout" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ golden
+
+
+def test_golden_runs_are_deterministic_and_a_flipped_bit_is_seen() -> None:
+    assert golden.self_check() == ""
+    case = next(c for c in golden_cases.CASES if c.name == "AdamW/strided/bf16")
+    assert golden.digest(golden.run_case(case, "cpu")) == golden.digest(
+        golden.run_case(case, "cpu")
+    )
+
+
+def test_golden_self_check_fails_if_the_comparison_is_blind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(golden, "difference", lambda ours, theirs: "")
+    assert "flipped bit" in golden.self_check()
+
+
+def test_golden_tells_where_bits_differ() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0])
+    y = torch.tensor([1.0, 2.5, -3.0])
+    text = golden.difference({"p0": x}, {"p0": y})
+    assert "2 of 3" in text and "first [1] 2.0 != 2.5" in text
+    assert golden.difference({"p0": torch.tensor(0.0)}, {"p0": torch.tensor(-0.0)})
+    assert golden.difference({"p0": x}, {"p1": x}) and golden.difference({"p0": x}, {})
+
+
+def test_golden_inputs_do_not_depend_on_torch() -> None:
+    x = golden.values("key", (4,), torch.float32)
+    assert [float(v).hex() for v in x] == [
+        "0x1.64dbd80000000p-1",
+        "-0x1.3601380000000p-7",
+        "0x1.0cb1000000000p-4",
+        "0x1.88cf040000000p-7",
+    ]
+    many = golden.values("many", (4096,), torch.float32)
+    assert many.isfinite().all() and (many == 0).any() and many.abs().max() <= 2
+    assert golden.values("c", (2, 3), torch.complex64).shape == (2, 3)
+
+
+def test_golden_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "goldens.json"
+    assert golden.main(["--only", "CAG/all", "--write", str(file)]) == 0
+    arguments = ["--only", "CAG/all", "--goldens", str(file)]
+    assert golden.main(arguments) == 0
+    data = json.loads(file.read_text())
+    data["cases"]["CAG/all/bf16"] = "0" * 64
+    file.write_text(json.dumps(data))
+    capsys.readouterr()
+    assert golden.main(arguments) == 1
+    assert "FAIL CAG/all/bf16" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        golden.main(["--only", "nonsense"])
+    with pytest.raises(SystemExit):
+        golden.main(["--only", "CAG/all", "--goldens", str(tmp_path / "missing.json")])
+
+
+def test_golden_cases_cover_what_they_claim() -> None:
+    cases = golden_cases.CASES
+    assert len({c.name for c in cases}) == len(cases)
+    known = json.loads((ROOT / "bench" / "goldens.json").read_text())["cases"]
+    assert set(known) == {c.name for c in cases}
+    assert {c.dtype for c in cases} >= {torch.float32, torch.float64, torch.bfloat16, torch.half}
+    assert {c.layout for c in cases} == set(golden_cases.LAYOUTS)
+    assert 20 <= sum(c.short for c in cases) <= 60
+    strided = golden_cases.LAYOUTS["strided"][0](torch.ones(3, 2))
+    misaligned = golden_cases.LAYOUTS["misaligned"][0](torch.ones(8))
+    assert not strided.is_contiguous() and misaligned.data_ptr() % 16 != 0
+
+
+@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "AdamW/sizes/bf16", "CAG/all/fp16"])
+def test_this_machine_computes_the_committed_bits(name: str) -> None:
+    assert golden.main(["--only", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
+
+
+def test_the_emulated_device_computes_the_committed_bits() -> None:
+    emulated = pytest.importorskip("emulated")
+    if (reason := emulated.why_not()) is not None:
+        pytest.skip(reason)
+    goldens = ["--goldens", str(ROOT / "bench/goldens.json")]
+    assert golden.main(["--device", "emulated", "--only", "misaligned/bf16", *goldens]) == 0
+
+
+# ------------------------------------------------------------------- cells
+
+
+def test_resnet50() -> None:
+    shapes = cells.resnet50_shapes()
+    assert len(shapes) == 161
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
+
+
+def test_cells() -> None:
+    by_name = {cell.name: cell for cell in cells.CUDA_CELLS}
+    assert len(by_name) == len(cells.CUDA_CELLS)
+    assert by_name["1000 x 1024"].bytes_moved("AdamW") == 1000 * 1024 * 28
+    assert by_name["bf16 100M"].bytes_moved("SGD") == 1_000_000_000
+    assert by_name["465 groups of 64"].group_each
+
+
+def test_goals_are_judged() -> None:
+    modes = {"fused": {"wall_us": 9000.0}, "braze": {"wall_us": 61.0, "device_us": 10.0}}
+    by_name = {cell.name: cell for cell in cells.CUDA_CELLS}
+    missed = optim_cuda.goals(by_name["1000 x 1024"], "AdamW", modes)
+    assert [goal["met"] for goal in missed] == [False]
+    assert optim_cuda.goals(by_name["1000 x 1024"], "Adam", modes) == []
+    assert optim_cuda.goals(by_name["465 groups of 64"], "SGD", modes)[0]["met"]
+    fast = {"braze": {"wall_us": 1.0, "device_us": 28 * 1e8 / 4.2e12 * 1e6, "busy_us": None}}
+    assert optim_cuda.goals(by_name["fp32 100M"], "AdamW", fast)[0]["met"]
+
+
+def test_cuda_benchmark_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    arguments = ["--device", "cpu", "--only", "1 x 64", "--seconds", "0", "--json", str(file)]
+    assert optim_cuda.main([*arguments, "--optimizer", "SGD", "--rows"]) == 0
+    row = json.loads(file.read_text())["rows"][0]
+    assert row["ok"] and {"braze", "braze fused", "braze graph", "for-loop"} <= set(row["modes"])
+    out = capsys.readouterr().out
+    assert "BEGIN 1 x 64 / SGD\n" in out and "ROW {" in out
+
+
+class FakeEvent:
+    """On the stream's clock, which is the host's; ``done`` is what query() says."""
+
+    done = False
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.done
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.time - self.time) * 1e3
+
+
+class FakeGraph:
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> optim_device.Cuda:
+    """The CUDA clock over a stand-in for torch.cuda, so that its code runs without a GPU."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    properties = SimpleNamespace(name="fake", multi_processor_count=1, L2_cache_size=60 << 20)
+    for name, value in {
+        "Event": FakeEvent,
+        "CUDAGraph": FakeGraph,
+        "_sleep": lambda cycles: time.sleep(1e-4),
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: properties,
+        "mem_get_info": lambda: (2**31, 2**31),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "graph": lambda g: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(optim_device.Cuda, "name", "cpu")
+    return optim_device.Cuda()
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_cuda_clock(fake_cuda: optim_device.Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = cells.CELLS[0]
+    row = optim_cuda.measure(cell, "AdamW", fake_cuda, 1e12, 0)
+    ours = row["modes"]["braze"]
+    assert row["ok"] and row["fits_l2"] and ours["device_us"] > 0 and ours["host_us"] > 0
+    assert "copies" in optim_cuda.count_launches(cell, "SGD", fake_cuda)["modes"]["braze"]
+    # A spin that ended too early leaves nothing to measure.
+    monkeypatch.setattr(FakeEvent, "done", True)
+    late = fake_cuda.queued(lambda: None, 3, 1e-3)
+    assert math.isnan(late.host) and math.isnan(late.device)
+    row = optim_cuda.measure(cell, "AdamW", fake_cuda, 1e12, 0)
+    assert row["modes"]["braze"]["device_us"] is None and row["gb_s"] > 0
+    json.dumps(row, allow_nan=False)
+
+
+def test_a_row_that_does_not_fit_is_skipped_and_a_failing_one_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = optim_device.Rehearsal()
+    huge = cells.Cell("huge", ((2**34,),), torch.float32)
+    row = optim_cuda.measure(huge, "AdamW", device, 1e9, 0)
+    assert row["skipped"] and "GiB are free" in row["note"]
+
+    def explode(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(optim_cuda, "contenders", explode)
+    row = optim_cuda.measure(cells.CUDA_CELLS[0], "AdamW", device, 1e9, 0)
+    assert not row["ok"] and files.is_fatal(row["note"])
+
+
+def test_fit_recovers_a_line() -> None:
+    fixed, each = host.fit([1, 10, 100, 1000], [10 + 0.03 * n for n in (1, 10, 100, 1000)])
+    assert abs(fixed - 10) < 1e-9 and abs(each - 0.03) < 1e-12
+
+
+def test_host_benchmark_measures_through_the_emulated_device(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(checkout)
+    monkeypatch.delitem(sys.modules, "emulated", raising=False)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(ROOT / "tests")])
+    assert main(["bench", "host"]) == 1
+    assert "tests/emulated.py" in capsys.readouterr().err
+    (checkout / "tests").mkdir()
+    fake = "import sys\ncalls = []\ndef load(): return sys.modules['emulated']\n"
+    fake += "def set_null_launch(on): calls.append(('null', on))\n"
+    fake += "def enable(on): calls.append(('on', on))\n"
+    (checkout / "tests" / "emulated.py").write_text(fake)
+    importlib.invalidate_caches()
+    assert main(["bench", "host", "--optimizer", "SGD", "--seconds", "0.01"]) == 0
+    assert "10 + 0.03 n" in capsys.readouterr().out
+    assert sys.modules["emulated"].calls == [
+        ("null", True),
+        ("on", True),
+        ("on", False),
+        ("null", False),
+    ]
+    del sys.modules["emulated"]
+
+
+def test_results_survive_and_are_sent_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.slug("NVIDIA H200 NVL") == "nvidia-h200-nvl"
+    path = tmp_path / "deep" / "x.json"
+    files.write_json({"a": 1}, path)
+    assert files.read_json(path) == {"a": 1} and os.listdir(path.parent) == ["x.json"]
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert files.collect_folder() == tmp_path
+    monkeypatch.setenv("OUT", str(tmp_path / "missing"))
+    assert files.collect_folder() is None
