@@ -202,9 +202,10 @@ __device__ __forceinline__ Operands make_operands(const StepArgument& argument,
 #pragma unroll
   for (int c = 0; c < kNumColumns; ++c) t.data[c] = entry.data[c];
   t.data[kGrad] = const_cast<void*>(now.grad);
-  t.dims = entry.dims < 0 ? nullptr
-                          : reinterpret_cast<const int64_t*>(section(argument, argument.dims)) +
-                                (entry.dims - argument.dims_begin);
+  t.dims = kPlain || entry.dims < 0
+               ? nullptr
+               : reinterpret_cast<const int64_t*>(section(argument, argument.dims)) +
+                     (entry.dims - argument.dims_begin);
   t.ndim = entry.ndim;
   t.dtypes = entry.dtypes | ((now.flags >> kGradDtypeShift) & 3u) << (2 * kGrad);
   t.flags = now.flags;

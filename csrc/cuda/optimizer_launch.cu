@@ -60,33 +60,33 @@ constexpr bool kMadeOnDevice =
 
 size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// Blocks that the current device runs at once.
-template <class Kernel>
-cudaError_t resident_blocks(Kernel kernel, int64_t& blocks) {
-  constexpr size_t kMaxDevices = 64;
-  static std::array<int64_t, kMaxDevices> known = {};  // a race writes the same number twice
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  int64_t& cached = known[static_cast<size_t>(device) % kMaxDevices];
-  if (cached == 0) {
-    int multiprocessors = 0, blocks_each = 0;
-    cudaError_t error =
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess) {
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kBlockThreads, 0);
-    }
-    if (error != cudaSuccess) return error;
-    cached = static_cast<int64_t>(multiprocessors) * std::max(blocks_each, 1);
-  }
-  blocks = cached;
-  return cudaSuccess;
-}
-
 }  // namespace
 
 // Errors are ignored: at the end of the process the driver may be gone already.
 StepLauncher::~StepLauncher() {
   if (blocks_done_ != nullptr) (void)cudaFree(blocks_done_);
+}
+
+// Blocks of the kernel that the device runs at once.
+template <class Kernel>
+cudaError_t StepLauncher::resident_blocks(Kernel kernel, int64_t& blocks) {
+  const void* key = reinterpret_cast<const void*>(kernel);
+  for (const auto& [known, count] : resident_blocks_) {
+    blocks = count;
+    if (known == key) return cudaSuccess;
+  }
+  int device = 0, multiprocessors = 0, blocks_each = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kBlockThreads, 0);
+  }
+  if (error != cudaSuccess) return error;
+  blocks = static_cast<int64_t>(multiprocessors) * std::max(blocks_each, 1);
+  resident_blocks_.emplace_back(key, blocks);
+  return cudaSuccess;
 }
 
 template <class Op>

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "device_table.h"
@@ -57,6 +58,8 @@ class StepLauncher {
   template <class Op, bool kOnDevice>
   cudaError_t launch_range(size_t first, size_t count, LossScale scale, bool capturing,
                            cudaStream_t stream);
+  template <class Kernel>
+  cudaError_t resident_blocks(Kernel kernel, int64_t& blocks);
   template <class Op>
   void make_entries(const StepWork& work);
   template <class Hyper>
@@ -79,6 +82,7 @@ class StepLauncher {
   bool has_steps_ = false, plain_ = false;
   StepArgument argument_;
   DeviceTable table_;
+  std::vector<std::pair<const void*, int64_t>> resident_blocks_;  // by kernel
   unsigned int* blocks_done_ = nullptr;
   int64_t only_begin_ = 0, only_end_ = INT64_MAX;
 };

@@ -19,8 +19,7 @@ struct TensorEntry {
   void* step;               // step count in device memory, one element, or null
   int64_t numel;
   int32_t first_chunk;  // chunks of all tensors before this one
-  int32_t
-      dims;  // element of the table's dims: [ndim] sizes, then [column][ndim] strides; -1: linear
+  int32_t dims;  // where in the table's dims: [ndim] sizes, [column][ndim] strides; -1: linear
   int32_t ndim;
   uint16_t dtypes;  // 2 bits per column, kGrad's in TensorNow
   uint8_t step_is_double;

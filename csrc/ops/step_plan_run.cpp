@@ -156,9 +156,11 @@ void StepPlan::check_capture() const {
         !batch.place.backend->is_capturing(batch.place.index)) {
       continue;
     }
+    const bool counted = std::any_of(active_.begin() + static_cast<ptrdiff_t>(batch.begin),
+                                     active_.begin() + static_cast<ptrdiff_t>(batch.end),
+                                     [](const Active& active) { return active.counted; });
     TORCH_CHECK(
-        algorithm_ == Algorithm::sgd || batch.device_hypers,
-        "Attempting CUDA graph capture of step() for an instance of ", owner_,
+        !counted, "Attempting CUDA graph capture of step() for an instance of ", owner_,
         " whose step counts the CPU keeps: param_groups' capturable is False. Construct it ",
         "with capturable=True");
   }

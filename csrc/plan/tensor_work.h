@@ -25,8 +25,8 @@ struct TensorWork {
   bool is_double = false;  // arithmetic in double instead of float
   bool first = false;      // momentum buffer or accumulator holds nothing yet: overwrite it
   Operand param, grad;
-  Operand sum;                // fp32/fp64 gradient accumulator that joins grad
-  Operand step;               // one-element step count in device memory; absent where the host counts
+  Operand sum;   // fp32/fp64 gradient accumulator that joins grad
+  Operand step;  // one-element step count in device memory; absent where the host counts
   Operand state[kMaxStates];  // adam: exp_avg, exp_avg_sq, max_exp_avg_sq; sgd: momentum_buffer
 };
 

@@ -31,6 +31,7 @@ bool hold = false;
 // No hash sets: MSan does not see the parts of them that are in the C++ library.
 std::vector<cudaEvent_t> held;
 int allocations = 0, waits = 0;
+unsigned grid = 0;
 std::vector<void (*)()> asked;
 
 bool fails(const char* name) {
@@ -54,6 +55,7 @@ void hold_events(bool value) {
 }
 int host_allocations() { return allocations; }
 int event_waits() { return waits; }
+unsigned last_grid() { return grid; }
 int occupancies() { return static_cast<int>(asked.size()); }
 
 }  // namespace intercept
@@ -74,7 +76,10 @@ cudaError_t intercepted_cudaHostAlloc(void** address, size_t bytes, unsigned fla
 }
 cudaError_t intercepted_cudaMemcpyAsync(void* to, const void* from, size_t bytes,
                                         cudaMemcpyKind kind, cudaStream_t stream) {
-  FAIL_AS(cudaErrorUnknown);
+  if (fails("cudaMemcpyAsync")) {
+    (void)cudaMemsetAsync(to, 0xee, bytes, stream);
+    return cudaErrorUnknown;
+  }
   return cudaMemcpyAsync(to, from, bytes, kind, stream);
 }
 cudaError_t intercepted_cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
@@ -128,6 +133,7 @@ cudaError_t intercepted_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attrib
 namespace emulator {
 cudaError_t intercepted_launch_kernel(const LaunchConfig& config, const KernelCall& call) {
   FAIL_AS(cudaErrorLaunchFailure);
+  grid = config.grid.x;
   return launch_kernel(config, call);
 }
 cudaError_t intercepted_occupancy(int* blocks, void (*function)(), int block_threads,

@@ -20,7 +20,8 @@
 
 namespace intercept {
 
-// The k-th call from now on fails (from 0) and does nothing; negative: none. Whether it did.
+// The k-th call from now on fails (from 0) and does nothing, except that a
+// failed copy leaves rubbish; negative: none. Whether it did.
 void fail_call(int k);
 bool failure_happened();
 const char* failed_call();
@@ -33,5 +34,7 @@ int host_allocations();
 int event_waits();
 // Different kernels whose occupancy was asked for.
 int occupancies();
+// Blocks of the latest launch.
+unsigned last_grid();
 
 }  // namespace intercept

@@ -179,6 +179,14 @@ TEST(equal_device_counts) {
   run_adam({{50000, f32, f32, 0}, {40000, bf16, bf16, 3, true}}, {device_hyper({}, 0)});
 }
 
+// The same counts, but other hypers from chunk to chunk.
+TEST(equal_counts_other_hypers) {
+  OnDevice one(1);
+  std::vector<Shape> shapes;
+  for (int i = 0; i < 12; ++i) shapes.push_back({70, f32, f32, 5, false, i % 3});
+  run_adam(shapes, {device_hyper({}, 0), device_hyper({}, 1), device_hyper({.penalty = true}, 2)});
+}
+
 // Every dtype, amsgrad and accumulators, in one launch.
 TEST(device_counts_general) {
   OnDevice small_one(1);

@@ -168,6 +168,16 @@ TEST(general_steps) {
   check_fold(make_specs(kGeneral, false));
 }
 
+// Accumulators of the parameters' own dtype, in every tensor.
+TEST(accumulator_steps) {
+  for (const bool has_grad : {false, true}) {
+    std::vector<Spec> specs = make_specs({kUniform[0]}, false);
+    for (Spec& spec : specs) spec.has_sum = true, spec.has_grad = has_grad;
+    check_adam(specs, kAdam[0]);
+    check_sgd(specs, kSgd[2]);
+  }
+}
+
 TEST(strided_steps) {
   const std::vector<Spec> specs = strided_specs(!small());
   for (const Options& options : {kAdam[0], kAdam[3]}) check_adam(specs, options);
@@ -182,6 +192,19 @@ TEST(several_chunks_per_block) {
   OnDevice one(1);
   check_adam(make_specs(kUniform, false), kAdam[1]);
   check_sgd(make_specs(kGeneral, true), kSgd[5]);
+}
+
+// A block per chunk, up to what the device holds at once.
+TEST(blocks) {
+  const std::vector<Spec> specs = {make_spec(20000, kUniform[0], 0),
+                                   make_spec(30000, kUniform[0], 0)};
+  check_sgd(specs, {});
+  CHECK(intercept::last_grid() == 3 + 4);
+  check_sgd(std::vector<Spec>(600, make_spec(3, kUniform[0], 0)), {});
+  CHECK(intercept::last_grid() == 132 * 4);
+  OnDevice one(1);
+  check_sgd(specs, {});
+  CHECK(intercept::last_grid() == 4);
 }
 
 TEST(no_tensors) {
@@ -273,7 +296,7 @@ TEST(changing_gradients) {
 }
 
 // Kernels differ in how many blocks a multiprocessor holds.
-TEST(known_occupancy_of_each_kernel) {
+TEST(occupancy_of_each_kernel) {
   const std::vector<Spec> plain = {make_spec(9, kUniform[0], 0)};
   check_adam(plain, {});
   check_adam(plain, {.amsgrad = true});

@@ -295,9 +295,10 @@ TEST(unrecorded_staging) { fail_each_upload(true); }
 
 namespace {
 // A copy that failed is made again by the next upload, whatever the content.
-void repeat_failed_copy(int filler) {
+void repeat_failed_copy(int filler, bool same_again) {
   DeviceTable table;
-  set_image(table, content_of(600, 1));
+  const std::vector<char> before = content_of(600, 1);
+  set_image(table, before);
   CHECK_OK(table.upload(nullptr));
   const std::vector<char> content(600, static_cast<char>(filler));
   for (int k = 0;; ++k) {
@@ -309,14 +310,19 @@ void repeat_failed_copy(int filler) {
     if (!CHECK(failed && error != cudaSuccess)) return;
     if (strcmp(intercept::failed_call(), "cudaMemcpyAsync") == 0) break;
   }
-  set_image(table, content);
+  // The copy left rubbish behind: neither the new content is there nor the old.
+  const std::vector<char>& wanted = same_again ? content : before;
+  set_image(table, wanted);
   CHECK_OK(table.upload(nullptr));
-  CHECK(uploaded(table, content));
+  CHECK(uploaded(table, wanted));
   (void)cudaGetLastError();
 }
 }  // namespace
-TEST(failed_copy_is_repeated) { repeat_failed_copy(0x5a), repeat_failed_copy(0); }
-TEST(failed_copy_of_ones) { repeat_failed_copy(0xff); }
+TEST(failed_copy_is_repeated) {
+  for (const int filler : {0x5a, 0x00, 0xff, 0xee}) {
+    for (const bool same_again : {false, true}) repeat_failed_copy(filler, same_again);
+  }
+}
 
 // A launch fails after its upload; the next step is on another stream, and must see that upload.
 TEST(other_stream_after_failure) {

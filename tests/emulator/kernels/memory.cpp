@@ -1,0 +1,120 @@
+// Counts the memory requests of the optimizer kernels, and of kernels whose figures are known.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cuda/device.cuh"
+#include "cuda/optimizer_launch.h"
+#include "emulator/control.h"
+#include "emulator/hooks.h"
+
+namespace {
+
+using namespace braze;
+
+__global__ void strided_kernel(const float* in, float* out) {
+  out[threadIdx.x] = in[8 * threadIdx.x];
+}
+
+template <int kStride>
+__global__ void transpose_kernel(const float* in, float* out) {
+  BRAZE_SHARED(float, tile, 32 * kStride);
+  tile[threadIdx.y * kStride + threadIdx.x] = in[threadIdx.y * 32 + threadIdx.x];
+  __syncthreads();
+  out[threadIdx.y * 32 + threadIdx.x] = tile[threadIdx.x * kStride + threadIdx.y];
+}
+
+__global__ void vector_kernel(const float* in, float* out) {
+  cuda::store16(out + 4 * threadIdx.x, cuda::load16(in + 4 * threadIdx.x));
+}
+
+void* device_memory(size_t bytes) {
+  void* memory = nullptr;
+  if (cudaMalloc(&memory, bytes) != cudaSuccess) abort();
+  memset(memory, 0, bytes);
+  return memory;
+}
+
+template <class Launch>
+void count(const char* name, Launch launch) {
+  emulator::count_memory(true);
+  const cudaError_t error = launch();
+  emulator::count_memory(false);
+  if (error != cudaSuccess) {
+    printf("%s: %s\n", name, cudaGetErrorString(error));
+    exit(1);
+  }
+  emulator::print_memory_counts(name);
+}
+
+// One tensor of one chunk and a half, `phase` elements off 16 bytes.
+TensorWork tensor(DType dtype, DType state, int phase) {
+  constexpr int64_t kElements = 12288;
+  const auto operand = [&](DType of) {
+    const size_t size = of == DType::f64 ? 8 : of == DType::f32 ? 4 : 2;
+    auto* memory = static_cast<char*>(device_memory((kElements + 8) * size));
+    return Operand{memory + static_cast<size_t>(phase) * size, nullptr, of};
+  };
+  TensorWork work;
+  work.numel = kElements;
+  work.is_double = dtype == DType::f64;
+  work.param = operand(dtype);
+  work.grad = operand(dtype);
+  work.sum.dtype = dtype;
+  work.state[0] = operand(state);
+  work.state[1] = operand(state);
+  return work;
+}
+
+void count_steps() {
+  AdamDeviceHyper on_device = {};
+  on_device.rule = {1e-3, 0.9, 0.999, 1e-8, 0, 0, 1, false};
+  on_device.step = 1;
+  on_device.grad_scale = 1;
+  const auto d = adam_args(on_device.rule, bias_correction(0.9, 0.999, 1), 1, 1);
+  const std::vector<AdamHyper> adam = {{round_args<float>(d), d, false, false}};
+  const SgdRule sgd_rule = {1e-2, 0, 0, 0.9, 0, 1};
+  const auto s = sgd_args(sgd_rule, false, 1, 1);
+  const std::vector<SgdHyper> sgd = {{round_args<float>(s), s, false, true, false}};
+  const std::vector<FoldHyper> fold = {{1, 1}};
+  const struct {
+    const char* name;
+    DType dtype, state;
+    int phase;
+  } cases[] = {
+      {"f32", DType::f32, DType::f32, 0}, {"f32_off_by_1", DType::f32, DType::f32, 1},
+      {"f64", DType::f64, DType::f64, 0}, {"bf16", DType::bf16, DType::bf16, 0},
+      {"f16", DType::f16, DType::f16, 0}, {"bf16_with_f32_state", DType::bf16, DType::f32, 0}};
+  for (const auto& c : cases) {
+    const std::vector<TensorWork> work = {tensor(c.dtype, c.state, c.phase)};
+    const std::string name = c.name;
+    cuda::StepLauncher launcher;
+    count(("adam_" + name).c_str(), [&] { return launcher.adam_step({work, 1}, adam, nullptr); });
+    count(("sgd_" + name).c_str(), [&] { return launcher.sgd_step({work, 2}, sgd, nullptr); });
+    count(("fold_" + name).c_str(),
+          [&] { return launcher.fold_gradients({work, 3}, fold, nullptr); });
+  }
+  std::vector<TensorWork> work = {tensor(DType::f32, DType::f32, 0)};
+  work[0].step = {device_memory(4), nullptr, DType::f32};
+  cuda::StepLauncher launcher;
+  count("adam_device", [&] { return launcher.adam_step({work, 1}, {on_device}, {}, nullptr); });
+}
+
+}  // namespace
+
+int main() {
+  auto* in = static_cast<float*>(device_memory(4096));
+  auto* out = static_cast<float*>(device_memory(4096));
+  const dim3 square(32, 32);
+  count("control_strided",
+        [&] { return BRAZE_LAUNCH(strided_kernel, 1, 32, 0, nullptr, in, out); });
+  count("control_vector", [&] { return BRAZE_LAUNCH(vector_kernel, 1, 32, 0, nullptr, in, out); });
+  count("control_transpose",
+        [&] { return BRAZE_LAUNCH((transpose_kernel<32>), 1, square, 0, nullptr, in, out); });
+  count("control_padded_transpose",
+        [&] { return BRAZE_LAUNCH((transpose_kernel<33>), 1, square, 0, nullptr, in, out); });
+  count_steps();
+  return 0;
+}

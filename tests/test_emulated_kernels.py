@@ -1,0 +1,105 @@
+"""The optimizer kernels, run on the CPU under every schedule and sanitizer, against the CPU optimizers.
+
+The programs are in tests/emulator/kernels; BRAZE_EMULATOR_SEED chooses their data and schedules.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import emulator_build as build
+import pytest
+
+KERNELS = build.EMULATOR / "kernels"
+CUDA = build.ROOT / "csrc" / "cuda"
+FLAGS = ("-include", str(KERNELS / "intercept.h"))
+SEED = os.environ.get("BRAZE_EMULATOR_SEED", "1")
+
+# Few blocks, so that TSan can tell all threads of a launch apart.
+FEW_BLOCKS = (
+    "several_chunks_per_block",
+    "device_counts_general",
+    "equal_device_counts",
+    "device_hypers",
+    "device_sgd",
+    "loss_scale",
+    "overflow",
+    "counts_without_elements",
+)
+
+
+def kernels_program(
+    variant: str, cuda: Path = CUDA, name: str = "kernels", include: Sequence[Path] = ()
+) -> Path:
+    if (reason := build.have(variant)) is not None:
+        pytest.skip(reason)
+    names = ("harness", "intercept", "problem", "reference")
+    sources = [KERNELS / f"{stem}.cpp" for stem in names]
+    sources += sorted(KERNELS.glob("test_*.cpp")) + sorted(cuda.glob("*.cu"))
+    return build.build_program(
+        name, sources, variant, include=(*include, KERNELS, KERNELS / "include"), flags=FLAGS
+    )
+
+
+def run(program: Path, *args: str, **env: str) -> tuple[int, str]:
+    """Status and all output."""
+    done = build.run(program, args, {"BRAZE_EMULATOR_SEED": SEED, **env})
+    return done.returncode, done.stdout + done.stderr
+
+
+def expect_silence(program: Path, *args: str, **env: str) -> str:
+    status, output = run(program, *args, **env)
+    assert status == 0, output
+    assert "WARNING: " not in output, output
+    print(output)
+    return output
+
+
+def test_every_schedule() -> None:
+    output = expect_silence(kernels_program("native"), "--all-schedules")
+    assert "10 schedules" in output
+
+
+def test_other_compiler() -> None:
+    expect_silence(kernels_program("clang"), "--small", BRAZE_EMULATOR_ORDER="pct")
+
+
+def test_other_machine() -> None:
+    tests = (
+        "general_steps",
+        "strided_steps",
+        "device_counts",
+        "captured_counts",
+        "change_of_stream",
+    )
+    expect_silence(kernels_program("aarch64"), "--small", *tests)
+
+
+def test_asan() -> None:
+    program = kernels_program("asan")
+    expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="random")
+    status, output = run(program, "seeded_short_buffer")
+    assert status != 0 and "AddressSanitizer: heap-buffer-overflow" in output, output
+    assert "elements.cuh" in output or "optimizer_kernels.cuh" in output, output
+
+
+def test_msan() -> None:
+    program = kernels_program("msan")
+    expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="reverse")
+    status, output = run(program, "seeded_fresh_buffer")
+    assert status != 0 and "MemorySanitizer: use-of-uninitialized-value" in output, output
+
+
+@pytest.mark.parametrize("mode", ["A", "B"])
+def test_tsan(mode: str) -> None:
+    program = kernels_program("tsan")
+    tests = FEW_BLOCKS if mode == "B" else (*FEW_BLOCKS, "device_counts", "plain_steps")
+    env = {"BRAZE_EMULATOR_TSAN_MODE": mode}
+    output = expect_silence(program, "--small", "--barriers", *tests, **env)
+    site = next(line.split()[1] for line in output.splitlines() if line.startswith("barrier"))
+    status, output = run(
+        program, "--small", "device_counts_general", BRAZE_EMULATOR_DROP_BARRIER=site, **env
+    )
+    assert status != 0 and "WARNING: ThreadSanitizer: data race" in output, output
