@@ -212,6 +212,7 @@ def test_barriers() -> None:
         killed_by = []
         for mode in ("A", "B"):
             env = {"BRAZE_EMULATOR_TSAN_MODE": mode, "BRAZE_EMULATOR_DROP_BARRIER": site}
+            env["TSAN_OPTIONS"] = "halt_on_error=1:exitcode=66:history_size=4:atexit_sleep_ms=0"
             status, output = run(tsan, "--small", *FEW_BLOCKS, **env)
             if status != 0 and "data race" in output:
                 killed_by.append(f"TSan {mode}")

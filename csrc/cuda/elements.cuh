@@ -170,8 +170,8 @@ struct Mixed {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) pack.value[j] = Single<T>::load(data, dtype, i + j);
     } else {
-      const uint2 raw = *reinterpret_cast<const uint2*>(static_cast<const Bf16*>(data) + i);
-      words = {{raw.x, raw.y, 0, 0}};
+      const uint64_t raw = *reinterpret_cast<const uint64_t*>(static_cast<const Bf16*>(data) + i);
+      words = {{static_cast<uint32_t>(raw), static_cast<uint32_t>(raw >> 32), 0, 0}};
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         pack.value[j] =
@@ -196,8 +196,8 @@ struct Mixed {
         dtype == DType::bf16 ? words.template set<Bf16>(j, pack.value[j])
                              : words.template set<F16>(j, pack.value[j]);
       }
-      *reinterpret_cast<uint2*>(static_cast<Bf16*>(data) + i) =
-          make_uint2(words.word[0], words.word[1]);
+      *reinterpret_cast<uint64_t*>(static_cast<Bf16*>(data) + i) =
+          words.word[0] | static_cast<uint64_t>(words.word[1]) << 32;
     }
   }
   static __device__ __forceinline__ T get(const Pack& pack, int j) { return pack.value[j]; }

@@ -6,8 +6,12 @@
 namespace emulator {
 namespace {
 
-// Of pct's picks, the share that demotes a warp.
-constexpr uint32_t kDemotionInterval = 24;
+// Of the picks of random and pct, the share that moves on to another block or rotates a warp's
+// lanes.
+constexpr uint32_t kMoveInterval = 24;
+// Of pct's picks, the share that demotes a warp: so rare that the first warp gets whole phases
+// ahead.
+constexpr uint32_t kDemotionInterval = 2048;
 
 unsigned slot(const Block& block, unsigned warp) {
   return launch_now->schedule.order == Order::pct ? block.warps[warp].rank : warp;
@@ -73,15 +77,15 @@ unsigned pick_pct(Block& block) {
   const auto turned = std::rotr(chosen.ready, static_cast<int>(chosen.rotation));
   const unsigned lane = (static_cast<unsigned>(std::countr_zero(turned)) + chosen.rotation) % 32;
   // Lanes take turns, so that a lane that waits in a loop does not starve the others.
-  if (random.below(kDemotionInterval) == 0) chosen.rotation = random.below(32);
+  if (random.below(kMoveInterval) == 0) chosen.rotation = random.below(32);
   return warp * 32 + lane;
 }
 
 Block* block_with_ready_threads() {
   std::vector<std::unique_ptr<Block>>& blocks = launch_now->blocks;
   if (blocks.size() == 1) return blocks[0]->ready_warps ? blocks[0].get() : nullptr;
-  const bool move = launch_now->schedule.order >= Order::random &&
-                    launch_now->random.below(kDemotionInterval) == 0;
+  const bool move =
+      launch_now->schedule.order >= Order::random && launch_now->random.below(kMoveInterval) == 0;
   if (!move && block_now != nullptr && block_now->ready_warps) return block_now;
   const auto count = static_cast<uint32_t>(blocks.size());
   const uint32_t start =

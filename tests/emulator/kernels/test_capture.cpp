@@ -3,6 +3,8 @@
 
 #include "problem.h"
 
+namespace capture_tests {
+
 using namespace harness;
 using namespace braze;
 using cuda::StepLauncher;
@@ -161,3 +163,5 @@ TEST(captured_counts) {
     }
   }
 }
+
+}  // namespace capture_tests

@@ -6,6 +6,8 @@
 
 #include "problem.h"
 
+namespace device_steps_tests {
+
 using namespace harness;
 using namespace braze;
 using cuda::LossScale;
@@ -321,3 +323,5 @@ TEST(many_device_counts) {
     run_adam(shapes, {device_hyper({}, 0)}, {}, small() ? 1 : 2);
   }
 }
+
+}  // namespace device_steps_tests

@@ -5,6 +5,8 @@
 
 #include "problem.h"
 
+namespace large_tests {
+
 using namespace harness;
 using namespace braze;
 using cuda::StepLauncher;
@@ -147,3 +149,5 @@ TEST(large_indices_and_strides) {
   }
   check_end(work, param.data(), grad.data(), kCount, chunks_of(numel), offsets);
 }
+
+}  // namespace large_tests

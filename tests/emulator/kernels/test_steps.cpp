@@ -7,6 +7,8 @@
 #include "intercept.h"
 #include "problem.h"
 
+namespace steps_tests {
+
 using namespace harness;
 using namespace braze;
 using braze::cuda::StepLauncher;
@@ -358,3 +360,5 @@ void step_on_fresh_buffer(bool first) {
 }  // namespace
 TEST(fresh_buffer) { step_on_fresh_buffer(true); }
 TEST(seeded_fresh_buffer) { step_on_fresh_buffer(false); }
+
+}  // namespace steps_tests
