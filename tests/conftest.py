@@ -23,6 +23,7 @@ CPU_FILES = {
     "test_demo*": "runs the demo's own processes",
     "test_distributed*": "uses gloo, which is for CPU tensors",
     "test_emulat*": "is about the emulator",
+    "test_kernel_*": "is about the emulator",
     "test_fork*": "forks, which CUDA does not survive",
     "test_jit*": "is about the build",
     "test_numerics_determinism*": "compares CPU threads and instruction sets",

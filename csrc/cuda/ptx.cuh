@@ -1,5 +1,6 @@
 // PTX instructions that CUDA C++ has no function for, each under one name; no other file contains
-// asm. Fragment layouts are those of the PTX ISA's tables for sm_80 and later.
+// asm. Fragment layouts are those of the PTX ISA's tables for sm_80 and later; a GPU has yet to
+// confirm them.
 #pragma once
 #include "device.cuh"
 
