@@ -56,6 +56,7 @@ struct BiasCorrection {
   double inv_sqrt_second;  // 1 / sqrt(1 - beta2^t)
 };
 
+// Of a whole step count; a fraction is dropped.
 BRAZE_INLINE BiasCorrection bias_correction(double beta1, double beta2, double step) {
   const int64_t t = static_cast<int64_t>(step);
   return {1 - integer_power(beta1, t), 1 / ::sqrt(1 - integer_power(beta2, t))};
