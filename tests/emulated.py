@@ -18,6 +18,8 @@ import emulator_build
 
 ROOT = emulator_build.ROOT
 EXTENSION = emulator_build.EMULATOR / "extension"
+# The one host file that emulated_module.cpp stands in for.
+MODULE = ROOT / "csrc" / "ops" / "module_cuda.cpp"
 
 
 class Emulated(Protocol):
@@ -72,7 +74,7 @@ def build(variant: str = "native") -> Path:
         "_emulated",
         [
             *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
-            ROOT / "csrc" / "ops" / "optimizer_cuda.cpp",
+            *sorted(set((ROOT / "csrc" / "ops").glob("*_cuda.cpp")) - {MODULE}),
             EXTENSION / "emulated_module.cpp",
         ],
         variant,

@@ -3,17 +3,9 @@
 // contracts nothing (-ffp-contract=off, -fmad=false). T is float (fp32 and 16-bit parameters) or
 // double. Flags are plain arguments: where they are constants, the compiler folds them.
 #pragma once
-#include <cmath>
-#include <cstdint>
-
-#include "qualifiers.h"
+#include "arithmetic.h"
 
 namespace braze {
-
-BRAZE_INLINE float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
-BRAZE_INLINE double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
-BRAZE_INLINE float square_root(float a) { return ::sqrtf(a); }
-BRAZE_INLINE double square_root(double a) { return ::sqrt(a); }
 
 // Gradient penalties: l2 adds l2 * p, l1 adds l1 * sign(p), with sign(0) = 0.
 template <class T>

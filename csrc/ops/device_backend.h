@@ -1,5 +1,6 @@
-// What a device other than the CPU offers to the optimizers. braze._cuda provides one and hands it
-// over when it is loaded, so that this extension never links CUDA.
+// What a device other than the CPU offers: the optimizers' steps and the tensor operations.
+// braze._cuda provides one and hands it over when it is loaded, so that this extension never links
+// CUDA.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -36,9 +37,12 @@ class DeviceStep {
   virtual void fold(const Work& work, const std::vector<FoldHyper>& hypers) = 0;
 };
 
+class BatchNormDevice;
+class DropoutDevice;
+
 class DeviceBackend {
  public:
-  static constexpr const char* kCapsuleName = "braze.DeviceBackend.1";
+  static constexpr const char* kCapsuleName = "braze.DeviceBackend.2";
 
   virtual ~DeviceBackend() = default;
   virtual const char* name() const = 0;
@@ -49,6 +53,8 @@ class DeviceBackend {
   virtual bool holds_scalar(const at::Tensor& tensor, bool wanted) const = 0;
   virtual bool is_capturing(int device) const = 0;
   virtual std::unique_ptr<DeviceStep> make_step(int device, const std::string& owner) const = 0;
+  virtual const BatchNormDevice& batch_norm() const = 0;
+  virtual const DropoutDevice& dropout() const = 0;
 };
 
 // Backends live as long as the process.

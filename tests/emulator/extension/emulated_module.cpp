@@ -9,7 +9,7 @@
 #include <string>
 
 #include "emulator/control.h"
-#include "ops/optimizer_cuda.h"
+#include "ops/backend_cuda.h"
 
 namespace c10::cuda {
 namespace {
@@ -37,7 +37,7 @@ std::map<uintptr_t, std::pair<uintptr_t, int>>& ranges() {
 }
 bool enabled = false;
 
-class EmulatedBackend final : public braze::DeviceBackend {
+class EmulatedBackend final : public braze::CudaBackend {
  public:
   const char* name() const override { return "emulated"; }
   int device_of(const at::Tensor& tensor) const override {
@@ -51,11 +51,6 @@ class EmulatedBackend final : public braze::DeviceBackend {
   }
   bool holds_scalar(const at::Tensor& tensor, bool wanted) const override {
     return enabled && wanted && tensor.is_cpu();
-  }
-  bool is_capturing(int device) const override { return braze::cuda_is_capturing(device); }
-  std::unique_ptr<braze::DeviceStep> make_step(int device,
-                                               const std::string& owner) const override {
-    return braze::make_cuda_step(device, owner);
   }
 };
 
@@ -236,14 +231,5 @@ PyMODINIT_FUNC PyInit__emulated() {
   static EmulatedBackend backend;
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_emulated", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-  PyObject* module = PyModule_Create(&definition);
-  if (module == nullptr) return nullptr;
-  PyObject* capsule = PyCapsule_New(static_cast<braze::DeviceBackend*>(&backend),
-                                    braze::DeviceBackend::kCapsuleName, nullptr);
-  if (capsule == nullptr || PyModule_AddObject(module, "backend", capsule) < 0) {
-    Py_XDECREF(capsule);
-    Py_DECREF(module);
-    return nullptr;
-  }
-  return module;
+  return braze::make_backend_module(definition, backend);
 }

@@ -1,0 +1,150 @@
+// Activation functions and their derivatives, each written once, for CPU loops and CUDA kernels
+// alike. T is float (fp32 and 16-bit tensors) or double. NaN gives NaN; at a kink the derivative is
+// torch's.
+#pragma once
+#include "arithmetic.h"
+
+namespace braze {
+
+// In the order of kActivationNames in ops/activation.h.
+enum class Activation : int32_t {
+  identity,
+  relu,
+  relu6,
+  leaky_relu,  // parameter: the slope below 0
+  elu,         // parameter: alpha
+  sigmoid,
+  tanh,
+  silu,
+  gelu,
+  gelu_tanh,
+  hardswish,
+  hardsigmoid,
+  mish,
+};
+constexpr int kNumActivations = 13;
+
+// Whether the derivative is one of two constants, so that one bit per element is all a backward
+// pass needs: derivative_is_upper says which, upper_derivative and lower_derivative are the
+// constants.
+BRAZE_INLINE constexpr bool has_two_slopes(Activation a) {
+  return a == Activation::relu || a == Activation::relu6 || a == Activation::leaky_relu ||
+         a == Activation::hardsigmoid;
+}
+
+template <Activation kA, class T>
+BRAZE_INLINE bool derivative_is_upper(T z) {
+  static_assert(has_two_slopes(kA));
+  if constexpr (kA == Activation::relu) return !(z <= T(0));
+  if constexpr (kA == Activation::relu6) return !(z <= T(0)) && !(z >= T(6));
+  if constexpr (kA == Activation::leaky_relu) return z > T(0);
+  return z > T(-3) && z < T(3);
+}
+
+template <Activation kA, class T>
+BRAZE_INLINE T upper_derivative() {
+  return kA == Activation::hardsigmoid ? T(1) / T(6) : T(1);
+}
+
+template <Activation kA, class T>
+BRAZE_INLINE T lower_derivative(T parameter) {
+  return kA == Activation::leaky_relu ? parameter : T(0);
+}
+
+template <class T>
+BRAZE_INLINE T sigmoid(T z) {
+  return T(1) / (T(1) + exponential(-z));
+}
+
+template <class T>
+BRAZE_INLINE T clamp(T z, T low, T high) {
+  const T raised = z < low ? low : z;
+  return raised > high ? high : raised;
+}
+
+// sqrt(2 / pi) (z + 0.044715 z^3), the argument of the tanh in gelu_tanh.
+template <class T>
+BRAZE_INLINE T gelu_inner(T z) {
+  const T root = T(0.79788456080286535588);
+  return z * fused_multiply_add(root * T(0.044715) * z, z, root);
+}
+
+// y = activation(z).
+template <Activation kA, class T>
+BRAZE_INLINE T activate(T z, T parameter) {
+  if constexpr (kA == Activation::relu) return z < T(0) ? T(0) : z;
+  if constexpr (kA == Activation::relu6) return clamp(z, T(0), T(6));
+  if constexpr (kA == Activation::leaky_relu) return z > T(0) ? z : z * parameter;
+  if constexpr (kA == Activation::elu) {
+    const T negative = z > T(0) ? T(0) : z;
+    const T curve = parameter * exponential_minus_1(negative);
+    return z > T(0) ? z : curve;
+  }
+  if constexpr (kA == Activation::sigmoid) return sigmoid(z);
+  if constexpr (kA == Activation::tanh) return hyperbolic_tangent(z);
+  if constexpr (kA == Activation::silu) return z * sigmoid(z);
+  if constexpr (kA == Activation::gelu) return z * normal_cdf(z);
+  if constexpr (kA == Activation::gelu_tanh) {
+    return T(0.5) * z * (T(1) + hyperbolic_tangent(gelu_inner(z)));
+  }
+  if constexpr (kA == Activation::hardswish) {
+    return z * (clamp(z + T(3), T(0), T(6)) / T(6));
+  }
+  if constexpr (kA == Activation::hardsigmoid) return clamp(z + T(3), T(0), T(6)) / T(6);
+  if constexpr (kA == Activation::mish) {
+    // tanh(log(1 + e)) = (e^2 + 2 e) / (e^2 + 2 e + 2); from 20 on it is 1 in any precision here.
+    const T limit = sizeof(T) == 8 ? T(40) : T(20);
+    const T e = exponential(z > limit ? limit : z);
+    const T n = e * (e + T(2));
+    return z * (n / (n + T(2)));
+  }
+  return z;
+}
+
+// dy/dz.
+template <Activation kA, class T>
+BRAZE_INLINE T activation_derivative(T z, T parameter) {
+  if constexpr (has_two_slopes(kA)) {
+    return derivative_is_upper<kA>(z) ? upper_derivative<kA, T>() : lower_derivative<kA>(parameter);
+  }
+  if constexpr (kA == Activation::elu) {
+    const T slope = parameter * exponential(z > T(0) ? T(0) : z);
+    return z > T(0) ? T(1) : slope;
+  }
+  if constexpr (kA == Activation::sigmoid) {
+    const T s = sigmoid(z);
+    return s * (T(1) - s);
+  }
+  if constexpr (kA == Activation::tanh) {
+    const T t = hyperbolic_tangent(z);
+    return fused_multiply_add(-t, t, T(1));
+  }
+  if constexpr (kA == Activation::silu) {
+    const T s = sigmoid(z);
+    return s * fused_multiply_add(z, T(1) - s, T(1));
+  }
+  if constexpr (kA == Activation::gelu) {
+    const T density = T(0.39894228040143267794) * exponential(T(-0.5) * z * z);
+    return fused_multiply_add(z, density, normal_cdf(z));
+  }
+  if constexpr (kA == Activation::gelu_tanh) {
+    const T root = T(0.79788456080286535588);
+    const T t = hyperbolic_tangent(gelu_inner(z));
+    const T inner = fused_multiply_add(T(3) * T(0.044715) * root * z, z, root);
+    return T(0.5) * fused_multiply_add(z * inner, fused_multiply_add(-t, t, T(1)), T(1) + t);
+  }
+  if constexpr (kA == Activation::hardswish) {
+    const T middle = fused_multiply_add(z, T(1) / T(3), T(0.5));
+    return z <= T(-3) ? T(0) : (z < T(3) ? middle : (z >= T(3) ? T(1) : z));
+  }
+  if constexpr (kA == Activation::mish) {
+    const T limit = sizeof(T) == 8 ? T(40) : T(20);
+    const T e = exponential(z > limit ? limit : z);
+    const T n = e * (e + T(2));
+    const T d = n + T(2);
+    return n / d + (z > limit ? T(0) : z) * (T(4) * e * (e + T(1)) / (d * d));
+  }
+  return T(1);
+}
+
+}  // namespace braze
