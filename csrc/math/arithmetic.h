@@ -30,7 +30,7 @@ BRAZE_INLINE ReducedExponent reduce_exponent(float x) {
   const float magic = 0x1.8p23f;  // adding it rounds to an integer, which is then in the low bits
   const float sum = fused_multiply_add(x, 0x1.715476p0f, magic);
   const float n = sum - magic;
-  const float r = fused_multiply_add(n, 0x1.7f7d1cp-20f, fused_multiply_add(n, -0x1.62e43p-1f, x));
+  const float r = fused_multiply_add(n, 0x1.05c61p-29f, fused_multiply_add(n, -0x1.62e43p-1f, x));
   return {static_cast<int32_t>(bits_from_float(sum) - bits_from_float(magic)), r};
 }
 
