@@ -1,1 +1,1 @@
-"""The demonstration: one network trained with torch.optim and a copy with braze.optim."""
+"""The demonstration: one network trained with torch's parts, its twin with braze.optim and, if asked for, braze.nn."""
