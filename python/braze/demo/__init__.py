@@ -1,1 +1,1 @@
-"""The demonstration: one network trained with torch's parts, its twin with braze.optim and, if asked for, braze.nn."""
+"""The demonstration: a network trained with torch, and its twin with braze.optim (and braze.nn)."""
