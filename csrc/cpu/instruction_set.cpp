@@ -34,9 +34,7 @@ std::atomic<int>& active() {
 
 }  // namespace
 
-std::vector<std::string> available_instruction_sets() {
-  return {kNames, kNames + available()};
-}
+std::vector<std::string> available_instruction_sets() { return {kNames, kNames + available()}; }
 
 std::string instruction_set() { return kNames[active_instruction_set()]; }
 

@@ -1,6 +1,6 @@
 // Includes BRAZE_LOOPS once for each instruction set, in a namespace of its name; which one runs is
-// decided when the process starts, never at build time. BRAZE_FOR_EACH_ISA lists something for each,
-// in the order of active_instruction_set().
+// decided when the process starts, never at build time. BRAZE_FOR_EACH_ISA lists something for
+// each, in the order of active_instruction_set().
 
 #define BRAZE_ISA baseline
 #define BRAZE_TARGET
