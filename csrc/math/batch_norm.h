@@ -18,6 +18,13 @@ struct Moments {
   double shift = 0, count = 0, sum = 0, square = 0;
 };
 
+// One element of a block, by its distance from the shift.
+template <class T>
+BRAZE_INLINE void add_to_moments(T distance, T& sum, T& square) {
+  sum += distance;
+  square = fused_multiply_add(distance, distance, square);
+}
+
 BRAZE_INLINE void merge_moments(Moments& into, const Moments& other) {
   if (into.count == 0) {
     into = other;
@@ -87,6 +94,13 @@ struct BatchNormCoefficients {
   T on_grad, on_input, constant;
 };
 
+// One element of the sums below, with the rounded mean.
+template <class T>
+BRAZE_INLINE void add_to_sums(T d, T x, T mean, T& grad, T& grad_input) {
+  grad += d;
+  grad_input = fused_multiply_add(d, x - mean, grad_input);
+}
+
 struct BatchNormSums {
   double grad;        // sum of d
   double grad_input;  // sum of d (x - mean), with the unrounded mean
@@ -107,6 +121,21 @@ BRAZE_INLINE BatchNormCoefficients<T> make_coefficients(const BatchNormSums& sum
   const double constant = fused_multiply_add(-on_input, static_cast<double>(stats.mean_low),
                                              -scale * (sums.grad / count));
   return {stats.scale, static_cast<T>(on_input), static_cast<T>(constant)};
+}
+
+template <class T>
+BRAZE_INLINE BatchNormCoefficients<T> constant_coefficients(const BatchNormStats<T>& stats) {
+  return {stats.scale, T(0), T(0)};
+}
+
+BRAZE_INLINE double weight_gradient(const BatchNormSums& sums, double invstd) {
+  return sums.grad_input * invstd;
+}
+
+// dx of one element.
+template <class T>
+BRAZE_INLINE T input_gradient(T d, T x, T mean, T on_grad, T on_input, T constant) {
+  return fused_multiply_add(d, on_grad, fused_multiply_add(x - mean, on_input, constant));
 }
 
 }  // namespace braze
