@@ -19,7 +19,9 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
   static_assert(!(kCurved && kMask));
   using T = Arithmetic<S>;
   constexpr int kLanes = kApplyLanes<S, kMask>;
-  constexpr int kUnroll = kCurved ? 1 : kInputs == 1 && kLanes == kVector<S> ? 4 : 2;
+  constexpr int kUnroll = kCurved || kLanes > 2 * kVector<S>     ? 1
+                          : kInputs == 1 && kLanes == kVector<S> ? 4
+                                                                 : 2;
   using Elements = Pack<S, kLanes>;
   const T parameter = static_cast<T>(a.args.parameter);
   // From the end: what the pass before read last may be in the cache still.
@@ -68,9 +70,9 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
       });
       y.store(a.args.y, units[i]);
       if constexpr (kMask) {
-        const int lanes = units[i].end - units[i].begin;
-        if (lanes > 0)
-          a.args.mask[units[i].mask] = static_cast<uint8_t>(bits & (0xffu >> (8 - lanes)));
+        if (units[i].lanes != 0) {
+          a.args.mask[units[i].mask] = static_cast<uint8_t>(bits & units[i].lanes);
+        }
       }
     }
   }

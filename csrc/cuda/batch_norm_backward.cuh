@@ -43,7 +43,7 @@ struct BackwardUnit {
     dy.load(args.dy, place);
     dy2.load(args.dy2, place, args.dy2 != nullptr);
     residual.load(args.residual, place, kInputs == 1 && a.recompute && args.residual != nullptr);
-    mask = args.mask != nullptr && place.end > place.begin ? args.mask[place.mask] : 0;
+    mask = args.mask != nullptr && place.lanes != 0 ? args.mask[place.mask] >> place.bit : 0;
   }
 
   // d of each lane; of lanes that the unit lacks, 0.
@@ -80,7 +80,7 @@ struct BackwardUnit {
     } else {
       uint32_t bits = 0xff;
       if (a.args.mask != nullptr) {
-        bits = mask >> place.bit;
+        bits = mask;
       } else if (a.recompute) {
         bits = 0;
         with_activation<false>(a.args.activation, [&](auto activation) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
   using T = Arithmetic<S>;
   using Item = SumsItem<kInputs>;
   constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kCurved>;
-  BRAZE_SHARED(double, shared, kLanes* Item::kNumbers*(kNormThreads / 2));
+  BRAZE_SHARED(double, shared, (kMergeNumbers<Item, kLanes>));
   const NormGrid& grid = a.grid;
   Walk<S, kLanes, false> walk(grid, blockIdx.x);
   T grad[kLanes] = {}, grad_input[kInputs][kLanes] = {};
@@ -188,34 +188,33 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
     }
   }
 
-  Item items[kLanes];
-#pragma unroll
-  for (int j = 0; j < kLanes; ++j) {
-    items[j].number[0] = grad[j];
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k) items[j].number[1 + k] = grad_input[k][j];
-  }
   const int thread = static_cast<int>(threadIdx.x);
-  int columns = 1, lanes = 1;
-  if (grid.channels_last) {
-    columns = static_cast<int>(grid.words);
-    lanes = kLanes;
-  } else {
-#pragma unroll
-    for (int j = 1; j < kLanes; ++j) items[0].merge(items[j]);
-  }
+  const int columns = grid.channels_last ? static_cast<int>(grid.words) : 1;
+  const int lanes = grid.channels_last ? kLanes : 1;
   const int row = thread / columns, column = thread - row * columns;
-  merge_rows(items, lanes, grid.active / columns, row, column, columns, shared);
-
-  const uint32_t group = group_of(grid, blockIdx.x);
   Item* const all = reinterpret_cast<Item*>(a.partials);
-  if (row == 0 && thread < grid.active) {
-    Item* const to = all + int64_t{blockIdx.x} * grid.width + column * lanes;
+  Item* const to = all + int64_t{blockIdx.x} * grid.width + column * lanes;
+  const auto item_of = [&](int lane) {
+    Item item;
+    item.number[0] = grad[lane];
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) {
-      if (j < lanes) to[j] = items[j];
-    }
-  }
+    for (int k = 0; k < kInputs; ++k) item.number[1 + k] = grad_input[k][lane];
+    return item;
+  };
+  merge_rows<Item, kLanes>(
+      lanes, grid.active / columns, row, column, columns, shared,
+      [&](int lane) {
+        Item item = item_of(lane);
+        if (!grid.channels_last) {  // one channel
+#pragma unroll
+          for (int j = 1; j < kLanes; ++j) item.merge(item_of(j));
+        }
+        return item;
+      },
+      [&](int lane, const Item& item) {
+        if (lane < lanes) to[lane] = item;
+      });
+  const uint32_t group = group_of(grid, blockIdx.x);
   if (!is_last_block(a.tickets + group, grid.splits)) return;
   const Item* const partials = all + static_cast<int64_t>(group) * grid.splits * grid.width;
   merge_splits(grid, group, partials, shared, [&](int64_t c, const Item& item) {

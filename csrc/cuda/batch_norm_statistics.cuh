@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kNormThreads, 3)
     batch_norm_statistics_kernel(BRAZE_GRID_CONSTANT(StatisticsArgument) a) {
   using T = Arithmetic<S>;
   constexpr int kLanes = kVector<S>, kUnroll = 4;
-  BRAZE_SHARED(double, shared, kLanes* MomentsItem::kNumbers*(kNormThreads / 2));
+  BRAZE_SHARED(double, shared, (kMergeNumbers<MomentsItem, kLanes>));
   const NormGrid& grid = a.grid;
   Walk<S, kLanes, false> walk(grid, blockIdx.x);
   T shift[kLanes] = {}, sum[kLanes] = {}, square[kLanes] = {};
@@ -105,8 +105,7 @@ __global__ void __launch_bounds__(kNormThreads, 3)
     int values = 0;
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int lanes = units[i].end - units[i].begin;
-      values += lanes <= 0 ? 0 : grid.channels_last ? 1 : lanes;
+      values += grid.channels_last ? units[i].lanes != 0 : __popc(units[i].lanes);
     }
     if (first) {
       // The mean of the thread's first values: near enough, whatever the others hold.
@@ -137,34 +136,30 @@ __global__ void __launch_bounds__(kNormThreads, 3)
     }
   }
 
-  MomentsItem items[kLanes];
-#pragma unroll
-  for (int j = 0; j < kLanes; ++j) {
-    items[j].set({shift[j], static_cast<double>(count), sum[j], square[j]});
-  }
   const int thread = static_cast<int>(threadIdx.x);
-  int columns = 1, lanes = 1;
-  if (grid.channels_last) {
-    columns = static_cast<int>(grid.words);
-    lanes = kLanes;
-  } else {
-#pragma unroll
-    for (int j = 1; j < kLanes; ++j) {  // one channel, one shift
-      items[0].number[2] += items[j].number[2];
-      items[0].number[3] += items[j].number[3];
-    }
-  }
+  const int columns = grid.channels_last ? static_cast<int>(grid.words) : 1;
+  const int lanes = grid.channels_last ? kLanes : 1;
   const int row = thread / columns, column = thread - row * columns;
-  merge_rows(items, lanes, grid.active / columns, row, column, columns, shared);
-
-  const uint32_t group = group_of(grid, blockIdx.x);
-  if (row == 0 && thread < grid.active) {
-    MomentsItem* const to = a.partials + int64_t{blockIdx.x} * grid.width + column * lanes;
+  MomentsItem* const to = a.partials + int64_t{blockIdx.x} * grid.width + column * lanes;
+  merge_rows<MomentsItem, kLanes>(
+      lanes, grid.active / columns, row, column, columns, shared,
+      [&](int lane) {
+        double all = sum[lane], all_squares = square[lane];
+        if (!grid.channels_last) {  // one channel, one shift
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) {
-      if (j < lanes) to[j] = items[j];
-    }
-  }
+          for (int j = 1; j < kLanes; ++j) {
+            all += sum[j];
+            all_squares += square[j];
+          }
+        }
+        MomentsItem item;
+        item.set({shift[lane], static_cast<double>(count), all, all_squares});
+        return item;
+      },
+      [&](int lane, const MomentsItem& item) {
+        if (lane < lanes) to[lane] = item;
+      });
+  const uint32_t group = group_of(grid, blockIdx.x);
   if (!is_last_block(a.tickets + group, grid.splits)) return;
   const MomentsItem* const partials =
       a.partials + static_cast<int64_t>(group) * grid.splits * grid.width;

@@ -16,14 +16,14 @@ using Arithmetic = std::conditional_t<sizeof(S) == 8, double, float>;
 template <class S>
 constexpr int kVector = 16 / sizeof(S);
 
-// Lanes [begin, end) of it are elements of the group.
 struct Unit {
-  int64_t offset, mask;
-  int32_t begin, end;
-  int32_t bit;  // of lane 0 in the mask's byte
-  bool vector;
+  int64_t offset;  // of lane 0, in elements
+  int64_t mask;    // of the byte that has lane 0's bit
+  uint32_t bit;    // which one that is
+  uint32_t lanes;  // bit by bit, those that are elements of the group
+  bool vector;     // all are, and lane 0 is at a 16-byte boundary
 
-  __device__ __forceinline__ bool has(int lane) const { return lane >= begin && lane < end; }
+  __device__ __forceinline__ bool has(int lane) const { return lanes >> lane & 1u; }
 };
 
 __device__ __forceinline__ uint32_t group_of(const NormGrid& grid, uint32_t block) {
@@ -67,11 +67,12 @@ class Walk {
     if (grid_.moves_to_phase) begin -= (grid_.phase + row_offset) & (kLanes - 1);
     unit.offset = row_offset + begin;
     unit.mask = row * grid_.mask_row + (begin >> 3);
-    unit.bit = static_cast<int32_t>(begin & 7);
-    unit.begin = begin < 0 ? static_cast<int32_t>(-begin) : 0;
+    unit.bit = static_cast<uint32_t>(begin & 7);
+    constexpr uint32_t kAll = (1u << kLanes) - 1;
     const int64_t rest = left_ > 0 ? grid_.length - begin : 0;
-    unit.end = static_cast<int32_t>(rest < 0 ? 0 : rest < kLanes ? rest : kLanes);
-    unit.vector = grid_.aligned && unit.begin == 0 && unit.end == kLanes &&
+    unit.lanes = rest >= kLanes ? kAll : rest > 0 ? kAll >> (kLanes - rest) : 0;
+    if (begin < 0) unit.lanes &= kAll << -begin;
+    unit.vector = grid_.aligned && unit.lanes == kAll &&
                   ((grid_.phase + unit.offset) & (kVector<S> - 1)) == 0;
     advance();
     return unit;
@@ -219,6 +220,12 @@ __device__ __forceinline__ void with_activation(Activation activation, F&& f) {
 #undef BRAZE_CASE
 }
 
+// Lanes whose items cross shared memory at once: more cost registers, fewer cost barriers.
+template <int kLanes>
+constexpr int kMergedTogether = kLanes == 1 ? 1 : 2;
+template <class Item, int kLanes>
+constexpr int kMergeNumbers = kMergedTogether<kLanes> * Item::kNumbers * (kNormThreads / 2);
+
 // True in all threads of the last of `blocks` blocks that come here, once each; the others' writes
 // to memory before it are visible then. The ticket is zero before and after.
 __device__ __forceinline__ bool is_last_block(unsigned int* ticket, uint32_t blocks) {
@@ -235,41 +242,50 @@ __device__ __forceinline__ bool is_last_block(unsigned int* ticket, uint32_t blo
 }
 
 // Merges the rows of a block into row 0, in an order that their number alone decides. A thread is
-// at (row, column) and has kItems items, of which the first `items` count; beyond the last row,
-// any.
-template <class Item, int kItems>
-__device__ __forceinline__ void merge_rows(Item (&mine)[kItems], int items, int rows, int row,
-                                           int column, int columns, double* shared) {
-  constexpr int kSlots = kNormThreads / 2;
-  for (int n = rows; n > 1;) {
-    const int half = (n + 1) / 2;
-    if (row >= half && row < n) {
-      const int slot = (row - half) * columns + column;
+// at (row, column) and has one item per lane, of which the first `lanes` count; `make` gives a
+// lane's item, `take` gets what row 0 made of it.
+template <class Item, int kLanes, class Make, class Take>
+__device__ __forceinline__ void merge_rows(int lanes, int rows, int row, int column, int columns,
+                                           double* shared, Make&& make, Take&& take) {
+  constexpr int kSlots = kNormThreads / 2, kTogether = kMergedTogether<kLanes>;
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (i >= items) continue;
+  for (int lane = 0; lane < kLanes; lane += kTogether) {
+    if (lane >= lanes) continue;
+    Item mine[kTogether];
 #pragma unroll
-        for (int k = 0; k < Item::kNumbers; ++k) {
-          shared[(i * Item::kNumbers + k) * kSlots + slot] = mine[i].number[k];
+    for (int i = 0; i < kTogether; ++i) mine[i] = make(lane + i);
+    for (int n = rows; n > 1;) {
+      const int half = (n + 1) / 2;
+      if (row >= half && row < n) {
+        const int slot = (row - half) * columns + column;
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+          for (int k = 0; k < Item::kNumbers; ++k) {
+            shared[(i * Item::kNumbers + k) * kSlots + slot] = mine[i].number[k];
+          }
         }
       }
-    }
-    __syncthreads();
-    if (row < n - half) {
-      const int slot = row * columns + column;
+      __syncthreads();
+      if (row < n - half) {
+        const int slot = row * columns + column;
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (i >= items) continue;
-        Item other;
+        for (int i = 0; i < kTogether; ++i) {
+          Item other;
 #pragma unroll
-        for (int k = 0; k < Item::kNumbers; ++k) {
-          other.number[k] = shared[(i * Item::kNumbers + k) * kSlots + slot];
+          for (int k = 0; k < Item::kNumbers; ++k) {
+            other.number[k] = shared[(i * Item::kNumbers + k) * kSlots + slot];
+          }
+          mine[i].merge(other);
         }
-        mine[i].merge(other);
       }
+      __syncthreads();
+      n = half;
     }
-    __syncthreads();
-    n = half;
+    if (row == 0) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) take(lane + i, mine[i]);
+    }
   }
 }
 
@@ -283,18 +299,21 @@ __device__ __forceinline__ void merge_splits(const NormGrid& grid, uint32_t grou
   const int parts = threads / columns, part = thread / columns, column = thread - part * columns;
   const uint32_t each = (grid.splits - 1) / static_cast<uint32_t>(parts) + 1;
   for (int begin = 0; begin < width; begin += columns) {
-    Item item[1] = {};
+    Item item = {};
     const int i = begin + column;
     if (part < parts && i < width) {
       const uint64_t first = static_cast<uint64_t>(part) * each;
       const uint64_t end = first + each < grid.splits ? first + each : grid.splits;
       for (uint64_t s = first; s < end; ++s) {
-        item[0].merge(partials[s * static_cast<uint64_t>(width) + static_cast<uint64_t>(i)]);
+        item.merge(partials[s * static_cast<uint64_t>(width) + static_cast<uint64_t>(i)]);
       }
     }
-    merge_rows(item, 1, parts, part, column, columns, shared);
-    const int64_t channel = static_cast<int64_t>(group) * width + i;
-    if (part == 0 && i < width && channel < grid.channels) f(channel, item[0]);
+    merge_rows<Item, 1>(
+        1, parts, part, column, columns, shared, [&](int) { return item; },
+        [&](int, const Item& merged) {
+          const int64_t channel = static_cast<int64_t>(group) * width + i;
+          if (i < width && channel < grid.channels) f(channel, merged);
+        });
   }
 }
 
