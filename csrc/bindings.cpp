@@ -1,7 +1,7 @@
 // The Python module braze._C. The only file that includes pybind11.
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/optimizer_cpu.h"
+#include "cpu/instruction_set.h"
 #include "ops/device_backend.h"
 #include "ops/step_plan.h"
 

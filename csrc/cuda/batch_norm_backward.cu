@@ -10,11 +10,12 @@ void set_slopes(BackwardArgument& argument) {
   argument.lower = lower_derivative<kA, double>(argument.args.parameter);
 }
 
-BackwardArgument make_argument(const BackwardArgs& args) {
+BackwardArgument make_argument(const BackwardArgs& args, bool reduction) {
   BackwardArgument argument = {};
   argument.args = args;
   argument.upper = argument.lower = 1;
   argument.recompute = args.mask == nullptr && args.activation != Activation::identity;
+  argument.reads_x = reduction || argument.recompute || args.batch_statistics;
   switch (args.activation) {
     case Activation::relu: set_slopes<Activation::relu>(argument); break;
     case Activation::relu6: set_slopes<Activation::relu6>(argument); break;
@@ -64,7 +65,7 @@ cudaError_t choose(const BackwardArgs& args, F&& f) {
 cudaError_t batch_norm_scratch(const BackwardArgs& args, NormScratchSize& size) {
   return choose(args, [&](auto storage, auto inputs, auto curved) {
     using S = decltype(storage);
-    BackwardArgument argument = make_argument(args);
+    BackwardArgument argument = make_argument(args, true);
     NormLaunch launch;
     const cudaError_t error = fill_grid(batch_norm_reduce_kernel<S, inputs(), curved()>, kVector<S>,
                                         true, argument, launch);
@@ -82,7 +83,7 @@ cudaError_t batch_norm_reduce(const BackwardArgs& args, const NormScratch& scrat
   return choose(args, [&](auto storage, auto inputs, auto curved) {
     using S = decltype(storage);
     const auto kernel = batch_norm_reduce_kernel<S, inputs(), curved()>;
-    BackwardArgument argument = make_argument(args);
+    BackwardArgument argument = make_argument(args, true);
     NormLaunch launch;
     const cudaError_t error = fill_grid(kernel, kVector<S>, true, argument, launch);
     if (error != cudaSuccess) return error;
@@ -106,7 +107,7 @@ cudaError_t batch_norm_apply_grad(const BackwardArgs& args, cudaStream_t stream)
   return choose(args, [&](auto storage, auto inputs, auto curved) {
     using S = decltype(storage);
     const auto kernel = batch_norm_apply_grad_kernel<S, inputs(), curved()>;
-    BackwardArgument argument = make_argument(args);
+    BackwardArgument argument = make_argument(args, false);
     NormLaunch launch;
     const cudaError_t error = fill_grid(kernel, kVector<S>, false, argument, launch);
     if (error != cudaSuccess) return error;

@@ -23,7 +23,8 @@ struct BackwardArgument {
   double* partials;       // [groups][splits][width] items; reduce's alone
   unsigned int* tickets;  // [groups], zero
   double upper, lower;    // the two derivatives, where there are two
-  bool recompute;         // z decides
+  bool recompute;         // z decides on the derivative
+  bool reads_x;
 };
 
 // What a unit needs in both passes.
@@ -39,7 +40,7 @@ struct BackwardUnit {
   __device__ __forceinline__ void load(const BackwardArgument& a) {
     const BackwardArgs& args = a.args;
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) x[k].load(args.input[k].x, place);
+    for (int k = 0; k < kInputs; ++k) x[k].load(args.input[k].x, place, a.reads_x);
     dy.load(args.dy, place);
     dy2.load(args.dy2, place, args.dy2 != nullptr);
     residual.load(args.residual, place, kInputs == 1 && a.recompute && args.residual != nullptr);
@@ -69,33 +70,20 @@ struct BackwardUnit {
         for (int j = 0; j < kLanes; ++j) z[j] += residual.get(j);
       }
     }
-    if constexpr (kCurved) {
-      const T parameter = static_cast<T>(a.args.parameter);
-      with_activation<true>(a.args.activation, [&](auto activation) {
-#pragma unroll
-        for (int j = 0; j < kLanes; ++j) {
-          d[j] *= activation_derivative<decltype(activation)::value>(z[j], parameter);
-        }
-      });
-    } else {
-      uint32_t bits = 0xff;
-      if (a.args.mask != nullptr) {
-        bits = mask;
-      } else if (a.recompute) {
-        bits = 0;
-        with_activation<false>(a.args.activation, [&](auto activation) {
-          constexpr Activation kActivation = decltype(activation)::value;
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) {
-            if constexpr (has_two_slopes(kActivation)) {
-              bits |= static_cast<uint32_t>(derivative_is_upper<kActivation>(z[j])) << j;
-            }
-          }
-        });
-      }
+    const T parameter = static_cast<T>(a.args.parameter);
+    if (!kCurved && a.args.mask != nullptr) {
       const T upper = static_cast<T>(a.upper), lower = static_cast<T>(a.lower);
 #pragma unroll
-      for (int j = 0; j < kLanes; ++j) d[j] *= bits >> j & 1 ? upper : lower;
+      for (int j = 0; j < kLanes; ++j) {
+        d[j] = two_slope_gradient(d[j], (mask >> j & 1u) != 0, upper, lower);
+      }
+    } else {
+      with_activation<kCurved>(a.args.activation, [&](auto activation) {
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) {
+          d[j] = activation_gradient<decltype(activation)::value>(d[j], z[j], parameter);
+        }
+      });
     }
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) d[j] = place.has(j) ? d[j] : T(0);
@@ -180,8 +168,8 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
           T ignored = grad[j];
 #pragma unroll
           for (int k = 0; k < kInputs; ++k) {
-            add_to_sums(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
-                        k == 0 ? grad[j] : ignored, grad_input[k][j]);
+            add_gradient(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
+                         k == 0 ? grad[j] : ignored, grad_input[k][j]);
           }
         }
       }
@@ -283,8 +271,10 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
         out.clear();
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          out.set(j, input_gradient(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
-                                    on_grad[k][j], on_input[k][j], constant[k][j]));
+          out.set(j, a.args.batch_statistics
+                         ? input_gradient(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
+                                          on_grad[k][j], on_input[k][j], constant[k][j])
+                         : input_gradient(d[j], on_grad[k][j]));
         }
         out.store(a.args.grad[k].dx, units[i].place);
       }

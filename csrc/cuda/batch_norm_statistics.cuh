@@ -109,20 +109,16 @@ __global__ void __launch_bounds__(kNormThreads, 3)
     }
     if (first) {
       // The mean of the thread's first values: near enough, whatever the others hold.
-      const T share = T(1) / static_cast<T>(values > 0 ? values : 1);
       T all = 0;
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        T mean = 0;
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) mean = fused_multiply_add(x[i].get(j), share, mean);
-        shift[j] = mean;
-        all += mean;
+        for (int i = 0; i < kUnroll; ++i) shift[j] += x[i].get(j);
+        all += shift[j];
       }
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        const T near = grid.channels_last ? shift[j] : all;
-        shift[j] = near - near == T(0) ? near : T(0);  // not inf or NaN
+        shift[j] = make_shift(grid.channels_last ? shift[j] : all, static_cast<T>(values));
       }
     }
     count += values;
@@ -130,8 +126,7 @@ __global__ void __launch_bounds__(kNormThreads, 3)
     for (int i = 0; i < kUnroll; ++i) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        const T distance = units[i].has(j) ? x[i].get(j) - shift[j] : T(0);
-        add_to_moments(distance, sum[j], square[j]);
+        add_moment(units[i].has(j) ? x[i].get(j) : shift[j], shift[j], sum[j], square[j]);
       }
     }
   }

@@ -18,11 +18,19 @@ struct Moments {
   double shift = 0, count = 0, sum = 0, square = 0;
 };
 
-// One element of a block, by its distance from the shift.
+// One value of a block. The sums of a block are T's, in runs short enough for them.
 template <class T>
-BRAZE_INLINE void add_to_moments(T distance, T& sum, T& square) {
-  sum += distance;
-  square = fused_multiply_add(distance, distance, square);
+BRAZE_INLINE void add_moment(T x, T shift, T& sum, T& square) {
+  const T v = x - shift;
+  sum += v;
+  square = fused_multiply_add(v, v, square);
+}
+
+// The shift of a block, from the sum of a few of its values.
+template <class T>
+BRAZE_INLINE T make_shift(T sum, T count) {
+  const T mean = sum / count;
+  return mean - mean == T(0) ? mean : T(0);  // not an infinity, not a NaN
 }
 
 BRAZE_INLINE void merge_moments(Moments& into, const Moments& other) {
@@ -94,9 +102,19 @@ struct BatchNormCoefficients {
   T on_grad, on_input, constant;
 };
 
-// One element of the sums below, with the rounded mean.
 template <class T>
-BRAZE_INLINE void add_to_sums(T d, T x, T mean, T& grad, T& grad_input) {
+BRAZE_INLINE T input_gradient(T d, T x, T mean, T on_grad, T on_input, T constant) {
+  return fused_multiply_add(d, on_grad, fused_multiply_add(x - mean, on_input, constant));
+}
+// Of running statistics, which do not depend on x.
+template <class T>
+BRAZE_INLINE T input_gradient(T d, T on_grad) {
+  return d * on_grad;
+}
+
+// One element of a block's sums.
+template <class T>
+BRAZE_INLINE void add_gradient(T d, T x, T mean, T& grad, T& grad_input) {
   grad += d;
   grad_input = fused_multiply_add(d, x - mean, grad_input);
 }
@@ -109,6 +127,11 @@ struct BatchNormSums {
 // From block sums, whose mean is rounded.
 BRAZE_INLINE BatchNormSums make_sums(double grad, double grad_rounded_input, double mean_low) {
   return {grad, fused_multiply_add(-mean_low, grad, grad_rounded_input)};
+}
+
+// The gradient of the weight; that of the bias is sums.grad.
+BRAZE_INLINE double weight_gradient(const BatchNormSums& sums, double invstd) {
+  return sums.grad_input * invstd;
 }
 
 // Of a layer that normalised with its batch's own statistics over `count` values. One that used
@@ -126,16 +149,6 @@ BRAZE_INLINE BatchNormCoefficients<T> make_coefficients(const BatchNormSums& sum
 template <class T>
 BRAZE_INLINE BatchNormCoefficients<T> constant_coefficients(const BatchNormStats<T>& stats) {
   return {stats.scale, T(0), T(0)};
-}
-
-BRAZE_INLINE double weight_gradient(const BatchNormSums& sums, double invstd) {
-  return sums.grad_input * invstd;
-}
-
-// dx of one element.
-template <class T>
-BRAZE_INLINE T input_gradient(T d, T x, T mean, T on_grad, T on_input, T constant) {
-  return fused_multiply_add(d, on_grad, fused_multiply_add(x - mean, on_input, constant));
 }
 
 }  // namespace braze
