@@ -11,8 +11,8 @@
 namespace braze {
 
 constexpr std::array<const char*, kNumActivations> kActivationNames = {
-    "identity", "relu", "relu6", "leaky_relu", "elu",         "sigmoid", "tanh",
-    "silu",     "gelu", "gelu_tanh", "hardswish", "hardsigmoid", "mish"};
+    "identity", "relu", "relu6",     "leaky_relu", "elu",         "sigmoid", "tanh",
+    "silu",     "gelu", "gelu_tanh", "hardswish",  "hardsigmoid", "mish"};
 
 inline Activation parse_activation(std::string_view name) {
   std::string known;

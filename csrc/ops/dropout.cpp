@@ -242,8 +242,8 @@ at::Tensor act_dropout_inplace_impl(at::Tensor& input, double p, std::string_vie
 }
 
 at::Tensor act_dropout_backward_impl(const at::Tensor& grad, const at::Tensor& saved,
-                                     const at::Tensor& state, double p,
-                                     std::string_view activation, double parameter) {
+                                     const at::Tensor& state, double p, std::string_view activation,
+                                     double parameter) {
   check_tensor(saved, "act_dropout_backward", "saved");
   check_same(saved, grad, "act_dropout_backward", "saved", "grad");
   check_state(saved, state, "act_dropout_backward");

@@ -1,8 +1,8 @@
 // Dropout's gradients. Nothing is saved but the mask's seed and offset, and what an activation
 // needs.
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/elu_backward.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/hardswish_backward.h>
 #include <ATen/ops/sigmoid.h>
@@ -175,9 +175,9 @@ struct ActDropout : Function<ActDropout> {
   }
   static at::Tensor grad_of(AutogradContext* ctx, const at::Tensor& grad) {
     const variable_list saved = ctx->get_saved_variables();
-    return act_dropout_backward(
-        grad, saved[0], saved[1], ctx->saved_data["p"].toDouble(),
-        ctx->saved_data["activation"].toStringView(), ctx->saved_data["parameter"].toDouble());
+    return act_dropout_backward(grad, saved[0], saved[1], ctx->saved_data["p"].toDouble(),
+                                ctx->saved_data["activation"].toStringView(),
+                                ctx->saved_data["parameter"].toDouble());
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(6);
@@ -320,13 +320,13 @@ at::Tensor act_dropout_inplace_autograd(at::Tensor& input, double p, std::string
 }
 
 at::Tensor act_dropout_backward_autograd(const at::Tensor& grad, const at::Tensor& saved,
-                                         const at::Tensor& state, double p,
-                                         std::string_view name, double parameter) {
+                                         const at::Tensor& state, double p, std::string_view name,
+                                         double parameter) {
   const Activation activation = parse_activation(name);
   if (needs_grad(saved) && !has_two_slopes(activation) && activation != Activation::identity) {
     const at::Tensor copy = saved.is_non_overlapping_and_dense() ? saved : at::empty_like(saved);
-    const at::Tensor dropped = dropout_apply(in_order(grad, order_in_memory(copy)), state, p, false,
-                                             false, true);
+    const at::Tensor dropped =
+        dropout_apply(in_order(grad, order_in_memory(copy)), state, p, false, false, true);
     return differentiable_grad(activation, dropped, saved, parameter);
   }
   if (needs_grad(grad)) {

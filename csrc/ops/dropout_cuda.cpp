@@ -38,8 +38,7 @@ class CudaDropout final : public DropoutDevice {
   void run(int device, const DropoutArgs& args) const override {
     const auto index = static_cast<c10::DeviceIndex>(device);
     const c10::cuda::CUDAGuard guard(index);
-    const cudaError_t error =
-        cuda::dropout(args, c10::cuda::getCurrentCUDAStream(index).stream());
+    const cudaError_t error = cuda::dropout(args, c10::cuda::getCurrentCUDAStream(index).stream());
     TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction,
                 "dropout: braze's CUDA kernels were not built for the GPU cuda:", device,
                 ". `python -m braze info` lists what they were built for; rebuild with ",
