@@ -1,0 +1,22 @@
+"""All of ``torch.nn``, with braze's modules in the place of torch's, and the fused ones."""
+
+from torch.nn import *  # noqa: F403
+
+from braze.nn import _aliases
+from braze.nn import functional as functional
+from braze.nn.batch_norm import BatchNorm1d as BatchNorm1d
+from braze.nn.batch_norm import BatchNorm2d as BatchNorm2d
+from braze.nn.batch_norm import BatchNorm3d as BatchNorm3d
+from braze.nn.batch_norm import BatchNormAct1d as BatchNormAct1d
+from braze.nn.batch_norm import BatchNormAct2d as BatchNormAct2d
+from braze.nn.batch_norm import BatchNormAct3d as BatchNormAct3d
+from braze.nn.conv_bn_act import ConvBNAct1d as ConvBNAct1d
+from braze.nn.conv_bn_act import ConvBNAct2d as ConvBNAct2d
+from braze.nn.conv_bn_act import ConvBNAct3d as ConvBNAct3d
+from braze.nn.conv_bn_act import ConvBNReLU1d as ConvBNReLU1d
+from braze.nn.conv_bn_act import ConvBNReLU2d as ConvBNReLU2d
+from braze.nn.conv_bn_act import ConvBNReLU3d as ConvBNReLU3d
+from braze.nn.sync_batch_norm import SyncBatchNormAct as SyncBatchNormAct
+from braze.nn.sync_batch_norm import convert_sync_batchnorm as convert_sync_batchnorm
+
+_aliases.install()
