@@ -1,6 +1,9 @@
 """All of ``torch.nn``, with braze's modules in the place of torch's, and the fused ones."""
 
-from torch.nn import *  # noqa: F403
+import typing as _typing
+
+if not _typing.TYPE_CHECKING:
+    from torch.nn import *  # noqa: F403
 
 from braze.nn import _aliases
 from braze.nn import functional as functional
@@ -20,3 +23,19 @@ from braze.nn.sync_batch_norm import SyncBatchNormAct as SyncBatchNormAct
 from braze.nn.sync_batch_norm import convert_sync_batchnorm as convert_sync_batchnorm
 
 _aliases.install()
+
+if _typing.TYPE_CHECKING:
+    # Last, and without torch's `functional`: a checker keeps the first of two.
+    from torch.nn import attention as attention
+    from torch.nn import factory_kwargs as factory_kwargs
+    from torch.nn import init as init
+    from torch.nn import modules as modules
+    from torch.nn import parallel as parallel
+    from torch.nn import parameter as parameter
+    from torch.nn import utils as utils
+    from torch.nn.modules import *  # type: ignore[assignment]  # noqa: F403
+    from torch.nn.parallel import DataParallel as DataParallel
+    from torch.nn.parameter import Buffer as Buffer
+    from torch.nn.parameter import Parameter as Parameter
+    from torch.nn.parameter import UninitializedBuffer as UninitializedBuffer
+    from torch.nn.parameter import UninitializedParameter as UninitializedParameter

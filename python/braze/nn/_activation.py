@@ -118,7 +118,9 @@ def resolve(activation: ActivationLike, negative_slope: float = _DEFAULT_SLOPE) 
     return _of_function(activation, function, keywords, negative_slope)
 
 
-def _named(given: Any, name: str, negative_slope: float, alpha: float = _DEFAULT_ALPHA) -> Activation:
+def _named(
+    given: Any, name: str, negative_slope: float, alpha: float = _DEFAULT_ALPHA
+) -> Activation:
     if name not in NAMES:
         raise _unknown(given)
     if name == "leaky_relu":

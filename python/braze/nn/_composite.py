@@ -1,5 +1,5 @@
 """The batch-norm operations as compositions of torch's own: for what the kernels do not take (functorch's
-transforms, forward-mode AD, other dtypes, layouts, devices and subclasses), for tracing, and to compare with."""
+transforms, forward-mode AD, other dtypes, layouts, devices and subclasses), and for traces."""
 
 from __future__ import annotations
 

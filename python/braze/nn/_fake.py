@@ -1,11 +1,13 @@
-"""What the batch-norm operators return, without the numbers: for FakeTensor, the meta device and torch.compile."""
+"""What the batch-norm operators return, without the numbers: for FakeTensor and torch.compile."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 # Rows of the arrays [rows, C] that operators hand to each other; csrc/plan/batch_norm.h.
 _STATS, _MOMENTS, _SUMS = 5, 3, 2
@@ -27,18 +29,7 @@ def _like(x: Tensor) -> Tensor:
     """Dense, in the order of ``x`` where the kernels know it."""
     if _is_dense(x, False) or _is_dense(x, True):
         return torch.empty_like(x)
-    return torch.empty_like(x, memory_format=torch.contiguous_format).contiguous(
-        memory_format=_suggested(x)
-    )
-
-
-def _suggested(x: Tensor) -> torch.memory_format:
-    # Of a tensor with channels innermost, although not dense.
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    strides = [x.stride(d) for d in (*range(2, x.dim()), 0)]
-    if last is None or x.stride(1) != 1 or 0 in strides or sorted(strides[:-1])[::-1] != strides[:-1]:
-        return torch.contiguous_format
-    return last
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:
@@ -53,7 +44,7 @@ def _mask(x: Tensor, wanted: bool) -> Tensor:
     if not wanted:
         return x.new_empty((0,), dtype=torch.uint8)
     n, c = x.size(0), x.size(1)
-    spatial = x.numel() // (n * c) if n * c != 0 else 0
+    spatial = math.prod(x.shape[2:])
     last = c > 1 and (spatial == 1 or not _is_dense(x, False))
     rows, row = (n * spatial, c) if last else (n * c, spatial)
     return x.new_empty((rows * ((row + 7) // 8),), dtype=torch.uint8)

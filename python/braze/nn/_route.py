@@ -42,7 +42,7 @@ def transformed() -> bool:
 
 
 def takes_activation(input: Tensor) -> bool:
-    """Whether a kernel can read ``input`` as [N, C, ...]. Raises RuntimeError where CUDA kernels are missing."""
+    """Whether a kernel can read ``input`` as [N, C, ...]. Raises RuntimeError if CUDA kernels are missing."""
     if type(input) not in _PLAIN or input.dtype not in DTYPES or input.layout is not torch.strided:
         return False
     if input.is_cuda:

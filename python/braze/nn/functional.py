@@ -1,18 +1,23 @@
 """All of ``torch.nn.functional``, with braze's functions in the place of torch's, and the fused ones."""
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
 import torch.nn.functional as _torch_functional
-from torch.nn.functional import *  # noqa: F403
 
-from braze.nn._batch_norm_functional import batch_norm as batch_norm
-from braze.nn._batch_norm_functional import batch_norm_act as batch_norm_act
-from braze.nn._batch_norm_functional import batch_norm_add_act as batch_norm_add_act
-
-if not _TYPE_CHECKING:
+if not _typing.TYPE_CHECKING:
+    from torch.nn.functional import *  # noqa: F403
 
     def __getattr__(name: str) -> object:
         """Names that torch keeps to itself, but that programs use."""
         if name.startswith("__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(_torch_functional, name)
+
+
+from braze.nn._batch_norm_functional import batch_norm as batch_norm
+from braze.nn._batch_norm_functional import batch_norm_act as batch_norm_act
+from braze.nn._batch_norm_functional import batch_norm_add_act as batch_norm_add_act
+
+if _typing.TYPE_CHECKING:
+    # Last: a checker keeps the first of two.
+    from torch.nn.functional import *  # noqa: F403
