@@ -5,8 +5,8 @@ import typing as _typing
 if not _typing.TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
 
+import braze.nn.functional as functional  # noqa: F401  (`from` finds the star's, torch's)
 from braze.nn import _aliases
-from braze.nn import functional as functional
 from braze.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from braze.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from braze.nn.batch_norm import BatchNorm3d as BatchNorm3d
