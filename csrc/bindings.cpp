@@ -2,6 +2,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/optimizer_cpu.h"
+#include "ops/batch_norm.h"
 #include "ops/device_backend.h"
 #include "ops/step_plan.h"
 
@@ -60,6 +61,19 @@ PYBIND11_MODULE(_C, m) {
           py::arg("groups"), py::arg("state"), py::arg("weight"), py::arg("into_momentum"))
       .def("reset", &braze::StepPlan::reset)
       .def_property_readonly("rebuilds", &braze::StepPlan::rebuilds);
+
+  // Tensor operations, past torch.ops' slower door. The GIL is not held.
+  const auto op = [&m](const char* name, auto function) {
+    m.def(name, function, py::call_guard<py::gil_scoped_release>());
+  };
+  op("batch_norm_act", braze::batch_norm_act);
+  op("batch_norm_act_fork", braze::batch_norm_act_fork);
+  op("batch_norm_add_act", braze::batch_norm_add_act);
+  op("batch_norm_moments", braze::batch_norm_moments);
+  op("batch_norm_combine", braze::batch_norm_combine);
+  op("batch_norm_apply", braze::batch_norm_apply);
+  op("batch_norm_reduce", braze::batch_norm_reduce);
+  op("batch_norm_apply_grad", braze::batch_norm_apply_grad);
 
   m.def(
       "register_backend",

@@ -13,6 +13,7 @@ void combine(const CombineArgs& args);
 void from_running(const FromRunningArgs& args);
 void apply(const ApplyArgs& args, int threads);
 void reduce(const BackwardArgs& args, void* workspace, int threads);
+void coefficients(const CoefficientsArgs& args);
 void apply_grad(const BackwardArgs& args, int threads);
 
 }  // namespace braze::cpu

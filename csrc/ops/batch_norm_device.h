@@ -15,6 +15,7 @@ class BatchNormDevice {
   virtual void from_running(const at::Tensor& like, const FromRunningArgs& args) const = 0;
   virtual void apply(const at::Tensor& like, const ApplyArgs& args) const = 0;
   virtual void reduce(const at::Tensor& like, const BackwardArgs& args) const = 0;
+  virtual void coefficients(const at::Tensor& like, const CoefficientsArgs& args) const = 0;
   virtual void apply_grad(const at::Tensor& like, const BackwardArgs& args) const = 0;
 };
 

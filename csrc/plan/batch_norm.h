@@ -1,11 +1,12 @@
 // Batch normalisation fused with an activation, as kernels get it: pointers, sizes and flags, no
-// torch. Filled by ops/, read by cpu/ and cuda/, which offer the same six steps:
+// torch. Filled by ops/, read by cpu/ and cuda/, which offer the same seven steps:
 //
 //   statistics    x -> stats (and the running statistics), or x -> moments for another process
 //   combine       moments of all processes -> stats (and the running statistics)
 //   from_running  running statistics -> stats
 //   apply         x, stats [, x2, stats2 | residual] -> y [, mask]
 //   reduce        dy [, dy2], x, stats ... -> sums, coefficients, grad_weight, grad_bias
+//   coefficients  sums of all processes -> coefficients
 //   apply_grad    dy [, dy2], x, stats ..., coefficients -> dx [, dx2 | grad_residual]
 #pragma once
 #include <cstddef>
@@ -119,6 +120,15 @@ struct BackwardArgs {
   bool batch_statistics = true;  // false: stats were running statistics, constants here
   double count = 0;              // values per channel, of all processes
   void* sums = nullptr;  // T[2][c], BatchNormSums by field, of input[0]: wanted for other processes
+};
+
+// What reduce does at its end, from sums that other processes had a part in.
+struct CoefficientsArgs {
+  ActivationShape shape;  // c and dtype count
+  const void* stats = nullptr;
+  const void* sums = nullptr;   // T[2][c]
+  const void* count = nullptr;  // T, one number in memory of the device: values per channel
+  void* coefficients = nullptr;
 };
 
 }  // namespace braze

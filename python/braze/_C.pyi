@@ -44,3 +44,114 @@ def backends() -> list[str]: ...
 def available_instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str) -> bool: ...
+
+# Tensor operations: torch.ops.braze has the same ones, with their schemas, for torch.compile.
+
+def batch_norm_act(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    parameter: float,
+    residual: Tensor | None,
+    /,
+) -> Tensor:
+    """act(bn(input) + residual). training: with the batch's statistics, else with the running ones."""
+
+def batch_norm_act_fork(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    parameter: float,
+    residual: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor]:
+    """The same, as two tensors in one memory, whose gradients are added inside the backward kernels."""
+
+def batch_norm_add_act(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    input2: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    num_batches_tracked2: Tensor | None,
+    momentum2: float | None,
+    eps2: float,
+    training: bool,
+    activation: str,
+    parameter: float,
+    /,
+) -> Tensor:
+    """act(bn(input) + bn2(input2))."""
+
+# The steps on their own, for statistics over several processes; T is float64 for float64, else float32.
+
+def batch_norm_moments(input: Tensor, /) -> Tensor:
+    """T [3, C]: mean, sum of squared deviations, count."""
+
+def batch_norm_combine(
+    moments: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    /,
+) -> Tensor:
+    """moments [processes, 3, C] to T [5, C]: mean, its rounding error, invstd, scale, shift."""
+
+def batch_norm_apply(
+    input: Tensor, stats: Tensor, residual: Tensor | None, activation: str, parameter: float, /
+) -> tuple[Tensor, Tensor]:
+    """The output, and one bit per element where the backward wants it (else empty)."""
+
+def batch_norm_reduce(
+    grad: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    parameter: float,
+    /,
+) -> Tensor:
+    """T [2, C]: the sums of d and of d (input - mean), with d the gradient before the activation."""
+
+def batch_norm_apply_grad(
+    grad: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+    activation: str,
+    parameter: float,
+    need_residual: bool,
+    /,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of input and residual (else empty); count: T, 0-d, the values per channel in sums."""
