@@ -1,9 +1,11 @@
 // Dropout over [begin, end) of a tensor, compiled once per instruction set: dropout_cpu.cpp
 // includes this file with BRAZE_ISA (a namespace) and BRAZE_TARGET (a function attribute) set.
 
-#include "operands.inl"
+#include "convert.inl"
 
 namespace BRAZE_ISA {
+
+constexpr int64_t kTile = 512;
 
 // Several counters at once for philox4x32, each word in the lower half of a 64-bit lane, as the
 // multiplication wants it. Two vectors per word: their chains of operations overlap. By reference,

@@ -22,9 +22,6 @@ struct DropoutArgument {
 };
 
 template <class S>
-using Arithmetic = std::conditional_t<sizeof(S) == 8, double, float>;
-
-template <class S>
 constexpr DType kDTypeOf = std::is_same_v<S, double>  ? DType::f64
                            : std::is_same_v<S, float> ? DType::f32
                            : std::is_same_v<S, Bf16>  ? DType::bf16
