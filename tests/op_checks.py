@@ -16,8 +16,9 @@ from reference import same_bits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-# Our error may be half as much again as torch's, or a few units in the last place of the largest element.
-FACTOR, ULPS = 1.5, 4.0
+# Our error may be half as much again as torch's, or a few units in the last place of the largest element. In
+# fp64 the truth is itself no better than that, so that there it is many units.
+FACTOR, ULPS, ULPS_FP64 = 1.5, 4.0, 200.0
 THREADS = (1, 2, 3, 5)
 
 
@@ -56,7 +57,7 @@ def written(op: Op, args: Args) -> list[Tensor]:
 def assert_no_worse(
     ours: Sequence[Tensor], torchs: Sequence[Tensor], exact: Sequence[Tensor], what: str
 ) -> None:
-    """err(ours) <= max(FACTOR err(torch), ULPS eps max |exact|), both against fp64."""
+    """err(ours) <= max(FACTOR err(torch), ULPS eps max |exact|), errors against fp64."""
     assert len(ours) == len(exact) == len(torchs), (what, len(ours), len(exact))
     for i, (a, t, e) in enumerate(zip(ours, torchs, exact, strict=True)):
         assert a.shape == e.shape, (what, i, a.shape, e.shape)
@@ -69,10 +70,11 @@ def assert_no_worse(
         if not finite.any():
             continue
         error, theirs = ((x.double() - e)[finite].abs().max() for x in (a, t))
-        bound = ULPS * torch.finfo(a.dtype).eps * e[finite].abs().max()
+        ulps = ULPS_FP64 if a.dtype is torch.float64 else ULPS
+        bound = ulps * torch.finfo(a.dtype).eps * e[finite].abs().max()
         assert error <= max(FACTOR * theirs, bound), (
             f"{what}, tensor {i} {a.dtype} {tuple(a.shape)}: error {error:.3g}, torch's {theirs:.3g}, "
-            f"{ULPS} ulp {bound:.3g}"
+            f"{ulps:.0f} ulp {bound:.3g}"
         )
 
 
