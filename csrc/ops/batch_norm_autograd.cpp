@@ -81,7 +81,8 @@ at::Tensor activate_by_torch(const at::Tensor& z, Activation activation, double 
     case Activation::gelu: return at::gelu(z);
     case Activation::gelu_tanh: return at::gelu(z, "tanh");
     case Activation::hardswish: return at::hardswish(z);
-    case Activation::hardsigmoid: return at::hardsigmoid(z);
+    // at::hardsigmoid has no second derivative, and a first one that is rounded to float.
+    case Activation::hardsigmoid: return at::hardtanh(z + 3, 0, 6) / 6;
     case Activation::mish: return at::mish(z);
     default: return z;
   }
