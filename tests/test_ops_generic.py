@@ -13,9 +13,10 @@ import torch
 from op_table import BF16, FP32, FP64, Op, Sample, Wrong
 from ops_batch_norm import BATCH_NORM_OPS
 from ops_batch_norm_steps import STEP_OPS
+from ops_dropout import DROPOUT_OPS
 from test_leaks import assert_flat
 
-OP_DB: tuple[Op, ...] = (*BATCH_NORM_OPS, *STEP_OPS)
+OP_DB: tuple[Op, ...] = (*BATCH_NORM_OPS, *STEP_OPS, *DROPOUT_OPS)
 
 
 def cases(*dtypes: torch.dtype, choose: Callable[[Op], tuple[Sample, ...]] | None = None) -> Any:
