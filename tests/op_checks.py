@@ -11,6 +11,7 @@ import devices
 import pytest
 import torch
 from braze._native import _C
+from op_layouts import LAYOUTS
 from op_table import Args, Op, Sample, Wrong
 from reference import same_bits
 from torch import Tensor
@@ -355,31 +356,6 @@ def check_device(op: Op, sample: Sample, dtype: torch.dtype, device: devices.Dev
             theirs = gradients(composite, op, sample.make(dtype))
             assert_no_worse(grads, theirs, exact, f"{sample.name} on the device, gradients")
     devices.assert_same(again, [t.cpu() for t in ours])
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return t.contiguous(memory_format=formats[t.dim()]) if t.dim() in formats else t
-
-
-def _offset(t: Tensor) -> Tensor:
-    memory = t.new_empty(t.numel() + 1)
-    return memory[1:].view(t.shape).copy_(t)
-
-
-def _every_other(t: Tensor) -> Tensor:
-    memory = t.new_zeros((*t.shape[:-1], 2 * t.shape[-1]))
-    return memory[..., ::2].copy_(t)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": _channels_last,
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "offset": _offset,
-    "every_other": _every_other,
-    "expanded": lambda t: t[:1].expand(t.shape) if t.shape[0] else t,
-}
 
 
 def laid_out(op: Op, sample: Sample, dtype: torch.dtype, layout: str, only: int | None) -> Args:

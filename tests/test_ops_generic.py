@@ -10,6 +10,7 @@ import devices
 import op_checks as checks
 import pytest
 import torch
+from op_layouts import LAYOUTS
 from op_table import BF16, FP32, FP64, Op, Sample, Wrong
 from ops_batch_norm import BATCH_NORM_OPS
 from ops_batch_norm_steps import STEP_OPS
@@ -122,7 +123,7 @@ def test_same_bits(op: Op, sample: Sample, dtype: torch.dtype) -> None:
     checks.check_bits(op, sample, dtype)
 
 
-@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @cases(FP32, choose=lambda op: tuple(s for s in op.samples if not s.fixed))
 def test_layouts(op: Op, sample: Sample, dtype: torch.dtype, layout: str) -> None:
     checks.check_layout(op, sample, dtype, layout)
