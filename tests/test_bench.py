@@ -22,6 +22,7 @@ from braze.bench import (
     files,
     golden,
     golden_cases,
+    golden_masks,
     host,
     optim_cuda,
     optim_device,
@@ -29,7 +30,7 @@ from braze.bench import (
 )
 
 ROOT = Path(__file__).parents[1]
-ALL_KINDS = [kind for kinds in debt.KINDS.values() for kind in kinds]
+ALL_KINDS = sum(debt.KINDS.values(), ())
 
 
 # ------------------------------------------------------------------ hashes
@@ -215,7 +216,7 @@ def test_golden_cases_cover_what_they_claim() -> None:
     cases = golden_cases.CASES
     assert len({c.name for c in cases}) == len(cases)
     known = json.loads((ROOT / "bench" / "goldens.json").read_text())["cases"]
-    assert set(known) == {c.name for c in cases}
+    assert set(known) == {c.name for c in (*cases, *golden_masks.MASKS)}
     assert {c.dtype for c in cases} >= {torch.float32, torch.float64, torch.bfloat16, torch.half}
     assert {c.layout for c in cases} == set(golden_cases.LAYOUTS)
     assert 20 <= sum(c.short for c in cases) <= 60
@@ -224,7 +225,7 @@ def test_golden_cases_cover_what_they_claim() -> None:
     assert not strided.is_contiguous() and misaligned.data_ptr() % 16 != 0
 
 
-@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "AdamW/sizes/bf16", "CAG/all/fp16"])
+@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "CAG/all/fp16", "dropout"])
 def test_this_machine_computes_the_committed_bits(name: str) -> None:
     assert golden.main(["--only", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
 
@@ -235,6 +236,7 @@ def test_the_emulated_device_computes_the_committed_bits() -> None:
         pytest.skip(reason)
     goldens = ["--goldens", str(ROOT / "bench/goldens.json")]
     assert golden.main(["--device", "emulated", "--only", "misaligned/bf16", *goldens]) == 0
+    assert golden.main(["--device", "emulated", "--only", "dropout/1000/", *goldens]) == 0
 
 
 # ------------------------------------------------------------------- cells
