@@ -184,8 +184,7 @@ BRAZE_TARGET void finish_reduce_of(const BackwardArgs& a, const Geometry& g, con
       for (int64_t j = 0; j < n; ++j) grad_input[1][j] += part[kPartInput2 * g.row() + j];
     }
     for (int side = 0; side < 2; ++side) {
-      // Not x, which is null for an empty activation.
-      if (a.input[side].stats == nullptr) continue;
+      if (a.input[side].x == nullptr) continue;
       const InputGradient& out = a.grad[side];
       double grad_weight[kGroup], grad_bias[kGroup];
       for (int64_t j = 0; j < n; ++j) {
