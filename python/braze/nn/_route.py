@@ -19,6 +19,19 @@ WIDE = frozenset((torch.float32, torch.float64))
 _HALF = frozenset((torch.bfloat16, torch.float16))
 DTYPES = WIDE | _HALF
 
+# input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+BatchNormArguments = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    bool,
+    float | None,
+    float,
+]
+
 
 def ops() -> Any:
     """The operators: torch.ops where a compiler must see them, else by pybind11, which is faster."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from braze.nn._activation import ActivationLike, resolve
 from braze.nn._composite import ACTIVATIONS
@@ -220,16 +221,24 @@ def convert_sync_batchnorm(module: ModuleT, process_group: Any = None) -> Module
         activation, ``training`` and hooks are those of the modules replaced, the very same objects.
 
     Raises:
-        ValueError: a lazy batch norm that has not seen its first input. Nothing has been changed.
+        ValueError: a lazy batch norm that has not seen its first input, or a parametrized one. Nothing has
+            been changed.
 
     Differences from :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, which does not know activations and
     would lose them: the activation and hooks are kept.
     """
     for name, child in module.named_modules():
-        if isinstance(child, _BatchNorm) and isinstance(child, LazyModuleMixin):
+        if not isinstance(child, _BatchNorm):
+            continue
+        if isinstance(child, LazyModuleMixin):
             raise ValueError(
                 f"convert_sync_batchnorm: {name or 'module'} is a {type(child).__name__}, whose number "
                 "of channels is unknown yet; call the model once before it is converted"
+            )
+        if parametrize.is_parametrized(child):
+            raise ValueError(
+                f"convert_sync_batchnorm: {name or 'module'} is parametrized, which a module of another "
+                "class would not be; convert first, and register the parametrization then"
             )
     result: ModuleT = _converted(module, process_group, {})
     return result
