@@ -114,7 +114,7 @@ class FusedConv(nn.Module):
             type(conv) is self._conv
             and conv.bias is not None
             and type(bn) is self._batch_norm
-            and bn.training
+            and (bn.training or (bn.running_mean is None and bn.running_var is None))
             # 16 bits would be rounded twice.
             and (bn.running_mean is None or bn.running_mean.dtype in WIDE)
             and not (has_hooks(conv) or has_hooks(bn))
@@ -125,17 +125,15 @@ class FusedConv(nn.Module):
     def _forward_without_bias(self, input: Tensor, residual: Tensor | None) -> Tensor:
         conv, bn = self.conv, self.bn
         output = conv._conv_forward(input, conv.weight, None)
-        absorbed = (
-            output.numel() > 0
-            and takes_batch_norm(*bn._arguments(output))
-            and (residual is None or takes_addend(output, residual))
+        absorbed = takes_batch_norm(*bn._arguments(output)) and (
+            residual is None or takes_addend(output, residual)
         )
         if absorbed:
             output = _AbsorbedBias.apply(output, conv.bias)
-        else:  # torch's batch norm lets nobody change the running mean; an empty batch changes nothing
+        else:  # torch's batch norm lets nobody change the running mean behind it
             output = output + conv.bias.view(-1, *(1,) * (conv.weight.dim() - 2))
         result: Tensor = bn(output) if residual is None else bn(output, residual)
-        running_mean = bn.running_mean if bn.track_running_stats else None
+        running_mean = bn.running_mean if bn.training and bn.track_running_stats else None
         if absorbed and running_mean is not None:
             bias = conv.bias.detach()
             if bn.momentum is not None:
