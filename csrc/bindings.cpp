@@ -1,9 +1,10 @@
 // The Python module braze._C. The only file that includes pybind11.
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/optimizer_cpu.h"
+#include "cpu/instruction_set.h"
 #include "ops/batch_norm.h"
 #include "ops/device_backend.h"
+#include "ops/dropout.h"
 #include "ops/step_plan.h"
 
 namespace py = pybind11;
@@ -89,6 +90,18 @@ PYBIND11_MODULE(_C, m) {
     for (const braze::DeviceBackend* backend : braze::backends())
       names.emplace_back(backend->name());
     return names;
+  });
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("dropout", &braze::dropout, NoGil());
+  m.def("dropout_", &braze::dropout_, NoGil());
+  m.def("dropout_apply", &braze::dropout_apply, NoGil());
+  m.def("dropout_add", &braze::dropout_add, NoGil());
+  m.def("act_dropout", &braze::act_dropout, NoGil());
+  m.def("act_dropout_", &braze::act_dropout_, NoGil());
+  m.def("dropout_takes", &braze::dropout_takes);
+  m.def("dropout_terms", [](double p, bool alpha) {
+    const auto terms = braze::dropout_terms_of(p, alpha);
+    return std::make_tuple(terms.scale, terms.shift, terms.dropped);
   });
   m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
   m.def("instruction_set", &braze::cpu::instruction_set);

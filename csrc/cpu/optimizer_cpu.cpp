@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../math/convert.h"
+#include "instruction_set.h"
 #include "threads.h"
 
 #if defined(__x86_64__)
@@ -16,75 +17,18 @@
 namespace braze::cpu {
 namespace {
 
-// The same loops for each instruction set; which one runs is decided when the process starts, never
-// at build time.
-#define BRAZE_ISA baseline
-#define BRAZE_TARGET
-#include "optimizer_loops.inl"
-#undef BRAZE_ISA
-#undef BRAZE_TARGET
-
-#if defined(__x86_64__)
-#define BRAZE_F16C
-#define BRAZE_ISA avx2
-#define BRAZE_TARGET __attribute__((target("avx2,fma,f16c")))
-#include "optimizer_loops.inl"
-#undef BRAZE_ISA
-#undef BRAZE_TARGET
-
-#if defined(__clang__)
-#define BRAZE_AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
-#else  // gcc prefers half-width vectors unless told otherwise
-#define BRAZE_AVX512_TARGET \
-  "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
-#endif
-#define BRAZE_AVX512
-#define BRAZE_ISA avx512
-#define BRAZE_TARGET __attribute__((target(BRAZE_AVX512_TARGET)))
-#include "optimizer_loops.inl"
-#undef BRAZE_ISA
-#undef BRAZE_TARGET
-
-#define BRAZE_AVX512BF16
-#define BRAZE_ISA avx512_bf16
-#define BRAZE_TARGET __attribute__((target(BRAZE_AVX512_TARGET ",avx512bf16")))
-#include "optimizer_loops.inl"
-#undef BRAZE_ISA
-#undef BRAZE_TARGET
-#undef BRAZE_AVX512BF16
-#undef BRAZE_AVX512
-#undef BRAZE_F16C
-#endif
+#define BRAZE_LOOPS "optimizer_loops.inl"
+#include "instruction_sets.inl"
 
 struct Kernels {
-  const char* name;
   void (*adam)(const TensorWork&, const AdamHyper&, int64_t, int64_t);
   void (*sgd)(const TensorWork&, const SgdHyper&, int64_t, int64_t);
   void (*fold)(const TensorWork&, const FoldHyper&, int64_t, int64_t);
 };
 
-std::vector<Kernels> available_kernels() {
-  std::vector<Kernels> sets = {{"baseline", baseline::adam, baseline::sgd, baseline::fold}};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    sets.push_back({"avx2", avx2::adam, avx2::sgd, avx2::fold});
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      sets.push_back({"avx512", avx512::adam, avx512::sgd, avx512::fold});
-      if (__builtin_cpu_supports("avx512bf16")) {
-        sets.push_back({"avx512_bf16", avx512_bf16::adam, avx512_bf16::sgd, avx512_bf16::fold});
-      }
-    }
-  }
-#endif
-  return sets;
-}
-
-Kernels& active() {
-  static Kernels kernels = available_kernels().back();
-  return kernels;
-}
+#define BRAZE_KERNELS(isa) {isa::adam, isa::sgd, isa::fold}
+const Kernels kKernels[] = BRAZE_FOR_EACH_ISA(BRAZE_KERNELS);
+const Kernels& active() { return kKernels[active_instruction_set()]; }
 
 // Below this a second thread costs more than it saves.
 constexpr int64_t kParallelCost = 32768;
@@ -147,24 +91,6 @@ void sgd_step(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
 void fold_gradients(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
                     const std::vector<FoldHyper>& hypers, int threads) {
   run(active().fold, tensors, chunks, hypers, threads);
-}
-
-std::vector<std::string> available_instruction_sets() {
-  std::vector<std::string> names;
-  for (const Kernels& kernels : available_kernels()) names.emplace_back(kernels.name);
-  return names;
-}
-
-std::string instruction_set() { return active().name; }
-
-bool set_instruction_set(const std::string& name) {
-  for (const Kernels& kernels : available_kernels()) {
-    if (name == kernels.name) {
-      active() = kernels;
-      return true;
-    }
-  }
-  return false;
 }
 
 }  // namespace braze::cpu

@@ -1,7 +1,6 @@
 // CPU optimizer kernels: plain pointers in, no torch. One parallel region per call.
 #pragma once
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "../plan/chunks.h"
@@ -15,11 +14,5 @@ void sgd_step(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
               const std::vector<SgdHyper>& hypers, int threads);
 void fold_gradients(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
                     const std::vector<FoldHyper>& hypers, int threads);
-
-// Instruction sets compiled in and runnable here, slowest first; results do not depend on the
-// choice.
-std::vector<std::string> available_instruction_sets();
-std::string instruction_set();
-bool set_instruction_set(const std::string& name);  // false: not available
 
 }  // namespace braze::cpu

@@ -147,4 +147,22 @@ BRAZE_INLINE T activation_derivative(T z, T parameter) {
   return T(1);
 }
 
+// d = dy * dy/dz. Where the derivative is 0, d is 0 whatever dy is.
+template <class T>
+BRAZE_INLINE T two_slope_gradient(T dy, bool upper, T upper_slope, T lower_slope) {
+  const T on_upper = upper_slope == T(0) ? T(0) : dy * upper_slope;
+  const T on_lower = lower_slope == T(0) ? T(0) : dy * lower_slope;
+  return upper ? on_upper : on_lower;
+}
+
+template <Activation kA, class T>
+BRAZE_INLINE T activation_gradient(T dy, T z, T parameter) {
+  if constexpr (kA == Activation::identity) return dy;
+  if constexpr (has_two_slopes(kA)) {
+    return two_slope_gradient(dy, derivative_is_upper<kA>(z), upper_derivative<kA, T>(),
+                              lower_derivative<kA>(parameter));
+  }
+  return dy * activation_derivative<kA>(z, parameter);
+}
+
 }  // namespace braze

@@ -18,6 +18,21 @@ struct Moments {
   double shift = 0, count = 0, sum = 0, square = 0;
 };
 
+// One value of a block. The sums of a block are T's, in runs short enough for them.
+template <class T>
+BRAZE_INLINE void add_moment(T x, T shift, T& sum, T& square) {
+  const T v = x - shift;
+  sum += v;
+  square = fused_multiply_add(v, v, square);
+}
+
+// The shift of a block, from the sum of a few of its values.
+template <class T>
+BRAZE_INLINE T make_shift(T sum, T count) {
+  const T mean = sum / count;
+  return mean - mean == T(0) ? mean : T(0);  // not an infinity, not a NaN
+}
+
 BRAZE_INLINE void merge_moments(Moments& into, const Moments& other) {
   if (into.count == 0) {
     into = other;
@@ -87,6 +102,23 @@ struct BatchNormCoefficients {
   T on_grad, on_input, constant;
 };
 
+template <class T>
+BRAZE_INLINE T input_gradient(T d, T x, T mean, T on_grad, T on_input, T constant) {
+  return fused_multiply_add(d, on_grad, fused_multiply_add(x - mean, on_input, constant));
+}
+// Of running statistics, which do not depend on x.
+template <class T>
+BRAZE_INLINE T input_gradient(T d, T on_grad) {
+  return d * on_grad;
+}
+
+// One element of a block's sums.
+template <class T>
+BRAZE_INLINE void add_gradient(T d, T x, T mean, T& grad, T& grad_input) {
+  grad += d;
+  grad_input = fused_multiply_add(d, x - mean, grad_input);
+}
+
 struct BatchNormSums {
   double grad;        // sum of d
   double grad_input;  // sum of d (x - mean), with the unrounded mean
@@ -95,6 +127,11 @@ struct BatchNormSums {
 // From block sums, whose mean is rounded.
 BRAZE_INLINE BatchNormSums make_sums(double grad, double grad_rounded_input, double mean_low) {
   return {grad, fused_multiply_add(-mean_low, grad, grad_rounded_input)};
+}
+
+// The gradient of the weight; that of the bias is sums.grad.
+BRAZE_INLINE double weight_gradient(const BatchNormSums& sums, double invstd) {
+  return sums.grad_input * invstd;
 }
 
 // Of a layer that normalised with its batch's own statistics over `count` values. One that used
@@ -107,6 +144,11 @@ BRAZE_INLINE BatchNormCoefficients<T> make_coefficients(const BatchNormSums& sum
   const double constant = fused_multiply_add(-on_input, static_cast<double>(stats.mean_low),
                                              -scale * (sums.grad / count));
   return {stats.scale, static_cast<T>(on_input), static_cast<T>(constant)};
+}
+
+template <class T>
+BRAZE_INLINE BatchNormCoefficients<T> constant_coefficients(const BatchNormStats<T>& stats) {
+  return {stats.scale, T(0), T(0)};
 }
 
 }  // namespace braze

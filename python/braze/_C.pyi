@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 class StepPlan:
     """An optimizer's parameters and state, compared with Python at every call.
@@ -41,6 +41,50 @@ def register_backend(backend: object) -> None:
     """Takes the capsule ``backend`` of ``braze._cuda``. Raises RuntimeError if the builds do not fit."""
 
 def backends() -> list[str]: ...
+def dropout(
+    input: Tensor,
+    p: float,
+    alpha: bool,
+    feature: bool,
+    generator: Generator | None,
+    distinct: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def dropout_(
+    input: Tensor, p: float, alpha: bool, feature: bool, generator: Generator | None, /
+) -> Tensor: ...
+def dropout_apply(
+    input: Tensor, rng_state: Tensor, p: float, alpha: bool, feature: bool, gradient: bool, /
+) -> Tensor: ...
+def dropout_add(
+    input: Tensor,
+    residual: Tensor,
+    p: float,
+    generator: Generator | None,
+    distinct: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def act_dropout(
+    input: Tensor,
+    p: float,
+    activation: str,
+    parameter: float,
+    generator: Generator | None,
+    distinct: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def act_dropout_(
+    input: Tensor,
+    p: float,
+    activation: str,
+    parameter: float,
+    generator: Generator | None,
+    /,
+) -> Tensor: ...
+def dropout_takes(input: Tensor, /) -> bool: ...
+def dropout_terms(p: float, alpha: bool, /) -> tuple[float, float, float]:
+    """Scale and shift of a kept element, and what a dropped one becomes."""
+
 def available_instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str) -> bool: ...

@@ -19,6 +19,14 @@ from braze.nn.conv_bn_act import ConvBNAct3d as ConvBNAct3d
 from braze.nn.conv_bn_act import ConvBNReLU1d as ConvBNReLU1d
 from braze.nn.conv_bn_act import ConvBNReLU2d as ConvBNReLU2d
 from braze.nn.conv_bn_act import ConvBNReLU3d as ConvBNReLU3d
+from braze.nn.dropout import ActDropout as ActDropout
+from braze.nn.dropout import AlphaDropout as AlphaDropout
+from braze.nn.dropout import Dropout as Dropout
+from braze.nn.dropout import Dropout1d as Dropout1d
+from braze.nn.dropout import Dropout2d as Dropout2d
+from braze.nn.dropout import Dropout3d as Dropout3d
+from braze.nn.dropout import DropoutAdd as DropoutAdd
+from braze.nn.dropout import FeatureAlphaDropout as FeatureAlphaDropout
 from braze.nn.sync_batch_norm import SyncBatchNormAct as SyncBatchNormAct
 from braze.nn.sync_batch_norm import convert_sync_batchnorm as convert_sync_batchnorm
 

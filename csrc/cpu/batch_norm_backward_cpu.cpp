@@ -1,0 +1,68 @@
+#include <algorithm>
+#include <array>
+#include <type_traits>
+#include <utility>
+
+#include "../math/activation.h"
+#include "../math/batch_norm.h"
+#include "../math/convert.h"
+#include "batch_norm_cpu.h"
+#include "batch_norm_geometry.h"
+#include "instruction_set.h"
+#include "parallel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace braze::cpu {
+namespace {
+
+#define BRAZE_LOOPS "batch_norm_backward.inl"
+#include "instruction_sets.inl"
+
+struct Kernels {
+  void (*reduce)(const BackwardArgs&, const Geometry&, int64_t, int64_t, double*);
+  void (*finish)(const BackwardArgs&, const Geometry&, const double*, int64_t, int64_t);
+  void (*coefficients)(const CoefficientsArgs&);
+  void (*apply_grad)(const BackwardArgs&, const Tiles&, int64_t, int64_t);
+};
+
+#define BRAZE_KERNELS(isa) {isa::reduce, isa::finish_reduce, isa::coefficients, isa::apply_grad}
+const Kernels kKernels[] = BRAZE_FOR_EACH_ISA(BRAZE_KERNELS);
+const Kernels& active() { return kKernels[active_instruction_set()]; }
+
+// Running statistics are constants: their coefficients need no sums.
+bool needs_sums(const BackwardArgs& a) {
+  bool needed = a.batch_statistics || a.sums != nullptr;
+  for (const InputGradient& grad : a.grad) {
+    needed = needed || grad.grad_weight != nullptr || grad.grad_bias != nullptr;
+  }
+  return needed;
+}
+
+}  // namespace
+
+void reduce(const BackwardArgs& args, void* workspace, int threads) {
+  const Geometry g(args.shape);
+  const Kernels& kernels = active();
+  double* parts = needs_sums(args) ? static_cast<double*>(workspace) : nullptr;
+  const int64_t units = parts != nullptr ? g.units() : 0;
+  in_parallel(
+      threads_for(args.shape.numel(), units, threads), units,
+      [&](int64_t begin, int64_t end) { kernels.reduce(args, g, begin, end, parts); }, args.shape.c,
+      [&](int64_t begin, int64_t end) { kernels.finish(args, g, parts, begin, end); });
+}
+
+void coefficients(const CoefficientsArgs& args) { active().coefficients(args); }
+
+void apply_grad(const BackwardArgs& args, int threads) {
+  const Tiles tiles(args.shape, true);
+  const Kernels& kernels = active();
+  in_parallel(
+      threads_for(args.shape.numel(), tiles.count, threads), tiles.count,
+      [&](int64_t begin, int64_t end) { kernels.apply_grad(args, tiles, begin, end); }, 0,
+      [](int64_t, int64_t) {});
+}
+
+}  // namespace braze::cpu

@@ -1,0 +1,16 @@
+// Which instruction set the CPU loops use. Results do not depend on the choice.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace braze::cpu {
+
+// Compiled in and runnable here, slowest first.
+std::vector<std::string> available_instruction_sets();
+std::string instruction_set();
+bool set_instruction_set(const std::string& name);  // false: not available
+
+// Index into the tables of loops, in the order of instruction_sets.inl.
+int active_instruction_set();
+
+}  // namespace braze::cpu
