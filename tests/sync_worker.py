@@ -105,8 +105,19 @@ def training_batch() -> Tensor:
     return torch.randn(6, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
-def train_ddp(rank: int) -> dict[str, Tensor]:
-    model = DistributedDataParallel(bnn.convert_sync_batchnorm(make_model()))
+def torchs_model() -> nn.Sequential:
+    """make_model() in torch's modules."""
+    model = make_model()
+    block = model[0]
+    plain = nn.Sequential(
+        block.conv, nn.BatchNorm2d(CHANNELS).double(), nn.SiLU(), *list(model)[1:]
+    )
+    plain[1].load_state_dict(block.bn.state_dict())
+    return plain
+
+
+def train_ddp(module: nn.Module, rank: int) -> dict[str, Tensor]:
+    model = DistributedDataParallel(module)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -135,7 +146,9 @@ def work(rank: int, world_size: int, folder: str) -> None:
     store = (Path(folder) / "store").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     results = {name: run(scenario, rank) for name, scenario in SCENARIOS.items()}
-    results["ddp"] = train_ddp(rank)
+    results["ddp"] = train_ddp(bnn.convert_sync_batchnorm(make_model()), rank)
+    results["ddp, each its own statistics"] = train_ddp(make_model(), rank)
+    results["ddp, torch"] = train_ddp(torchs_model(), rank)
     results["alone"] = alone(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

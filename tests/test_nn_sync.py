@@ -93,6 +93,15 @@ def test_distributed_data_parallel(results: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(r["ddp"][name], value, rtol=1e-6, atol=1e-8, msg=name)
 
 
+def test_distributed_data_parallel_with_an_absorbed_bias(results: list[dict[str, Any]]) -> None:
+    """Every parameter takes part, the bias too, whose gradient is zero; buffers are rank 0's."""
+    for r in results:
+        found, wanted = r["ddp, each its own statistics"], r["ddp, torch"]
+        assert len(found) == len(wanted)
+        for (name, value), expected in zip(found.items(), wanted.values(), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8, msg=name)
+
+
 def test_alone(results: list[dict[str, Any]]) -> None:
     assert "evaluated" in results[0]["alone"]
     for r in results:
