@@ -1,7 +1,6 @@
 // The passes over activations of the forward. Included once per instruction set.
 
 #include "batch_norm_channels.inl"
-#include "batch_norm_segments.inl"
 
 namespace BRAZE_ISA {
 
