@@ -9,19 +9,37 @@ constexpr int64_t kChunk = 128;  // columns of a converted tile
 
 // ------------------------------------------------------------------ statistics
 
-template <int kCount, class S, class T>
-BRAZE_TARGET void add_moment_rows(const S* __restrict x, int64_t stride, int64_t columns,
-                                  const T* __restrict shift, T* __restrict sum,
-                                  T* __restrict square) {
+// The columns [begin, end), kP at a time.
+template <int kCount, int kP, class S, class T>
+BRAZE_TARGET inline void add_moment_columns(const S* __restrict x, int64_t stride, int64_t begin,
+                                            int64_t end, const T* __restrict shift,
+                                            T* __restrict sum, T* __restrict square) {
 #pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    T s = T(0), q = T(0);
+  for (int64_t j = begin / kP; j < end / kP; ++j) {
+    T s[kP] = {}, q[kP] = {};
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
-      add_moment(T(from_storage(x[r * stride + j])), shift[j], s, q);
+      T v[kP];
+      load_elements<kP>(x + r * stride + j * kP, v);
+#pragma GCC unroll 2
+      for (int p = 0; p < kP; ++p) add_moment(v[p], shift[j * kP + p], s[p], q[p]);
     }
-    sum[j] += s;
-    square[j] += q;
+#pragma GCC unroll 2
+    for (int p = 0; p < kP; ++p) {
+      sum[j * kP + p] += s[p];
+      square[j * kP + p] += q[p];
+    }
+  }
+}
+
+template <int kCount, class S, class T>
+BRAZE_TARGET void add_moment_rows(const S* x, int64_t stride, int64_t columns, const T* shift,
+                                  T* sum, T* square) {
+  constexpr int kP = kPack<S>;
+  const int64_t whole = columns / kP * kP;
+  add_moment_columns<kCount, kP>(x, stride, 0, whole, shift, sum, square);
+  if constexpr (kP > 1) {
+    add_moment_columns<kCount, 1>(x, stride, whole, columns, shift, sum, square);
   }
 }
 
@@ -133,21 +151,45 @@ BRAZE_TARGET void statistics_of(const StatisticsArgs& a, const Geometry& g, int6
 
 // ----------------------------------------------------------------------- apply
 
+template <int kCount, int kP, bool kPlane, Activation kA, bool kResidual, class S, class T>
+BRAZE_TARGET inline void apply_columns(const S* x, const S* residual, S* y, int64_t stride,
+                                       int64_t begin, int64_t end, const Constants<T>& k) {
+  const T *mean = k.mean, *scale = k.scale, *shift = k.shift;
+#pragma omp simd
+  for (int64_t j = begin / kP; j < end / kP; ++j) {
+    T m[kP], a[kP], b[kP];
+#pragma GCC unroll 2
+    for (int p = 0; p < kP; ++p) {
+      const int64_t c = kPlane ? 0 : j * kP + p;
+      m[p] = mean[c];
+      a[p] = scale[c];
+      b[p] = shift[c];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      const int64_t e = r * stride + j * kP;
+      T z[kP], added[kP] = {};
+      load_elements<kP>(x + e, z);
+      if constexpr (kResidual) load_elements<kP>(residual + e, added);
+#pragma GCC unroll 2
+      for (int p = 0; p < kP; ++p) {
+        z[p] = normalize(z[p], m[p], a[p], b[p]);
+        if constexpr (kResidual) z[p] += added[p];
+        z[p] = activate<kA>(z[p], T(0));
+      }
+      store_elements<kP>(z, y + e);
+    }
+  }
+}
+
 template <int kCount, bool kPlane, Activation kA, bool kResidual, class S, class T>
 BRAZE_TARGET void apply_rows(const S* x, const S* residual, S* y, int64_t stride, int64_t columns,
                              const Constants<T>& k) {
-  const T *mean = k.mean, *scale = k.scale, *shift = k.shift;
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t c = kPlane ? 0 : j;
-    const T m = mean[c], a = scale[c], b = shift[c];
-#pragma GCC unroll 4
-    for (int r = 0; r < kCount; ++r) {
-      const int64_t e = r * stride + j;
-      T z = normalize(T(from_storage(x[e])), m, a, b);
-      if constexpr (kResidual) z += T(from_storage(residual[e]));
-      to_storage(activate<kA>(z, T(0)), y[e]);
-    }
+  constexpr int kP = kPack<S>;
+  const int64_t whole = columns / kP * kP;
+  apply_columns<kCount, kP, kPlane, kA, kResidual>(x, residual, y, stride, 0, whole, k);
+  if constexpr (kP > 1) {
+    apply_columns<kCount, 1, kPlane, kA, kResidual>(x, residual, y, stride, whole, columns, k);
   }
 }
 

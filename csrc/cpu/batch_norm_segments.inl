@@ -22,6 +22,31 @@ struct Constants {
   }
 };
 
+// Neighbours that a loop treats in one iteration: bf16 are read and written in pairs.
+template <class S>
+constexpr int kPack = std::is_same_v<S, Bf16> ? 2 : 1;
+
+typedef uint32_t __attribute__((may_alias, aligned(2))) Bf16Pair;
+
+template <int kP, class S>
+BRAZE_TARGET inline void load_elements(const S* in, Arithmetic<S>* out) {
+  if constexpr (kP == 2) {
+    const uint32_t pair = *reinterpret_cast<const Bf16Pair*>(in);
+    out[0] = float_from_low_bf16(pair);
+    out[1] = float_from_high_bf16(pair);
+  } else {
+    out[0] = from_storage(*in);
+  }
+}
+template <int kP, class S>
+BRAZE_TARGET inline void store_elements(const Arithmetic<S>* in, S* out) {
+  if constexpr (kP == 2) {
+    *reinterpret_cast<Bf16Pair*>(out) = bf16_pair_from_floats(in[0], in[1]);
+  } else {
+    to_storage(*in, *out);
+  }
+}
+
 // What loops can read as it is. fp16 cannot: gcc does not know its conversion instruction.
 template <class S>
 BRAZE_TARGET inline const S* readable(const S* in, int64_t, Arithmetic<S>*) {
