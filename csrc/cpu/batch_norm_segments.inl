@@ -8,9 +8,6 @@ namespace BRAZE_ISA {
 
 constexpr int64_t kSegment = kMaxColumns;
 
-template <class S>
-using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 // The constants of a segment: one each for a plane, else one for each element.
 template <class T>
 struct Constants {

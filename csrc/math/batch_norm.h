@@ -146,4 +146,9 @@ BRAZE_INLINE BatchNormCoefficients<T> make_coefficients(const BatchNormSums& sum
   return {stats.scale, static_cast<T>(on_input), static_cast<T>(constant)};
 }
 
+template <class T>
+BRAZE_INLINE BatchNormCoefficients<T> constant_coefficients(const BatchNormStats<T>& stats) {
+  return {stats.scale, T(0), T(0)};
+}
+
 }  // namespace braze

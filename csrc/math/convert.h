@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "qualifiers.h"
 
@@ -81,6 +82,10 @@ struct Bf16 {
 struct F16 {
   uint16_t bits;
 };
+
+// What a stored type is computed in.
+template <class S>
+using Arithmetic = std::conditional_t<sizeof(S) == 8, double, float>;
 
 BRAZE_INLINE float from_storage(float value) { return value; }
 BRAZE_INLINE double from_storage(double value) { return value; }

@@ -12,7 +12,7 @@ std::unique_ptr<DeviceStep> CudaBackend::make_step(int device, const std::string
   return make_cuda_step(device, owner);
 }
 
-const BatchNormDevice& CudaBackend::batch_norm() const { return cuda_batch_norm(); }
+const BatchNormDevice& CudaBackend::batch_norm() const { return cuda_batch_norm(*this); }
 
 const DropoutDevice& CudaBackend::dropout() const { return cuda_dropout(); }
 

@@ -1,7 +1,135 @@
 #include "batch_norm_cuda.h"
 
-namespace braze {
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
-const BatchNormDevice& cuda_batch_norm() { TORCH_CHECK(false, "batch_norm has no CUDA kernels"); }
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "../cuda/batch_norm_launch.h"
+#include "launch_cuda.h"
+
+namespace braze {
+namespace {
+
+constexpr const char* kOwner = "batch_norm";
+constexpr int64_t kMinTickets = 4096;
+
+// Zeros that every launch leaves as zeros, one set per stream: launches on one stream follow each
+// other.
+class Tickets {
+ public:
+  unsigned int* get(const at::Tensor& like, int device, cudaStream_t stream, size_t count) {
+    const std::lock_guard lock(mutex_);
+    at::Tensor& tickets = by_stream_[{device, stream}];
+    if (!tickets.defined() || tickets.numel() < static_cast<int64_t>(count)) {
+      tickets = make(like, std::max(kMinTickets, static_cast<int64_t>(count)));
+    }
+    return static_cast<unsigned int*>(tickets.mutable_data_ptr());
+  }
+
+  static at::Tensor make(const at::Tensor& like, int64_t count) {
+    return at::zeros({count}, like.options().dtype(at::kInt).requires_grad(false));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<int, cudaStream_t>, at::Tensor> by_stream_;
+};
+
+// Never destroyed: at the end of the process the driver may be gone already.
+Tickets& tickets() {
+  static Tickets* const instance = new Tickets;
+  return *instance;
+}
+
+// The memory of one reduction.
+struct Scratch {
+  at::Tensor workspace, own_tickets;
+  cuda::NormScratch pointers;
+
+  Scratch(const at::Tensor& like, int device, cudaStream_t stream,
+          const cuda::NormScratchSize& size) {
+    workspace = at::empty({static_cast<int64_t>(size.workspace)},
+                          like.options().dtype(at::kByte).requires_grad(false));
+    pointers.workspace = workspace.mutable_data_ptr();
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check_launch(cudaStreamIsCapturing(stream, &status), kOwner, "a kernel", device);
+    if (status == cudaStreamCaptureStatusNone) {
+      pointers.tickets = tickets().get(like, device, stream, size.tickets);
+      return;
+    }
+    // A graph may be replayed on any stream.
+    own_tickets = Tickets::make(like, static_cast<int64_t>(size.tickets));
+    pointers.tickets = static_cast<unsigned int*>(own_tickets.mutable_data_ptr());
+  }
+};
+
+class CudaBatchNorm final : public BatchNormDevice {
+ public:
+  explicit CudaBatchNorm(const DeviceBackend& backend) : backend_(backend) {}
+
+  void statistics(const at::Tensor& like, const StatisticsArgs& args) const override {
+    reduce_with(like, args, "the statistics", cuda::batch_norm_statistics);
+  }
+  void combine(const at::Tensor& like, const CombineArgs& args) const override {
+    reduce_with(like, args, "the statistics", cuda::batch_norm_combine);
+  }
+  void from_running(const at::Tensor& like, const FromRunningArgs& args) const override {
+    run(like, "the statistics",
+        [&](int, cudaStream_t stream) { return cuda::batch_norm_from_running(args, stream); });
+  }
+  void apply(const at::Tensor& like, const ApplyArgs& args) const override {
+    run(like, "the forward pass",
+        [&](int, cudaStream_t stream) { return cuda::batch_norm_apply(args, stream); });
+  }
+  void reduce(const at::Tensor& like, const BackwardArgs& args) const override {
+    reduce_with(like, args, "the backward pass", cuda::batch_norm_reduce);
+  }
+  void coefficients(const at::Tensor& like, const CoefficientsArgs& args) const override {
+    run(like, "the backward pass",
+        [&](int, cudaStream_t stream) { return cuda::batch_norm_coefficients(args, stream); });
+  }
+  void apply_grad(const at::Tensor& like, const BackwardArgs& args) const override {
+    run(like, "the backward pass",
+        [&](int, cudaStream_t stream) { return cuda::batch_norm_apply_grad(args, stream); });
+  }
+
+ private:
+  template <class Launch>
+  void run(const at::Tensor& like, const char* what, Launch launch) const {
+    const int device = backend_.device_of(like);
+    const auto index = static_cast<c10::DeviceIndex>(device);
+    const c10::cuda::CUDAGuard guard(index);
+    check_launch(launch(device, c10::cuda::getCurrentCUDAStream(index).stream()), kOwner, what,
+                 device);
+  }
+
+  // Allocates what the launch needs; it may be freed before the kernel runs, for allocations follow
+  // the stream.
+  template <class Args, class Launch>
+  void reduce_with(const at::Tensor& like, const Args& args, const char* what,
+                   Launch launch) const {
+    run(like, what, [&](int device, cudaStream_t stream) {
+      cuda::NormScratchSize size;
+      check_launch(cuda::batch_norm_scratch(args, size), kOwner, what, device);
+      const Scratch scratch(like, device, stream, size);
+      return launch(args, scratch.pointers, stream);
+    });
+  }
+
+  const DeviceBackend& backend_;
+};
+
+}  // namespace
+
+const BatchNormDevice& cuda_batch_norm(const DeviceBackend& backend) {
+  static const CudaBatchNorm instance(backend);
+  return instance;
+}
 
 }  // namespace braze

@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../cuda/optimizer_launch.h"
+#include "launch_cuda.h"
 
 namespace braze {
 namespace {
@@ -66,12 +67,7 @@ class CudaStep final : public DeviceStep {
     TORCH_CHECK(error != cudaErrorStreamCaptureUnsupported, owner_,
                 ": the first step cannot be captured into a CUDA graph, for it allocates; run one ",
                 "step on a side stream before the capture (warm-up)");
-    TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction,
-                owner_, ": braze's CUDA kernels were not built for the GPU cuda:", device_,
-                ". `python -m braze info` lists what they were built for; rebuild with ",
-                "TORCH_CUDA_ARCH_LIST set to this GPU's compute capability");
-    TORCH_CHECK(error == cudaSuccess, owner_, ": launching the step on cuda:", device_,
-                " failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+    check_launch(error, owner_, "the step", device_);
   }
 
   int device_;

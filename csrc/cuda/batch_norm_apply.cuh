@@ -1,0 +1,81 @@
+// Batch normalisation's second pass: y = activation(z1 [+ z2 | + residual]), 16 bytes at a time.
+#pragma once
+#include "batch_norm_units.cuh"
+
+namespace braze::cuda {
+
+struct ApplyArgument {
+  ApplyArgs args;
+  NormGrid grid;
+};
+
+// A mask needs all eight elements of its byte in one thread, whatever their size.
+template <class S, bool kMask>
+constexpr int kApplyLanes = kMask ? 8 : kVector<S>;
+
+template <class S, int kInputs, bool kCurved, bool kMask>
+__global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
+    batch_norm_apply_kernel(BRAZE_GRID_CONSTANT(ApplyArgument) a) {
+  static_assert(!(kCurved && kMask));
+  using T = Arithmetic<S>;
+  constexpr int kLanes = kApplyLanes<S, kMask>;
+  constexpr int kUnroll = kCurved || kLanes > 2 * kVector<S>     ? 1
+                          : kInputs == 1 && kLanes == kVector<S> ? 4
+                                                                 : 2;
+  using Elements = Pack<S, kLanes>;
+  const T parameter = static_cast<T>(a.args.parameter);
+  // From the end: what the pass before read last may be in the cache still.
+  Walk<S, kLanes, true> walk(a.grid, gridDim.x - 1 - blockIdx.x);
+  if (walk.left() <= 0) return;
+  Normalizer<T, kLanes> normalizer[kInputs];
+#pragma unroll
+  for (int k = 0; k < kInputs; ++k) {
+    normalizer[k].load(a.args.input[k].stats, a.grid, walk.channel());
+  }
+  while (walk.left() > 0) {
+    Unit units[kUnroll];
+    Elements x[kInputs][kUnroll], residual[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) units[i] = walk.next();
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) x[k][i].load(a.args.input[k].x, units[i]);
+      residual[i].load(a.args.residual, units[i], kInputs == 1 && a.args.residual != nullptr);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      T z[kLanes];
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        z[j] = normalizer[0](x[0][i].get(j), j);
+        if constexpr (kInputs == 2) z[j] += normalizer[1](x[1][i].get(j), j);
+      }
+      if (kInputs == 1 && a.args.residual != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) z[j] += residual[i].get(j);
+      }
+      Elements y;
+      y.clear();
+      uint32_t bits = 0;
+      with_activation<kCurved>(a.args.activation, [&](auto activation) {
+        constexpr Activation kActivation = decltype(activation)::value;
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) {
+          y.set(j, activate<kActivation>(z[j], parameter));
+          if constexpr (kMask && has_two_slopes(kActivation)) {
+            bits |= static_cast<uint32_t>(derivative_is_upper<kActivation>(z[j])) << j;
+          }
+        }
+      });
+      y.store(a.args.y, units[i]);
+      if constexpr (kMask) {
+        if (units[i].lanes != 0) {
+          a.args.mask[units[i].mask] = static_cast<uint8_t>(bits & units[i].lanes);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace braze::cuda

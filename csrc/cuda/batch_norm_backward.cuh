@@ -1,0 +1,285 @@
+// Batch normalisation backward: d = (dy [+ dy2]) * activation'(z) is summed per channel in one pass
+// and made into the inputs' gradients in the next. Formulas: math/batch_norm.h.
+#pragma once
+#include "batch_norm_units.cuh"
+
+namespace braze::cuda {
+
+// Sums over one channel, for merge_rows: of d, and of d (x - mean) for each input.
+template <int kInputs>
+struct SumsItem {
+  static constexpr int kNumbers = 1 + kInputs;
+  double number[kNumbers];
+
+  __device__ __forceinline__ void merge(const SumsItem& other) {
+#pragma unroll
+    for (int k = 0; k < kNumbers; ++k) number[k] += other.number[k];
+  }
+};
+
+struct BackwardArgument {
+  BackwardArgs args;
+  NormGrid grid;
+  double* partials;       // [groups][splits][width] items; reduce's alone
+  unsigned int* tickets;  // [groups], zero
+  double upper, lower;    // the two derivatives, where there are two
+  bool recompute;         // z decides on the derivative
+  bool reads_x;
+};
+
+// What a unit needs in both passes.
+template <class S, int kInputs>
+struct BackwardUnit {
+  using T = Arithmetic<S>;
+  static constexpr int kLanes = kVector<S>;
+  using Elements = Pack<S, kLanes>;
+  Unit place;
+  Elements x[kInputs], dy, dy2, residual;
+  uint32_t mask;
+
+  __device__ __forceinline__ void load(const BackwardArgument& a) {
+    const BackwardArgs& args = a.args;
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) x[k].load(args.input[k].x, place, a.reads_x);
+    dy.load(args.dy, place);
+    dy2.load(args.dy2, place, args.dy2 != nullptr);
+    residual.load(args.residual, place, kInputs == 1 && a.recompute && args.residual != nullptr);
+    mask = args.mask != nullptr && place.lanes != 0 ? args.mask[place.mask] >> place.bit : 0;
+  }
+
+  // d of each lane; of lanes that the unit lacks, 0.
+  template <bool kCurved>
+  __device__ __forceinline__ void gradient(const BackwardArgument& a,
+                                           const Normalizer<T, kLanes> (&normalizer)[kInputs],
+                                           T (&d)[kLanes]) const {
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) d[j] = dy.get(j);
+    if (a.args.dy2 != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) d[j] += dy2.get(j);
+    }
+    T z[kLanes] = {};
+    if (kCurved || a.recompute) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        z[j] = normalizer[0](x[0].get(j), j);
+        if constexpr (kInputs == 2) z[j] += normalizer[1](x[1].get(j), j);
+      }
+      if (kInputs == 1 && a.args.residual != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) z[j] += residual.get(j);
+      }
+    }
+    const T parameter = static_cast<T>(a.args.parameter);
+    if (!kCurved && a.args.mask != nullptr) {
+      const T upper = static_cast<T>(a.upper), lower = static_cast<T>(a.lower);
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        d[j] = two_slope_gradient(d[j], (mask >> j & 1u) != 0, upper, lower);
+      }
+    } else {
+      with_activation<kCurved>(a.args.activation, [&](auto activation) {
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) {
+          d[j] = activation_gradient<decltype(activation)::value>(d[j], z[j], parameter);
+        }
+      });
+    }
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) d[j] = place.has(j) ? d[j] : T(0);
+  }
+};
+
+template <bool kCurved>
+constexpr int kBackwardUnroll = kCurved ? 1 : 2;
+
+template <class T>
+__device__ __forceinline__ BatchNormStats<T> load_stats(const void* stats, int64_t channels,
+                                                        int64_t c) {
+  const T* const from = static_cast<const T*>(stats) + c;
+  return {from[kMean * channels], from[kMeanLow * channels], from[kInvstd * channels],
+          from[kScale * channels], from[kShift * channels]};
+}
+
+template <class T>
+__device__ __forceinline__ void write_coefficients(void* coefficients, int64_t channels, int64_t c,
+                                                   const BatchNormCoefficients<T>& values) {
+  T* const to = static_cast<T*>(coefficients) + c;
+  to[kOnGrad * channels] = values.on_grad;
+  to[kOnInput * channels] = values.on_input;
+  to[kConstant * channels] = values.constant;
+}
+
+// The k-th input's share of one channel's sums.
+template <class T>
+__device__ __forceinline__ void finish_input(const BackwardArgument& a, int k, int64_t c,
+                                             double grad, double grad_rounded_input) {
+  const InputGradient& g = a.args.grad[k];
+  const int64_t channels = a.grid.channels;
+  const BatchNormStats<T> stats = load_stats<T>(a.args.input[k].stats, channels, c);
+  const BatchNormSums sums = make_sums(grad, grad_rounded_input, stats.mean_low);
+  if (k == 0 && a.args.sums != nullptr) {
+    T* const to = static_cast<T*>(a.args.sums) + c;
+    to[0] = static_cast<T>(sums.grad);
+    to[channels] = static_cast<T>(sums.grad_input);
+  }
+  if (g.coefficients != nullptr) {
+    write_coefficients(g.coefficients, channels, c,
+                       a.args.batch_statistics ? make_coefficients(sums, a.args.count, stats)
+                                               : constant_coefficients(stats));
+  }
+  if (g.grad_weight != nullptr) {
+    Single<double>::store(g.grad_weight, g.param_dtype, c, weight_gradient(sums, stats.invstd));
+  }
+  if (g.grad_bias != nullptr) Single<double>::store(g.grad_bias, g.param_dtype, c, sums.grad);
+}
+
+// --- the kernels ---
+
+template <class S, int kInputs, bool kCurved>
+__global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
+    batch_norm_reduce_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
+  using T = Arithmetic<S>;
+  using Item = SumsItem<kInputs>;
+  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kCurved>;
+  BRAZE_SHARED(double, shared, (kMergeNumbers<Item, kLanes>));
+  const NormGrid& grid = a.grid;
+  Walk<S, kLanes, false> walk(grid, blockIdx.x);
+  T grad[kLanes] = {}, grad_input[kInputs][kLanes] = {};
+  if (walk.left() > 0) {
+    Normalizer<T, kLanes> normalizer[kInputs];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      normalizer[k].load(a.args.input[k].stats, grid, walk.channel());
+    }
+    while (walk.left() > 0) {
+      BackwardUnit<S, kInputs> units[kUnroll];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        units[i].place = walk.next();
+        units[i].load(a);
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        T d[kLanes];
+        units[i].template gradient<kCurved>(a, normalizer, d);
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) {
+          T ignored = grad[j];
+#pragma unroll
+          for (int k = 0; k < kInputs; ++k) {
+            add_gradient(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
+                         k == 0 ? grad[j] : ignored, grad_input[k][j]);
+          }
+        }
+      }
+    }
+  }
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int columns = grid.channels_last ? static_cast<int>(grid.words) : 1;
+  const int lanes = grid.channels_last ? kLanes : 1;
+  const int row = thread / columns, column = thread - row * columns;
+  Item* const all = reinterpret_cast<Item*>(a.partials);
+  Item* const to = all + int64_t{blockIdx.x} * grid.width + column * lanes;
+  const auto item_of = [&](int lane) {
+    Item item;
+    item.number[0] = grad[lane];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) item.number[1 + k] = grad_input[k][lane];
+    return item;
+  };
+  merge_rows<Item, kLanes>(
+      lanes, grid.active / columns, row, column, columns, shared,
+      [&](int lane) {
+        Item item = item_of(lane);
+        if (!grid.channels_last) {  // one channel
+#pragma unroll
+          for (int j = 1; j < kLanes; ++j) item.merge(item_of(j));
+        }
+        return item;
+      },
+      [&](int lane, const Item& item) {
+        if (lane < lanes) to[lane] = item;
+      });
+  const uint32_t group = group_of(grid, blockIdx.x);
+  if (!is_last_block(a.tickets + group, grid.splits)) return;
+  const Item* const partials = all + static_cast<int64_t>(group) * grid.splits * grid.width;
+  merge_splits(grid, group, partials, shared, [&](int64_t c, const Item& item) {
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      finish_input<T>(a, k, c, item.number[0], item.number[1 + k]);
+    }
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    batch_norm_coefficients_kernel(BRAZE_GRID_CONSTANT(CoefficientsArgs) args) {
+  const int64_t channels = args.shape.c;
+  const int64_t c = int64_t{blockIdx.x} * kNormThreads + threadIdx.x;
+  if (c >= channels) return;
+  const T* const from = static_cast<const T*>(args.sums) + c;
+  const double count = *static_cast<const T*>(args.count);
+  write_coefficients(
+      args.coefficients, channels, c,
+      make_coefficients({static_cast<double>(from[0]), static_cast<double>(from[channels])}, count,
+                        load_stats<T>(args.stats, channels, c)));
+}
+
+template <class S, int kInputs, bool kCurved>
+__global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
+    batch_norm_apply_grad_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
+  using T = Arithmetic<S>;
+  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kCurved>;
+  // From the end: what reduce read last may be in the cache still.
+  Walk<S, kLanes, true> walk(a.grid, gridDim.x - 1 - blockIdx.x);
+  if (walk.left() <= 0) return;
+  Normalizer<T, kLanes> normalizer[kInputs];
+  T on_grad[kInputs][kLanes], on_input[kInputs][kLanes], constant[kInputs][kLanes];
+#pragma unroll
+  for (int k = 0; k < kInputs; ++k) {
+    const int64_t channel = walk.channel();
+    const void* const coefficients = a.args.grad[k].coefficients;
+    normalizer[k].load(a.args.input[k].stats, a.grid, channel);
+    if (a.args.grad[k].dx == nullptr) continue;
+    load_channels(on_grad[k], coefficients, kOnGrad, a.grid, channel);
+    load_channels(on_input[k], coefficients, kOnInput, a.grid, channel);
+    load_channels(constant[k], coefficients, kConstant, a.grid, channel);
+  }
+  while (walk.left() > 0) {
+    BackwardUnit<S, kInputs> units[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      units[i].place = walk.next();
+      units[i].load(a);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      T d[kLanes];
+      units[i].template gradient<kCurved>(a, normalizer, d);
+      Pack<S, kLanes> out;
+      if (kInputs == 1 && a.args.grad_residual != nullptr) {
+        out.clear();
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) out.set(j, d[j]);
+        out.store(a.args.grad_residual, units[i].place);
+      }
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) {
+        if (a.args.grad[k].dx == nullptr) continue;
+        out.clear();
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) {
+          out.set(j, a.args.batch_statistics
+                         ? input_gradient(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
+                                          on_grad[k][j], on_input[k][j], constant[k][j])
+                         : input_gradient(d[j], on_grad[k][j]));
+        }
+        out.store(a.args.grad[k].dx, units[i].place);
+      }
+    }
+  }
+}
+
+}  // namespace braze::cuda

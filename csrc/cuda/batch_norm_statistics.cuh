@@ -1,0 +1,206 @@
+// Batch normalisation: mean and variance of each channel, the running statistics, and what the
+// other passes need of them. Formulas: math/batch_norm.h.
+#pragma once
+#include "batch_norm_units.cuh"
+
+namespace braze::cuda {
+
+// Moments as numbers, for merge_rows.
+struct MomentsItem {
+  static constexpr int kNumbers = 4;
+  double number[kNumbers];
+
+  __device__ __forceinline__ Moments moments() const {
+    return {number[0], number[1], number[2], number[3]};
+  }
+  __device__ __forceinline__ void set(const Moments& m) {
+    number[0] = m.shift;
+    number[1] = m.count;
+    number[2] = m.sum;
+    number[3] = m.square;
+  }
+  __device__ __forceinline__ void merge(const MomentsItem& other) {
+    Moments mine = moments();
+    merge_moments(mine, other.moments());
+    set(mine);
+  }
+};
+
+struct StatisticsArgument {
+  StatisticsArgs args;
+  NormGrid grid;
+  MomentsItem* partials;  // [groups][splits][width]
+  unsigned int* tickets;  // [groups + 1], zero
+};
+
+struct CombineArgument {
+  CombineArgs args;
+  unsigned int* ticket;  // zero
+};
+
+// --- one channel's numbers ---
+
+__device__ __forceinline__ double load_number(const void* data, DType dtype, int64_t i,
+                                              double otherwise) {
+  return data == nullptr ? otherwise : Single<double>::load(data, dtype, i);
+}
+
+template <class T>
+__device__ __forceinline__ void write_stats(void* stats, int64_t channels, int64_t c, double mean,
+                                            double variance, const BatchNormChannels& b) {
+  const BatchNormStats<T> s =
+      make_stats<T>(mean, variance, b.eps, load_number(b.weight, b.param_dtype, c, 1),
+                    load_number(b.bias, b.param_dtype, c, 0));
+  T* const to = static_cast<T*>(stats) + c;
+  to[kMean * channels] = s.mean;
+  to[kMeanLow * channels] = s.mean_low;
+  to[kInvstd * channels] = s.invstd;
+  to[kScale * channels] = s.scale;
+  to[kShift * channels] = s.shift;
+}
+
+// Of a batch, with what the running statistics take from it.
+template <class T>
+__device__ __forceinline__ void finish_channel(void* stats, int64_t channels, int64_t c,
+                                               const ChannelMoments& m,
+                                               const BatchNormChannels& b) {
+  write_stats<T>(stats, channels, c, m.mean, variance_of(m), b);
+  if (b.running_mean == nullptr || m.count == 0) return;
+  double momentum = b.momentum;
+  if (b.cumulative) momentum = 1 / (static_cast<double>(*b.batches_tracked) + 1);
+  const auto update = [&](void* running, double value) {
+    const double old = Single<double>::load(running, b.running_dtype, c);
+    Single<double>::store(running, b.running_dtype, c, update_running(old, value, momentum));
+  };
+  update(b.running_mean, m.mean);
+  update(b.running_var, unbiased_variance_of(m));
+}
+
+// By the last of `finishers` blocks that have read the count.
+__device__ __forceinline__ void count_batch(int64_t* batches_tracked, unsigned int* ticket,
+                                            uint32_t finishers) {
+  if (batches_tracked == nullptr) return;
+  if (is_last_block(ticket, finishers) && threadIdx.x == 0) *batches_tracked += 1;
+}
+
+// --- the kernels ---
+
+template <class S>
+__global__ void __launch_bounds__(kNormThreads, 3)
+    batch_norm_statistics_kernel(BRAZE_GRID_CONSTANT(StatisticsArgument) a) {
+  using T = Arithmetic<S>;
+  constexpr int kLanes = kVector<S>, kUnroll = 4;
+  BRAZE_SHARED(double, shared, (kMergeNumbers<MomentsItem, kLanes>));
+  const NormGrid& grid = a.grid;
+  Walk<S, kLanes, false> walk(grid, blockIdx.x);
+  T shift[kLanes] = {}, sum[kLanes] = {}, square[kLanes] = {};
+  int count = 0;  // of values per lane, or of all lanes where they are one channel's
+  for (bool first = true; walk.left() > 0; first = false) {
+    Unit units[kUnroll];
+    Pack<S, kLanes> x[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) units[i] = walk.next();
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) x[i].load(a.args.x, units[i]);
+    int values = 0;
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      values += grid.channels_last ? units[i].lanes != 0 : __popc(units[i].lanes);
+    }
+    if (first) {
+      // The mean of the thread's first values: near enough, whatever the others hold.
+      T all = 0;
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) shift[j] += x[i].get(j);
+        all += shift[j];
+      }
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        shift[j] = make_shift(grid.channels_last ? shift[j] : all, static_cast<T>(values));
+      }
+    }
+    count += values;
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        add_moment(units[i].has(j) ? x[i].get(j) : shift[j], shift[j], sum[j], square[j]);
+      }
+    }
+  }
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int columns = grid.channels_last ? static_cast<int>(grid.words) : 1;
+  const int lanes = grid.channels_last ? kLanes : 1;
+  const int row = thread / columns, column = thread - row * columns;
+  MomentsItem* const to = a.partials + int64_t{blockIdx.x} * grid.width + column * lanes;
+  merge_rows<MomentsItem, kLanes>(
+      lanes, grid.active / columns, row, column, columns, shared,
+      [&](int lane) {
+        double all = sum[lane], all_squares = square[lane];
+        if (!grid.channels_last) {  // one channel, one shift
+#pragma unroll
+          for (int j = 1; j < kLanes; ++j) {
+            all += sum[j];
+            all_squares += square[j];
+          }
+        }
+        MomentsItem item;
+        item.set({shift[lane], static_cast<double>(count), all, all_squares});
+        return item;
+      },
+      [&](int lane, const MomentsItem& item) {
+        if (lane < lanes) to[lane] = item;
+      });
+  const uint32_t group = group_of(grid, blockIdx.x);
+  if (!is_last_block(a.tickets + group, grid.splits)) return;
+  const MomentsItem* const partials =
+      a.partials + static_cast<int64_t>(group) * grid.splits * grid.width;
+  merge_splits(grid, group, partials, shared, [&](int64_t c, const MomentsItem& item) {
+    const ChannelMoments m = channel_moments(item.moments());
+    if (a.args.moments == nullptr) {
+      finish_channel<T>(a.args.stats, grid.channels, c, m, a.args.channels);
+      return;
+    }
+    T* const to = static_cast<T*>(a.args.moments) + c;
+    to[kMomentsMean * grid.channels] = static_cast<T>(m.mean);
+    to[kMomentsM2 * grid.channels] = static_cast<T>(m.m2);
+    to[kMomentsCount * grid.channels] = static_cast<T>(m.count);
+  });
+  if (a.args.moments == nullptr) {
+    count_batch(a.args.channels.batches_tracked, a.tickets + grid.groups, grid.groups);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    batch_norm_combine_kernel(BRAZE_GRID_CONSTANT(CombineArgument) a) {
+  const int64_t channels = a.args.shape.c;
+  const int64_t c = int64_t{blockIdx.x} * kNormThreads + threadIdx.x;
+  if (c < channels) {
+    Moments all;
+    const T* from = static_cast<const T*>(a.args.moments) + c;
+    for (int64_t process = 0; process < a.args.processes; ++process) {
+      merge_moments(all, moments_of({static_cast<double>(from[kMomentsMean * channels]),
+                                     static_cast<double>(from[kMomentsM2 * channels]),
+                                     static_cast<double>(from[kMomentsCount * channels])}));
+      from += kMomentsRows * channels;
+    }
+    finish_channel<T>(a.args.stats, channels, c, channel_moments(all), a.args.channels);
+  }
+  count_batch(a.args.channels.batches_tracked, a.ticket, gridDim.x);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    batch_norm_from_running_kernel(BRAZE_GRID_CONSTANT(FromRunningArgs) args) {
+  const int64_t c = int64_t{blockIdx.x} * kNormThreads + threadIdx.x;
+  if (c >= args.shape.c) return;
+  const BatchNormChannels& b = args.channels;
+  write_stats<T>(args.stats, args.shape.c, c, load_number(b.running_mean, b.running_dtype, c, 0),
+                 load_number(b.running_var, b.running_dtype, c, 1), b);
+}
+
+}  // namespace braze::cuda
