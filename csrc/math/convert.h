@@ -42,7 +42,9 @@ BRAZE_INLINE float float_from_high_bf16(uint32_t pair) {
 BRAZE_INLINE uint32_t rounded_to_bf16(float value) {  // in the upper half; the lower is arbitrary
   const uint32_t bits = bits_from_float(value);
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return value == value ? rounded : 0x7fc00000u;
+  const uint32_t nan =
+      0u - static_cast<uint32_t>(value != value);  // a mask: no branch to vectorise
+  return (rounded & ~nan) | (0x7fc00000u & nan);
 }
 BRAZE_INLINE uint32_t bf16_pair_from_floats(float low, float high) {
   return (rounded_to_bf16(low) >> 16) | (rounded_to_bf16(high) & 0xffff0000u);
