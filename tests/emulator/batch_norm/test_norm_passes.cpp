@@ -1,4 +1,6 @@
 // Every pass against the reference, over shapes around each vector, block and grid boundary.
+#include "cuda/batch_norm_grid.h"
+#include "intercept.h"
 #include "norm.h"
 
 namespace pass_tests {
@@ -152,6 +154,9 @@ TEST(long_runs) {
       spec.activation = Activation::relu;
       spec.mean = 30;
       check(spec);
+      Problem(spec).check_statistics();
+      const int64_t units = spec.n * spec.c * spec.spatial / (dtype == DType::f32 ? 4 : 8);
+      CHECK(int64_t{intercept::last_grid()} * cuda::kNormThreads * cuda::kMaxRun >= units);
     }
   }
 }

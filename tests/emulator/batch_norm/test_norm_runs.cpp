@@ -47,6 +47,22 @@ TEST(same_bits_in_every_order) {
   }
 }
 
+// On a device with one multiprocessor: few blocks, of several rows, columns and splits each.
+TEST(few_blocks) {
+  const OnDevice one(1);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const bool channels_last : {true, false}) {
+      Spec spec = joined(dtype, channels_last);
+      spec.c = channels_last ? 24 : 2;
+      const Case note("%s", describe(spec));
+      Problem(spec).check_all();
+      spec.inputs = 1;
+      spec.mask = true;
+      Problem(spec).check_all();
+    }
+  }
+}
+
 // A graph keeps its tickets from replay to replay.
 TEST(replays) {
   Stream stream;
