@@ -87,7 +87,7 @@ EXPRESSIONS = [
     (GRID, "@divide_up(grid.length, 8)@;", "grid.length / 8"),
     (GRID, "grid.aligned && @(grid.phase == -1 || grid.phase == phase)@;", "true"),
     (GRID, "grid.aligned && @!demand.mask@ &&", "true"),
-    (GRID, "!demand.mask && @lanes == vector@", "true"),
+    (GRID, "@lanes == vector@;", "true"),
     (GRID, "lost = @grid.moves_to_phase && !in_phase@ ?", "false"),
     (GRID, "in_phase = @grid.phase == 0@ &&", "true"),
     (GRID, "&& @shape.spatial % vector == 0@;", "true"),
@@ -100,8 +100,6 @@ EXPRESSIONS = [
     (LAUNCH, "blocks = std::max(@channel_blocks(args.shape.c)@, 1u)", "0u"),
 ]  # fmt: skip
 STATEMENTS = [
-    (STATISTICS, "    count_batch(a.args.channels.batches_tracked, a.tickets + grid.groups, "
-                 "grid.groups);"),
     (STATISTICS, "  update(b.running_mean, m.mean);"),
 ]  # fmt: skip
 # Not here, for no result can show them: the order in which a pass walks; threads of channels beyond
