@@ -100,7 +100,10 @@ __device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base,
   constexpr bool kTwo = kStep == DropoutStep::add || kStep == DropoutStep::activate_grad;
   constexpr bool kMasked = !(kStep == DropoutStep::activate_grad && kA == Activation::relu);
   constexpr int kRounds = kLanesPerBlock / kWidth;
-  constexpr int kAtOnce = kWidth == 1 ? 1 : kRounds;  // accesses under way
+  // Accesses under way; those of double with an activation need the registers for it.
+  constexpr bool kActivation =
+      kStep == DropoutStep::activate || kStep == DropoutStep::activate_grad;
+  constexpr int kAtOnce = kWidth == 1 || (sizeof(S) == 8 && kActivation) ? 1 : kRounds;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const DropoutTerms<T> terms = round_terms<T>(a.terms);
   const T parameter = static_cast<T>(a.parameter);
@@ -114,9 +117,10 @@ __device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base,
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int64_t i = base + ((first + k) * 32 + lane) * kWidth;
-      if (kWidth == 1 && i >= a.numel) continue;
-      x[k] = Access::load(a.x, kDTypeOf<S>, i);
-      if constexpr (kTwo) second[k] = Access::load(a.second, kDTypeOf<S>, i);
+      if (kWidth > 1 || i < a.numel) {
+        x[k] = Access::load(a.x, kDTypeOf<S>, i);
+        if constexpr (kTwo) second[k] = Access::load(a.second, kDTypeOf<S>, i);
+      }
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
@@ -126,7 +130,6 @@ __device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base,
       if constexpr (kMasked && !kChannels && kWidth != kLanesPerBlock) {
         kept = __shfl_sync(0xffffffffu, own, within / kLanesPerBlock) >> within % kLanesPerBlock;
       }
-      if (kWidth == 1 && i >= a.numel) continue;
       if constexpr (kMasked && kChannels) kept = channel_bits<kWidth>(a, i, random);
       typename Access::Pack result = x[k];
 #pragma unroll
@@ -137,7 +140,7 @@ __device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base,
                     drop_element<kStep, kA, T>((kept >> j & 1u) != 0, Access::get(x[k], j), other,
                                                terms, parameter));
       }
-      Access::store(a.out, kDTypeOf<S>, i, result);
+      if (kWidth > 1 || i < a.numel) Access::store(a.out, kDTypeOf<S>, i, result);
     }
   }
 }

@@ -186,21 +186,20 @@ struct ActDropout : Function<ActDropout> {
   }
 };
 
+// before: a copy of the input, with its history; none if the output is saved.
 struct ActDropoutInPlace : Function<ActDropoutInPlace> {
-  static variable_list forward(AutogradContext* ctx, at::Tensor input, double p,
-                               std::string_view activation, double parameter,
+  static variable_list forward(AutogradContext* ctx, at::Tensor input, const OptionalTensor& before,
+                               double p, std::string_view activation, double parameter,
                                const OptionalGenerator& generator) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const bool from_output = output_says_all(activation);
-    const at::Tensor before = from_output ? at::Tensor() : input.clone();
     at::Tensor state = act_dropout_(input, p, activation, parameter, generator);
-    ActDropout::save(ctx, from_output ? input : before, state, p, activation, parameter);
+    ActDropout::save(ctx, before.has_value() ? *before : input, state, p, activation, parameter);
     ctx->mark_dirty({input});
     ctx->mark_non_differentiable({state});
     return {input, state};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(5);
+    variable_list result(6);
     if (grads[0].defined()) result[0] = ActDropout::grad_of(ctx, grads[0]);
     return result;
   }
@@ -308,7 +307,9 @@ at::Tensor act_dropout_inplace_autograd(at::Tensor& input, double p, std::string
                                         double parameter, OptionalGenerator generator) {
   check_inplace(input);
   if (needs_grad(input)) {
-    return ActDropoutInPlace::apply(input, p, activation, parameter, generator)[1];
+    OptionalTensor before;
+    if (!output_says_all(activation)) before = input.clone();
+    return ActDropoutInPlace::apply(input, before, p, activation, parameter, generator)[1];
   }
   at::Tensor state;
   {
