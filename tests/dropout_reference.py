@@ -1,4 +1,4 @@
-"""Dropout's mask and what becomes of it, slowly and in double precision, from the documented definition alone."""
+"""Dropout's mask and what becomes of it, slowly, from the documented definition alone."""
 
 from __future__ import annotations
 
