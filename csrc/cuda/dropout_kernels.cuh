@@ -16,11 +16,6 @@ constexpr int kTileElements = 32 * kLanesPerBlock;
 constexpr int kTilesPerChunk = static_cast<int>(kDropoutChunk) / kTileElements;
 static_assert(kTilesPerChunk % kDropoutWarps == 0);
 
-struct DropoutArgument {
-  DropoutArgs args;
-  int64_t first_chunk;
-};
-
 template <class S>
 using Arithmetic = std::conditional_t<sizeof(S) == 8, double, float>;
 
@@ -109,12 +104,15 @@ __device__ __forceinline__ uint32_t tile_bits(const DropoutArgs& a, int64_t base
   } else {
     const uint64_t block = static_cast<uint64_t>(base) / kLanesPerBlock + threadIdx.x % 32;
     const uint32_t own = kept_bits(random, block, a.threshold);
-    if constexpr (kWidth == kLanesPerBlock) return own;
+    if constexpr (kWidth == kLanesPerBlock) {
+      bits = own;
+    } else {
 #pragma unroll
-    for (int j = 0; j < kLanesPerBlock; j += kWidth) {
-      const int place = place_in_tile<kWidth>(j);
-      const uint32_t theirs = __shfl_sync(0xffffffffu, own, place / kLanesPerBlock);
-      bits |= (theirs >> place % kLanesPerBlock & ((1u << kWidth) - 1)) << j;
+      for (int j = 0; j < kLanesPerBlock; j += kWidth) {
+        const int place = place_in_tile<kWidth>(j);
+        const uint32_t theirs = __shfl_sync(0xffffffffu, own, place / kLanesPerBlock);
+        bits |= (theirs >> place % kLanesPerBlock & ((1u << kWidth) - 1)) << j;
+      }
     }
   }
   return bits;
@@ -181,13 +179,12 @@ __device__ __forceinline__ void with_activation(Activation activation, Body body
 
 template <class S, DropoutStep kStep, bool kChannels>
 __global__ void __launch_bounds__(kDropoutThreads)
-    dropout_kernel(BRAZE_GRID_CONSTANT(DropoutArgument) argument) {
+    dropout_kernel(BRAZE_GRID_CONSTANT(DropoutArgs) a) {
   constexpr bool kActivates = kStep == DropoutStep::activate || kStep == DropoutStep::activate_grad;
   // Functions of double need all registers: one element at a time.
   constexpr int kWidth = sizeof(S) == 8 && kActivates ? 1 : 16 / sizeof(S);
-  const DropoutArgs& a = argument.args;
   const RandomState random = a.random.read();
-  const int64_t chunk = argument.first_chunk + static_cast<int64_t>(blockIdx.x);
+  const auto chunk = static_cast<int64_t>(blockIdx.x);
   if (a.used != nullptr && chunk == 0 && threadIdx.x == 0) {
     a.used[0] = static_cast<int64_t>(random.seed);
     a.used[1] = static_cast<int64_t>(random.offset);
