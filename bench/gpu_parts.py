@@ -229,7 +229,7 @@ def bench(context: Context, record: Record) -> None:
 
 
 def batch_norm(context: Context, record: Record) -> None:
-    """The batch-norm benchmark, whose rows have twelve layers."""
+    """The batch-norm benchmark. Its time is per layer, of which a row has up to twelve."""
     command = [sys.executable, "-m", "bench.batch_norm_cuda", "--device", context.device]
     command += ["--seconds", str(0.3 * context.seconds), "--only", context.only]
     command += ["--quick", "--batch", "2"] if context.device == "cpu" else []
