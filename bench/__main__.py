@@ -7,11 +7,12 @@ import sys
 
 USAGE = """usage: python -m braze bench NAME [options]
 
-  optim   one optimizer step, against every mode of torch.optim (python -m braze bench optim --help)
-  host    host time of a CUDA step, measured without a GPU on the emulated device (source checkout)
-  debt    kernels whose GPU results are missing or older than the sources (source checkout)
+  optim       one optimizer step, against every mode of torch.optim (python -m braze bench optim --help)
+  batch_norm  batch norm + activation over ResNet-50's layers, against torch eager
+  host        host time of a CUDA step, measured without a GPU on the emulated device (source checkout)
+  debt        kernels whose GPU results are missing or older than the sources (source checkout)
 """
-NAMES = ("optim", "host", "debt")
+NAMES = ("optim", "batch_norm", "host", "debt")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/instruction_set.h"
+#include "ops/batch_norm.h"
 #include "ops/device_backend.h"
+#include "ops/dropout.h"
 #include "ops/step_plan.h"
 
 namespace py = pybind11;
@@ -61,6 +63,19 @@ PYBIND11_MODULE(_C, m) {
       .def("reset", &braze::StepPlan::reset)
       .def_property_readonly("rebuilds", &braze::StepPlan::rebuilds);
 
+  // Tensor operations, past torch.ops' slower door. The GIL is not held.
+  const auto op = [&m](const char* name, auto function) {
+    m.def(name, function, py::call_guard<py::gil_scoped_release>());
+  };
+  op("batch_norm_act", braze::batch_norm_act);
+  op("batch_norm_act_fork", braze::batch_norm_act_fork);
+  op("batch_norm_add_act", braze::batch_norm_add_act);
+  op("batch_norm_moments", braze::batch_norm_moments);
+  op("batch_norm_combine", braze::batch_norm_combine);
+  op("batch_norm_apply", braze::batch_norm_apply);
+  op("batch_norm_reduce", braze::batch_norm_reduce);
+  op("batch_norm_apply_grad", braze::batch_norm_apply_grad);
+
   m.def(
       "register_backend",
       [](const py::capsule& backend) {
@@ -75,6 +90,18 @@ PYBIND11_MODULE(_C, m) {
     for (const braze::DeviceBackend* backend : braze::backends())
       names.emplace_back(backend->name());
     return names;
+  });
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("dropout", &braze::dropout, NoGil());
+  m.def("dropout_", &braze::dropout_, NoGil());
+  m.def("dropout_apply", &braze::dropout_apply, NoGil());
+  m.def("dropout_add", &braze::dropout_add, NoGil());
+  m.def("act_dropout", &braze::act_dropout, NoGil());
+  m.def("act_dropout_", &braze::act_dropout_, NoGil());
+  m.def("dropout_takes", &braze::dropout_takes);
+  m.def("dropout_terms", [](double p, bool alpha) {
+    const auto terms = braze::dropout_terms_of(p, alpha);
+    return std::make_tuple(terms.scale, terms.shift, terms.dropped);
   });
   m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
   m.def("instruction_set", &braze::cpu::instruction_set);

@@ -10,8 +10,6 @@
 
 namespace braze::cuda {
 
-template <class S>
-using Arithmetic = std::conditional_t<sizeof(S) == 8, double, float>;
 // Elements of one 16-byte access.
 template <class S>
 constexpr int kVector = 16 / sizeof(S);

@@ -20,7 +20,7 @@ BRAZE_INLINE float power_of_two(int32_t n) {
   return float_from_bits(static_cast<uint32_t>(n + 127) << 23);
 }
 
-// x = n log(2) + r with |r| <= log(2) / 2, for |x| < 2^21.
+// x = n log(2) + r with |r| <= log(2) / 2 (and 1e-4 of that more), for |x| < 2^7.
 struct ReducedExponent {
   int32_t n;
   float r;

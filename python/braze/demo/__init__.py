@@ -1,1 +1,1 @@
-"""The demonstration: one network trained with torch.optim and a copy with braze.optim."""
+"""The demonstration: a network trained with torch, and its twin with braze.optim (and braze.nn)."""

@@ -16,6 +16,7 @@ _FORMAT = 1
 _MUST_MATCH = (
     "data",
     "arch",
+    "nn",
     "optimizer",
     "lr",
     "momentum",
@@ -58,6 +59,7 @@ def _option(name: str, value: Any) -> str:
 
 def _check_same_run(path: Path, saved: dict[str, Any], config: Config) -> None:
     asked = config.plain()
+    saved = {"nn": "torch", **saved}  # which older files do not name
     tied = ("epochs",) if config.schedule in _TIED_TO_EPOCHS else ()
     names = (*_MUST_MATCH, *tied)
     differing = [name for name in names if saved[name] != asked[name]]

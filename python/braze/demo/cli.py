@@ -19,6 +19,7 @@ from .config import (
     DEFAULT_LR,
     DEFAULT_MOMENTUM,
     DEFAULT_WEIGHT_DECAY,
+    NAMESPACES,
     OPTIMIZERS,
     SCHEDULES,
     Config,
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_PROG,
         allow_abbrev=False,
-        description="Train one network with torch.optim and a copy of it with braze.optim, from "
+        description="Train one network with torch.optim and its twin with braze.optim (and braze.nn), from "
         "the same weights and on the same batches; compare the curves and the time of a step.",
         epilog="The test split also selects the best epoch, so the best accuracy is optimistic.",
     )
@@ -85,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", choices=DATASETS, default="digits", help="data set (default: digits)")
     add("--root", type=Path, metavar="DIR", help="where the files of mnist or cifar10 are")
     add("--arch", choices=ARCHITECTURES, default="lenet", help="network (default: lenet)")
+    add(
+        "--nn",
+        choices=NAMESPACES,
+        default="torch",
+        help="layers of braze's side: torch.nn, as torch's side has, or braze.nn (default: torch)",
+    )
     add(
         "--augment",
         nargs="+",

@@ -8,6 +8,8 @@ from typing import Any
 
 DATASETS = ("digits", "mnist", "cifar10")
 ARCHITECTURES = ("lenet", "alexnet", "vgg", "resnet", "googlenet")
+# Where the layers of braze's side come from; torch's side has torch.nn.
+NAMESPACES = ("torch", "braze")
 OPTIMIZERS = ("sgd", "adam", "adamw", "cag")
 SCHEDULES = ("constant", "step", "exponential", "cosine")
 AUGMENTATIONS = ("shift", "rotate", "crop", "flip")
@@ -43,6 +45,7 @@ class Config:
     data: str
     root: Path | None
     arch: str
+    nn: str
     optimizer: str
     lr: float
     momentum: float

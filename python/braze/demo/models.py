@@ -1,39 +1,45 @@
-"""Small-image variants of five well-known families of convolutional networks."""
+"""Small-image variants of five well-known families of convolutional networks.
+
+``nn`` is the namespace their layers come from: ``torch.nn``, or ``braze.nn`` in its place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+def _conv(nn: Any, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> Module:
     # No bias: batch norm removes it, and Adam would turn its rounding noise into steps.
-    return nn.Sequential(
+    layers: Module = nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
+    return layers
 
 
-class _GlobalMean(nn.Module):
+class _GlobalMean(Module):
     """(N, C, H, W) to (N, C); unlike adaptive pooling, deterministic on every device."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.mean(dim=(2, 3))
 
 
-class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+class _Residual(Module):
+    def __init__(self, nn: Any, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _conv(inputs, outputs, 3, stride),
+            _conv(nn, inputs, outputs, 3, stride),
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        self.skip: nn.Module = nn.Identity()
+        self.skip: Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.skip = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
@@ -43,18 +49,18 @@ class _Residual(nn.Module):
         return F.relu(self.body(images) + self.skip(images))
 
 
-class _Inception(nn.Module):
+class _Inception(Module):
     """Four branches side by side; the output has ``4 * width`` channels."""
 
-    def __init__(self, inputs: int, width: int) -> None:
+    def __init__(self, nn: Any, inputs: int, width: int) -> None:
         super().__init__()
         narrow = max(8, width // 2)
         self.branches = nn.ModuleList(
             (
-                _conv(inputs, width, 1),
-                nn.Sequential(_conv(inputs, narrow, 1), _conv(narrow, width, 3)),
-                nn.Sequential(_conv(inputs, narrow, 1), _conv(narrow, width, 5)),
-                nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), _conv(inputs, width, 1)),
+                _conv(nn, inputs, width, 1),
+                nn.Sequential(_conv(nn, inputs, narrow, 1), _conv(nn, narrow, width, 3)),
+                nn.Sequential(_conv(nn, inputs, narrow, 1), _conv(nn, narrow, width, 5)),
+                nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), _conv(nn, inputs, width, 1)),
             )
         )
 
@@ -62,11 +68,11 @@ class _Inception(nn.Module):
         return torch.cat([branch(images) for branch in self.branches], dim=1)
 
 
-def _lenet(channels: int, size: int, classes: int) -> nn.Module:
+def _lenet(nn: Any, channels: int, size: int, classes: int) -> Module:
     return nn.Sequential(
-        _conv(channels, 16, 5),
+        _conv(nn, channels, 16, 5),
         nn.MaxPool2d(2),
-        _conv(16, 32, 5),
+        _conv(nn, 16, 32, 5),
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(32 * (size // 4) ** 2, 120),
@@ -77,16 +83,16 @@ def _lenet(channels: int, size: int, classes: int) -> nn.Module:
     )
 
 
-def _alexnet(channels: int, size: int, classes: int) -> nn.Module:
-    layers = [_conv(channels, 32, 5), nn.MaxPool2d(2), _conv(32, 64), nn.MaxPool2d(2)]
+def _alexnet(nn: Any, channels: int, size: int, classes: int) -> Module:
+    layers = [_conv(nn, channels, 32, 5), nn.MaxPool2d(2), _conv(nn, 32, 64), nn.MaxPool2d(2)]
     side = size // 4
     if side > 4:
         layers.append(nn.MaxPool2d(2))
         side //= 2
     return nn.Sequential(
         *layers,
-        _conv(64, 96),
-        _conv(96, 64),
+        _conv(nn, 64, 96),
+        _conv(nn, 96, 64),
         nn.Flatten(),
         nn.Dropout(0.5),
         nn.Linear(64 * side**2, 256),
@@ -96,42 +102,42 @@ def _alexnet(channels: int, size: int, classes: int) -> nn.Module:
     )
 
 
-def _vgg(channels: int, size: int, classes: int) -> nn.Module:
-    layers: list[nn.Module] = []
+def _vgg(nn: Any, channels: int, size: int, classes: int) -> Module:
+    layers: list[Module] = []
     inputs = channels
     for width in (32, 64, 128):
-        layers += [_conv(inputs, width), _conv(width, width), nn.MaxPool2d(2)]
+        layers += [_conv(nn, inputs, width), _conv(nn, width, width), nn.MaxPool2d(2)]
         inputs = width
     head = (_GlobalMean(), nn.Linear(inputs, 128), nn.ReLU(inplace=True), nn.Linear(128, classes))
     return nn.Sequential(*layers, *head)
 
 
-def _resnet(channels: int, size: int, classes: int) -> nn.Module:
-    layers: list[nn.Module] = [_conv(channels, 32)]
+def _resnet(nn: Any, channels: int, size: int, classes: int) -> Module:
+    layers: list[Module] = [_conv(nn, channels, 32)]
     inputs = 32
     for width, stride in ((32, 1), (64, 2), (128, 2)):
-        layers += [_Residual(inputs, width, stride), _Residual(width, width, 1)]
+        layers += [_Residual(nn, inputs, width, stride), _Residual(nn, width, width, 1)]
         inputs = width
     return nn.Sequential(*layers, _GlobalMean(), nn.Linear(inputs, classes))
 
 
-def _googlenet(channels: int, size: int, classes: int) -> nn.Module:
-    layers: list[nn.Module] = [_conv(channels, 32)]
+def _googlenet(nn: Any, channels: int, size: int, classes: int) -> Module:
+    layers: list[Module] = [_conv(nn, channels, 32)]
     if size > 16:
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(
         *layers,
-        _Inception(32, 16),
-        _Inception(64, 24),
+        _Inception(nn, 32, 16),
+        _Inception(nn, 64, 24),
         nn.MaxPool2d(2),
-        _Inception(96, 32),
+        _Inception(nn, 96, 32),
         _GlobalMean(),
         nn.Dropout(0.2),
         nn.Linear(128, classes),
     )
 
 
-_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
+_BUILDERS: dict[str, Callable[[Any, int, int, int], Module]] = {
     "lenet": _lenet,
     "alexnet": _alexnet,
     "vgg": _vgg,
@@ -140,7 +146,7 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
 }
 
 
-def build(arch: str, channels: int, size: int, classes: int) -> nn.Module:
+def build(arch: str, channels: int, size: int, classes: int, nn: Any = torch.nn) -> Module:
     """Build a network for square images.
 
     Args:
@@ -148,6 +154,7 @@ def build(arch: str, channels: int, size: int, classes: int) -> nn.Module:
         channels: the channels C of an image.
         size: the width and height S of an image, in pixels, at least 8.
         classes: the number of classes K.
+        nn: where the layers come from, ``torch.nn`` or ``braze.nn``.
 
     Returns:
         A module from (N, C, S, S) to logits (N, K), its weights from torch's global generator.
@@ -159,4 +166,4 @@ def build(arch: str, channels: int, size: int, classes: int) -> nn.Module:
         raise ValueError(f"unknown architecture {arch!r}")
     if size < 8:
         raise ValueError(f"images of at least 8x8 pixels are needed, got {size}x{size}")
-    return _BUILDERS[arch](channels, size, classes)
+    return _BUILDERS[arch](nn, channels, size, classes)

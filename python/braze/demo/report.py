@@ -95,6 +95,11 @@ def table(theirs: Log, ours: Log) -> str:
     return "\n".join(lines)
 
 
+def parts_of(config: Config) -> dict[str, str]:
+    """Return what each side is built with, by its name."""
+    return {"torch": "torch.optim, torch.nn", "braze": f"braze.optim, {config.nn}.nn"}
+
+
 def _version() -> str:
     try:
         return version("braze")
@@ -126,6 +131,7 @@ def write_json(path: Path, config: Config, theirs: Log, ours: Log, seconds: floa
             "torch": torch.__version__,
             "braze": _version(),
         },
+        "parts": parts_of(config),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "max_loss_difference": largest_difference(theirs, ours),
@@ -138,12 +144,18 @@ def write_json(path: Path, config: Config, theirs: Log, ours: Log, seconds: floa
     write_atomically(path, text.encode())
 
 
-def _draw_losses(axes: Any, theirs: Log, ours: Log) -> None:
+def _labels(config: Config) -> tuple[str, str]:
+    if config.nn == "torch":
+        return "torch.optim", "braze.optim"
+    return "torch.optim, torch.nn", "braze.optim, braze.nn"
+
+
+def _draw_losses(axes: Any, theirs: Log, ours: Log, labels: tuple[str, str]) -> None:
     per_epoch = len(theirs.losses) / len(theirs.epoch_loss)
     epochs = [(index + 1) / per_epoch for index in range(len(theirs.losses))]
-    axes.plot(epochs, theirs.losses, color=_TORCH_COLOR, linewidth=3.5, label="torch.optim")
+    axes.plot(epochs, theirs.losses, color=_TORCH_COLOR, linewidth=3.5, label=labels[0])
     axes.plot(
-        epochs, ours.losses, color=_BRAZE_COLOR, linewidth=1.1, linestyle="--", label="braze.optim"
+        epochs, ours.losses, color=_BRAZE_COLOR, linewidth=1.1, linestyle="--", label=labels[1]
     )
     if min(theirs.losses + ours.losses) > 0.0:
         axes.set_yscale("log")
@@ -156,7 +168,7 @@ def _draw_losses(axes: Any, theirs: Log, ours: Log) -> None:
     axes.legend(loc="best")
 
 
-def _draw_times(axes: Any, theirs: Log, ours: Log) -> None:
+def _draw_times(axes: Any, theirs: Log, ours: Log, labels: tuple[str, str]) -> None:
     series = [theirs.optimizer_ms, ours.optimizer_ms, theirs.step_ms, ours.step_ms]
     places = [1.0, 1.8, 3.4, 4.2]
     boxes = axes.boxplot(
@@ -187,7 +199,7 @@ def _draw_times(axes: Any, theirs: Log, ours: Log) -> None:
     axes.set_xlim(0.4, 4.8)
     axes.set_ylabel("time per update in ms")
     axes.set_title("Step times (median; whiskers 5 % to 95 %)")
-    axes.legend(boxes["boxes"][:2], ["torch.optim", "braze.optim"], loc="upper left")
+    axes.legend(boxes["boxes"][:2], labels, loc="upper left")
 
 
 def write_picture(path: Path, config: Config, theirs: Log, ours: Log) -> bool:
@@ -213,8 +225,8 @@ def write_picture(path: Path, config: Config, theirs: Log, ours: Log) -> bool:
         axes.grid(True, which="major", color="0.9")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    _draw_losses(losses, theirs, ours)
-    _draw_times(times, theirs, ours)
+    _draw_losses(losses, theirs, ours, _labels(config))
+    _draw_times(times, theirs, ours, _labels(config))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_atomically(path, buffer.getvalue())

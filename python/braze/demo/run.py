@@ -8,7 +8,7 @@ import torch
 
 from .config import Config, DemoError
 from .data import Data, batches_per_epoch, load
-from .report import table, write_json, write_picture
+from .report import parts_of, table, write_json, write_picture
 from .train import train
 
 
@@ -36,6 +36,7 @@ def _introduce(config: Config, data: Data, count: int) -> None:
         f"{count} batches of {config.batch_size} per epoch{updates}; "
         f"augmentation: {', '.join(config.augment) or 'none'}"
     )
+    print("; ".join(f"{side}: {parts}" for side, parts in parts_of(config).items()))
 
 
 def _run(config: Config) -> None:

@@ -1,8 +1,7 @@
-"""The two contestants: equal networks, one with torch's optimizer and one with braze's."""
+"""The two contestants: equal networks, one of torch's parts and one with braze's."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import nn as braze_nn
 from .. import optim as braze_optim
 from .config import Config, DemoError
 from .data import Data
@@ -200,8 +200,10 @@ def make_sides(config: Config, data: Data) -> tuple[Side, Side]:
     """
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
-    model = build(config.arch, data.channels, data.size, data.classes).to(device)
-    twin = copy.deepcopy(model)
+    network = (config.arch, data.channels, data.size, data.classes)
+    model = build(*network, nn).to(device)
+    twin = build(*network, braze_nn if config.nn == "braze" else nn).to(device)
+    twin.load_state_dict(model.state_dict())
     window = config.accumulation_steps
 
     theirs = _torch_optimizer(model, config)

@@ -1,5 +1,6 @@
 // The Python module _emulated: csrc/cuda and its host layer for CPU tensors, on the emulator. The
 // same backend interface as braze._cuda, and what a test needs to steer it.
+#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <Python.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime.h>
@@ -30,6 +31,37 @@ void set_current_stream(DeviceIndex device, cudaStream_t stream) {
 }  // namespace c10::cuda
 
 namespace {
+
+// What captured launches read: one seed for all graphs, one offset per launch within a graph.
+int64_t replay_seed = 0, replay_offset = 0;
+uint64_t captured_draws = 0;
+
+}  // namespace
+
+at::PhiloxCudaState at::CUDAGeneratorImpl::philox_cuda_state(uint64_t increment) {
+  PhiloxCudaState state;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream().stream(), &status);
+  state.captured_ = status != cudaStreamCaptureStatusNone;
+  if (state.captured_) {
+    state.seed_.ptr = &replay_seed;
+    state.offset_.ptr = &replay_offset;
+    state.offset_intragraph_ = captured_draws++ * increment;
+  } else {
+    state.seed_.val = source_->random64();
+  }
+  return state;
+}
+
+namespace {
+
+void before_replay() {
+  if (captured_draws == 0) return;
+  auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
+      std::nullopt, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(source->mutex_);
+  replay_seed = static_cast<int64_t>(source->random64());
+}
 
 // Memory ranges that tests put on another emulated device than 0.
 std::map<uintptr_t, std::pair<uintptr_t, int>>& ranges() {
@@ -196,6 +228,7 @@ PyObject* end_capture(PyObject*, PyObject*) {
 
 PyObject* replay(PyObject*, PyObject* graph) {
   auto* executable = static_cast<cudaGraphExec_t>(PyLong_AsVoidPtr(graph));
+  before_replay();
   TRY(cudaGraphLaunch(executable, c10::cuda::getCurrentCUDAStream(0).stream()));
   return none();
 }

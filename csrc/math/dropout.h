@@ -1,0 +1,112 @@
+// Dropout's formulas, each written once, for CPU loops and CUDA kernels alike. T is float (fp32 and
+// 16-bit tensors) or double.
+//
+// Mask index i belongs to lane i % 8 of the Philox4x32-7 block with counter (i / 8, offset) and key
+// seed, each a pair of 32-bit words, low first; the lanes are the 16-bit halves of the four words,
+// low first. It is kept iff its lane is at least the threshold, round(65536 p).
+#pragma once
+#include "activation.h"
+#include "philox.h"
+
+namespace braze {
+
+constexpr int kDropoutRounds = 7;
+constexpr int kLanesPerBlock = 8;
+constexpr uint32_t kDropAll = 65536;  // the threshold that no lane reaches
+
+struct RandomLanes {
+  uint32_t word[4];
+  BRAZE_INLINE uint32_t lane(int k) const {
+    return k % 2 == 0 ? word[k / 2] & 0xffffu : word[k / 2] >> 16;
+  }
+};
+
+BRAZE_INLINE RandomLanes random_lanes(uint64_t seed, uint64_t offset, uint64_t block) {
+  uint64_t c[4] = {static_cast<uint32_t>(block), block >> 32, static_cast<uint32_t>(offset),
+                   offset >> 32};
+  philox4x32<kDropoutRounds, OneCounter>(c, static_cast<uint32_t>(seed),
+                                         static_cast<uint32_t>(seed >> 32));
+  return {{static_cast<uint32_t>(c[0]), static_cast<uint32_t>(c[1]), static_cast<uint32_t>(c[2]),
+           static_cast<uint32_t>(c[3])}};
+}
+
+BRAZE_INLINE bool is_kept(uint32_t lane, uint32_t threshold) {
+  return static_cast<int32_t>(lane) >= static_cast<int32_t>(threshold);
+}
+
+// Of 0 <= p <= 1; halves to even.
+BRAZE_INLINE uint32_t dropout_threshold(double p) {
+  return static_cast<uint32_t>(::nearbyint(p * 65536));
+}
+
+// y = kept ? scale x + shift : dropped.
+template <class T>
+struct DropoutTerms {
+  T scale, shift, dropped;
+};
+
+// E[y] = x exactly, for the p that the threshold stands for. A shift of -0 leaves every product as
+// it is, the sign of a zero too.
+BRAZE_INLINE DropoutTerms<double> dropout_terms(uint32_t threshold) {
+  if (threshold >= kDropAll) return {0, -0.0, 0};
+  return {65536.0 / (65536.0 - threshold), -0.0, 0};
+}
+
+// Alpha dropout: dropped elements take SELU's lower limit -l, and scale and shift restore mean 0
+// and variance 1 of a standardised input. (Klambauer et al.: Self-normalizing neural networks,
+// 2017.) p = 1 gives zeros, as in torch.
+BRAZE_INLINE DropoutTerms<double> alpha_dropout_terms(uint32_t threshold) {
+  if (threshold >= kDropAll) return {0, -0.0, 0};
+  const double limit = 1.7580993408473766, p = threshold / 65536.0;
+  const double scale = 1 / ::sqrt(fused_multiply_add(limit * limit, p, 1.0) * (1 - p));
+  return {scale, scale * limit * p, scale * limit * (p - 1)};
+}
+
+// What is linear in x: the gradient's map.
+template <class T>
+BRAZE_INLINE DropoutTerms<T> linear_part(const DropoutTerms<T>& terms) {
+  return {terms.scale, T(-0.0), T(0)};
+}
+
+template <class To>
+BRAZE_INLINE DropoutTerms<To> round_terms(const DropoutTerms<double>& terms) {
+  return {static_cast<To>(terms.scale), static_cast<To>(terms.shift),
+          static_cast<To>(terms.dropped)};
+}
+
+// A select, not a product with 0: what is dropped is gone, NaN and inf too.
+template <class T>
+BRAZE_INLINE T drop(bool kept, T x, const DropoutTerms<T>& terms) {
+  const T scaled = fused_multiply_add(x, terms.scale, terms.shift);
+  return kept ? scaled : terms.dropped;
+}
+
+// dropout(x) + residual, rounded once.
+template <class T>
+BRAZE_INLINE T drop_and_add(bool kept, T x, T residual, T scale) {
+  const T sum = fused_multiply_add(x, scale, residual);
+  return kept ? sum : residual;
+}
+
+// dropout(activation(x)).
+template <Activation kA, class T>
+BRAZE_INLINE T activate_and_drop(bool kept, T x, T parameter, T scale) {
+  const T scaled = activate<kA>(x, parameter) * scale;
+  return kept ? scaled : T(0);
+}
+
+// Its gradient for x.
+template <Activation kA, class T>
+BRAZE_INLINE T activate_and_drop_grad(bool kept, T x, T grad, T parameter, T scale) {
+  const T scaled = grad * scale * activation_derivative<kA>(x, parameter);
+  return kept ? scaled : T(0);
+}
+
+// Of ReLU, whose output says all: y > 0 means kept and x > 0.
+template <class T>
+BRAZE_INLINE T relu_and_drop_grad(T y, T grad, T scale) {
+  const T scaled = grad * scale;
+  return derivative_is_upper<Activation::relu>(y) ? scaled : T(0);
+}
+
+}  // namespace braze

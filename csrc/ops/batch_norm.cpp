@@ -1,0 +1,212 @@
+// The forward and backward of batch normalisation + activation: schemas, checks, allocation, and
+// the steps of plan/batch_norm.h in their order.
+#include "batch_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "activation.h"
+#include "batch_norm_check.h"
+#include "tensor_work.h"
+
+namespace braze {
+namespace {
+
+// One normalised tensor of the forward.
+struct Side {
+  at::Tensor x, stats;
+  ChannelTensors channels;
+};
+
+Side make_side(const char* suffix, const at::Tensor& input, const OptionalTensor& weight,
+               const OptionalTensor& bias, const OptionalTensor& running_mean,
+               const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+               std::optional<double> momentum, double eps, bool training) {
+  constexpr const char* op = "batch_norm_act";
+  return {input, new_array(input, {kStatsRows, input.size(1)}),
+          ChannelTensors(op, suffix, input, weight, bias, running_mean, running_var,
+                         num_batches_tracked, momentum, eps, training)};
+}
+
+void make_stats_of(Side& side, const ActivationShape& shape, bool training) {
+  if (training) {
+    StatisticsArgs args;
+    args.shape = shape;
+    args.x = side.x.const_data_ptr();
+    args.channels = side.channels.plain();
+    args.stats = side.stats.mutable_data_ptr();
+    run_statistics(side.x, args);
+    side.channels.written();
+  } else {
+    FromRunningArgs args;
+    args.shape = shape;
+    args.channels = side.channels.plain();
+    args.stats = side.stats.mutable_data_ptr();
+    run_from_running(side.x, args);
+  }
+}
+
+}  // namespace
+
+ForwardResult batch_norm_act_forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+    const OptionalTensor& input2, const OptionalTensor& weight2, const OptionalTensor& bias2,
+    const OptionalTensor& running_mean2, const OptionalTensor& running_var2,
+    const OptionalTensor& num_batches_tracked2, std::optional<double> momentum2, double eps2,
+    const OptionalTensor& residual, bool training, std::string_view activation, double parameter,
+    bool save_mask) {
+  constexpr const char* op = "batch_norm_act";
+  const Activation act = activation_named(activation);
+  const at::Tensor x = checked_input(op, "input", input);
+  const ActivationShape shape = *activation_shape(x);
+  TORCH_CHECK_VALUE(!training || shape.per_channel() != 1,
+                    "Expected more than 1 value per channel when training, got input size ",
+                    input.sizes());
+  TORCH_CHECK_VALUE(!residual || !input2, op, ": residual and input2 cannot both be given");
+  Side first = make_side("", x, weight, bias, running_mean, running_var, num_batches_tracked,
+                         momentum, eps, training);
+  std::optional<Side> second;
+  if (input2) {
+    second = make_side("2", checked_like(op, "input2", *input2, x), weight2, bias2, running_mean2,
+                       running_var2, num_batches_tracked2, momentum2, eps2, training);
+  }
+  const at::Tensor added = residual ? checked_like(op, "residual", *residual, x) : at::Tensor();
+  const bool masked = save_mask && mask_serves(act, added.defined());
+  const at::Tensor y = at::empty_like(x);
+  const at::Tensor mask = masked ? at::empty({shape.mask_bytes()}, x.options().dtype(c10::kByte))
+                                 : no_tensor(x, c10::kByte);
+
+  make_stats_of(first, shape, training);
+  if (second) make_stats_of(*second, shape, training);
+  ApplyArgs args;
+  args.shape = shape;
+  args.input[0] = {x.const_data_ptr(), first.stats.const_data_ptr()};
+  if (second) args.input[1] = {second->x.const_data_ptr(), second->stats.const_data_ptr()};
+  if (added.defined()) args.residual = added.const_data_ptr();
+  args.activation = act;
+  args.parameter = parameter;
+  args.y = y.mutable_data_ptr();
+  if (masked) args.mask = mask.mutable_data_ptr<uint8_t>();
+  run_apply(x, args);
+  return {y, first.stats, second ? second->stats : no_tensor(x, arithmetic_type(x)), mask};
+}
+
+BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTensor& grad2,
+                                       const at::Tensor& input, const OptionalTensor& weight,
+                                       const at::Tensor& stats, const OptionalTensor& input2,
+                                       const OptionalTensor& weight2, const OptionalTensor& stats2,
+                                       const OptionalTensor& residual, const OptionalTensor& mask,
+                                       bool training, std::string_view activation, double parameter,
+                                       std::array<bool, 7> output_mask) {
+  constexpr const char* op = "batch_norm_act_backward";
+  const auto [want_x, want_weight, want_bias, want_x2, want_weight2, want_bias2, want_residual] =
+      output_mask;
+  BackwardArgs args;
+  args.activation = activation_named(activation);
+  args.parameter = parameter;
+  args.batch_statistics = training;
+  const at::Tensor x = checked_input(op, "input", input);
+  args.shape = *activation_shape(x);
+  args.count = static_cast<double>(args.shape.per_channel());
+  const int64_t c = args.shape.c;
+  const at::Tensor dy = checked_like(op, "grad", grad, x);
+  args.dy = dy.const_data_ptr();
+  at::Tensor dy2, x2, added;
+  if (grad2) {
+    dy2 = checked_like(op, "grad2", *grad2, x);
+    args.dy2 = dy2.const_data_ptr();
+  }
+  args.input[0] = {x.const_data_ptr(), checked_array(op, "stats", stats, x, {kStatsRows, c})};
+  if (input2) {
+    TORCH_CHECK_VALUE(stats2, op, ": stats2 must be given with input2");
+    x2 = checked_like(op, "input2", *input2, x);
+    args.input[1] = {x2.const_data_ptr(), checked_array(op, "stats2", *stats2, x, {kStatsRows, c})};
+  }
+  if (residual) {
+    added = checked_like(op, "residual", *residual, x);
+    args.residual = added.const_data_ptr();
+  }
+  if (mask && mask->numel() != 0) {
+    TORCH_CHECK_VALUE(mask->scalar_type() == c10::kByte && mask->is_contiguous() &&
+                          mask->numel() == args.shape.mask_bytes() && mask->device() == x.device(),
+                      op, ": mask must be the ", args.shape.mask_bytes(),
+                      " bytes that the forward made");
+    args.mask = mask->const_data_ptr<uint8_t>();
+  }
+
+  BackwardResult result;
+  const auto array_like = [&](bool wanted, const OptionalTensor& parameter_of) {
+    const c10::ScalarType dtype = parameter_of ? parameter_of->scalar_type() : arithmetic_type(x);
+    return wanted ? at::empty({c}, x.options().dtype(dtype)) : no_tensor(x, dtype);
+  };
+  const auto like_x = [&](bool wanted) {
+    return wanted ? at::empty_like(x) : no_tensor(x, x.scalar_type());
+  };
+  result = {
+      like_x(want_x),       array_like(want_weight, weight),   array_like(want_bias, weight),
+      like_x(want_x2),      array_like(want_weight2, weight2), array_like(want_bias2, weight2),
+      like_x(want_residual)};
+  const auto pointer = [](bool wanted, const at::Tensor& tensor) {
+    return wanted ? tensor.mutable_data_ptr() : nullptr;
+  };
+  const auto fill = [&](InputGradient& g, const OptionalTensor& w, bool x_wanted,
+                        const at::Tensor& dx, bool w_wanted, const at::Tensor& dw, bool b_wanted,
+                        const at::Tensor& db) {
+    g.weight = nullptr;
+    g.param_dtype = DType::f32;
+    if (w_wanted || b_wanted) g.param_dtype = *real_dtype(dw.scalar_type());
+    if (w) g.weight = w->const_data_ptr();
+    g.grad_weight = pointer(w_wanted, dw);
+    g.grad_bias = pointer(b_wanted, db);
+    g.dx = pointer(x_wanted, dx);
+  };
+  fill(args.grad[0], weight, want_x, std::get<0>(result), want_weight, std::get<1>(result),
+       want_bias, std::get<2>(result));
+  fill(args.grad[1], weight2, want_x2, std::get<3>(result), want_weight2, std::get<4>(result),
+       want_bias2, std::get<5>(result));
+  args.grad_residual = pointer(want_residual, std::get<6>(result));
+
+  at::Tensor coefficients;
+  if (want_x || want_x2) {
+    coefficients = new_array(x, {2, kCoefficientRows, c});
+    args.grad[0].coefficients = coefficients[0].mutable_data_ptr();
+    if (input2) args.grad[1].coefficients = coefficients[1].mutable_data_ptr();
+  }
+  // Constant statistics and no gradient of a parameter: nothing to sum, but coefficients to make.
+  run_reduce(x, args);
+  if (want_x || want_x2 || want_residual) run_apply_grad(x, args);
+  return result;
+}
+
+TORCH_LIBRARY_FRAGMENT(braze, m) {
+  m.def(
+      "batch_norm_act_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? "
+      "running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "Tensor? input2, Tensor? weight2, Tensor? bias2, Tensor(d!)? running_mean2, "
+      "Tensor(e!)? running_var2, Tensor(f!)? num_batches_tracked2, float? momentum2, float eps2, "
+      "Tensor? residual, bool training, str activation, float parameter, bool save_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_act_backward(Tensor grad, Tensor? grad2, Tensor input, Tensor? weight, Tensor "
+      "stats, "
+      "Tensor? input2, Tensor? weight2, Tensor? stats2, Tensor? residual, Tensor? mask, bool "
+      "training, "
+      "str activation, float parameter, bool[7] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+// One implementation: the checks, then the kernels of the tensors' device.
+TORCH_LIBRARY_IMPL(braze, CPU, m) {
+  m.impl("batch_norm_act_forward", batch_norm_act_forward);
+  m.impl("batch_norm_act_backward", batch_norm_act_backward);
+}
+TORCH_LIBRARY_IMPL(braze, CUDA, m) {
+  m.impl("batch_norm_act_forward", batch_norm_act_forward);
+  m.impl("batch_norm_act_backward", batch_norm_act_backward);
+}
+
+}  // namespace braze

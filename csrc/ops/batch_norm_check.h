@@ -1,0 +1,61 @@
+// Arguments of the batch-norm operators, checked and turned into plain structs.
+#pragma once
+#include "batch_norm.h"
+#include "dense.h"
+
+namespace braze {
+
+// The vectors that belong to one normalised tensor. What kernels write to must be contiguous: a
+// running statistic that is not lives in a copy until write_back().
+class ChannelTensors {
+ public:
+  // Raises unless everything fits `input`. `suffix` ("" or "2") ends the arguments' names.
+  ChannelTensors(const char* op, const char* suffix, const at::Tensor& input,
+                 const OptionalTensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                 double eps, bool training);
+
+  const BatchNormChannels& plain() const { return plain_; }
+  // After the kernels have updated the running statistics.
+  void written();
+
+ private:
+  at::Tensor weight_, bias_;
+  at::Tensor running_mean_, running_var_, num_batches_tracked_;  // the caller's
+  at::Tensor mean_copy_, var_copy_;                              // undefined: written in place
+  BatchNormChannels plain_;
+};
+
+// [N, C, ...], dense, readable.
+at::Tensor checked_input(const char* op, const char* name, const at::Tensor& input);
+
+// A tensor of `like`'s shape, device and dtype, in its order.
+at::Tensor checked_like(const char* op, const char* name, const at::Tensor& tensor,
+                        const at::Tensor& like);
+
+// The arithmetic type of a dtype: double for double, else float.
+c10::ScalarType arithmetic_type(const at::Tensor& tensor);
+
+// A contiguous tensor of the arithmetic type, with these sizes.
+const void* checked_array(const char* op, const char* name, const at::Tensor& tensor,
+                          const at::Tensor& like, at::IntArrayRef sizes);
+
+at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes);
+at::Tensor no_tensor(const at::Tensor& like, c10::ScalarType dtype);
+
+// The steps of plan/batch_norm.h, on the device of `like`.
+void run_statistics(const at::Tensor& like, const StatisticsArgs& args);
+void run_combine(const at::Tensor& like, const CombineArgs& args);
+void run_from_running(const at::Tensor& like, const FromRunningArgs& args);
+void run_apply(const at::Tensor& like, const ApplyArgs& args);
+void run_reduce(const at::Tensor& like, const BackwardArgs& args);
+void run_coefficients(const at::Tensor& like, const CoefficientsArgs& args);
+void run_apply_grad(const at::Tensor& like, const BackwardArgs& args);
+
+// One bit per element is saved where the derivative has two values and z is not x's alone.
+inline bool mask_serves(Activation activation, bool has_residual) {
+  return has_residual && has_two_slopes(activation);
+}
+
+}  // namespace braze

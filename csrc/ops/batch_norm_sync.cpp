@@ -1,0 +1,172 @@
+// The steps of batch normalisation as operators of their own: statistics over several processes are
+// moments -> all_gather -> combine -> apply, and backward reduce -> all_reduce -> apply_grad.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "activation.h"
+#include "batch_norm_check.h"
+
+namespace braze {
+namespace {
+
+// What reduce and apply_grad have in common; `kept` holds the tensors that the pointers are of.
+BackwardArgs backward_args(const char* op, const at::Tensor& grad, const at::Tensor& input,
+                           const at::Tensor& stats, const OptionalTensor& residual,
+                           const OptionalTensor& mask, std::string_view activation,
+                           double parameter, std::vector<at::Tensor>& kept) {
+  BackwardArgs args;
+  args.activation = activation_named(activation);
+  args.parameter = parameter;
+  const at::Tensor x = checked_input(op, "input", input);
+  args.shape = *activation_shape(x);
+  const at::Tensor dy = checked_like(op, "grad", grad, x);
+  args.dy = dy.const_data_ptr();
+  args.input[0] = {x.const_data_ptr(),
+                   checked_array(op, "stats", stats, x, {kStatsRows, args.shape.c})};
+  kept = {x, dy};
+  if (mask && mask->numel() != 0) {
+    TORCH_CHECK_VALUE(mask->scalar_type() == c10::kByte && mask->is_contiguous() &&
+                          mask->numel() == args.shape.mask_bytes() && mask->device() == x.device(),
+                      op, ": mask must be the ", args.shape.mask_bytes(),
+                      " bytes that batch_norm_apply made");
+    args.mask = mask->const_data_ptr<uint8_t>();
+  } else if (residual) {
+    kept.push_back(checked_like(op, "residual", *residual, x));
+    args.residual = kept.back().const_data_ptr();
+  }
+  return args;
+}
+
+}  // namespace
+
+at::Tensor batch_norm_moments(const at::Tensor& input) {
+  const at::Tensor x = checked_input("batch_norm_moments", "input", input);
+  StatisticsArgs args;
+  args.shape = *activation_shape(x);
+  at::Tensor moments = new_array(x, {kMomentsRows, args.shape.c});
+  args.x = x.const_data_ptr();
+  args.moments = moments.mutable_data_ptr();
+  run_statistics(x, args);
+  return moments;
+}
+
+at::Tensor batch_norm_combine(const at::Tensor& moments, const at::Tensor& input,
+                              const OptionalTensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                              const OptionalTensor& num_batches_tracked,
+                              std::optional<double> momentum, double eps) {
+  constexpr const char* op = "batch_norm_combine";
+  const at::Tensor x = checked_input(op, "input", input);
+  CombineArgs args;
+  args.shape = *activation_shape(x);
+  TORCH_CHECK_VALUE(moments.dim() == 3 && moments.size(0) >= 1, op,
+                    ": moments must be [processes, 3, C], but its shape is ", moments.sizes());
+  args.processes = moments.size(0);
+  args.moments =
+      checked_array(op, "moments", moments, x, {args.processes, kMomentsRows, args.shape.c});
+  ChannelTensors channels(op, "", x, weight, bias, running_mean, running_var, num_batches_tracked,
+                          momentum, eps, true);
+  args.channels = channels.plain();
+  at::Tensor stats = new_array(x, {kStatsRows, args.shape.c});
+  args.stats = stats.mutable_data_ptr();
+  run_combine(x, args);
+  channels.written();
+  return stats;
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
+                                                    const at::Tensor& stats,
+                                                    const OptionalTensor& residual,
+                                                    std::string_view activation, double parameter) {
+  constexpr const char* op = "batch_norm_apply";
+  ApplyArgs args;
+  args.activation = activation_named(activation);
+  args.parameter = parameter;
+  const at::Tensor x = checked_input(op, "input", input);
+  args.shape = *activation_shape(x);
+  args.input[0] = {x.const_data_ptr(),
+                   checked_array(op, "stats", stats, x, {kStatsRows, args.shape.c})};
+  const at::Tensor added = residual ? checked_like(op, "residual", *residual, x) : at::Tensor();
+  if (added.defined()) args.residual = added.const_data_ptr();
+  const at::Tensor y = at::empty_like(x);
+  const bool masked = mask_serves(args.activation, added.defined());
+  const at::Tensor mask = masked
+                              ? at::empty({args.shape.mask_bytes()}, x.options().dtype(c10::kByte))
+                              : no_tensor(x, c10::kByte);
+  args.y = y.mutable_data_ptr();
+  if (masked) args.mask = mask.mutable_data_ptr<uint8_t>();
+  run_apply(x, args);
+  return {y, mask};
+}
+
+at::Tensor batch_norm_reduce(const at::Tensor& grad, const at::Tensor& input,
+                             const at::Tensor& stats, const OptionalTensor& residual,
+                             const OptionalTensor& mask, std::string_view activation,
+                             double parameter) {
+  std::vector<at::Tensor> kept;
+  BackwardArgs args = backward_args("batch_norm_reduce", grad, input, stats, residual, mask,
+                                    activation, parameter, kept);
+  at::Tensor sums = new_array(kept[0], {2, args.shape.c});
+  args.sums = sums.mutable_data_ptr();
+  args.count = static_cast<double>(args.shape.per_channel());
+  run_reduce(kept[0], args);
+  return sums;
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_apply_grad(
+    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& stats,
+    const OptionalTensor& residual, const OptionalTensor& mask, const at::Tensor& sums,
+    const at::Tensor& count, std::string_view activation, double parameter, bool need_residual) {
+  constexpr const char* op = "batch_norm_apply_grad";
+  std::vector<at::Tensor> kept;
+  BackwardArgs args =
+      backward_args(op, grad, input, stats, residual, mask, activation, parameter, kept);
+  const at::Tensor& x = kept[0];
+  CoefficientsArgs from;
+  from.shape = args.shape;
+  from.stats = args.input[0].stats;
+  from.sums = checked_array(op, "sums", sums, x, {2, args.shape.c});
+  from.count = checked_array(op, "count", count, x, {});
+  const at::Tensor coefficients = new_array(x, {kCoefficientRows, args.shape.c});
+  from.coefficients = args.grad[0].coefficients = coefficients.mutable_data_ptr();
+  at::Tensor dx = at::empty_like(x);
+  at::Tensor grad_residual = need_residual ? at::empty_like(x) : no_tensor(x, x.scalar_type());
+  args.grad[0].dx = dx.mutable_data_ptr();
+  if (need_residual) args.grad_residual = grad_residual.mutable_data_ptr();
+  run_coefficients(x, from);
+  run_apply_grad(x, args);
+  return {dx, grad_residual};
+}
+
+TORCH_LIBRARY_FRAGMENT(braze, m) {
+  m.def("batch_norm_moments(Tensor input) -> Tensor");
+  m.def(
+      "batch_norm_combine(Tensor moments, Tensor input, Tensor? weight, Tensor? bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "float? momentum, float eps) -> Tensor");
+  m.def(
+      "batch_norm_apply(Tensor input, Tensor stats, Tensor? residual, str activation, float "
+      "parameter) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "batch_norm_reduce(Tensor grad, Tensor input, Tensor stats, Tensor? residual, Tensor? mask, "
+      "str activation, float parameter) -> Tensor");
+  m.def(
+      "batch_norm_apply_grad(Tensor grad, Tensor input, Tensor stats, Tensor? residual, Tensor? "
+      "mask, "
+      "Tensor sums, Tensor count, str activation, float parameter, bool need_residual) "
+      "-> (Tensor, Tensor)");
+}
+
+static void implement(torch::Library& m) {
+  m.impl("batch_norm_moments", batch_norm_moments);
+  m.impl("batch_norm_combine", batch_norm_combine);
+  m.impl("batch_norm_apply", batch_norm_apply);
+  m.impl("batch_norm_reduce", batch_norm_reduce);
+  m.impl("batch_norm_apply_grad", batch_norm_apply_grad);
+}
+TORCH_LIBRARY_IMPL(braze, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(braze, CUDA, m) { implement(m); }
+
+}  // namespace braze

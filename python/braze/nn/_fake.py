@@ -1,0 +1,179 @@
+"""What the batch-norm operators return, without the numbers: for FakeTensor and torch.compile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+# Rows of the arrays [rows, C] that operators hand to each other; csrc/plan/batch_norm.h.
+_STATS, _MOMENTS, _SUMS = 5, 3, 2
+_TWO_SLOPES = ("relu", "relu6", "leaky_relu", "hardsigmoid")
+
+
+def _is_dense(tensor: Tensor, channels_last: bool) -> bool:
+    dims = [*range(2, tensor.dim())]
+    order = [0, *dims, 1] if channels_last else [0, 1, *dims]
+    expected = 1
+    for d in reversed(order):
+        if tensor.size(d) != 1 and tensor.stride(d) != expected:
+            return False
+        expected = expected * tensor.size(d)
+    return True
+
+
+def _like(x: Tensor) -> Tensor:
+    """Dense, in the order of ``x`` where the kernels know it."""
+    if _is_dense(x, False) or _is_dense(x, True):
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _array(x: Tensor, *sizes: int) -> Tensor:
+    return x.new_empty(sizes, dtype=_arithmetic(x))
+
+
+def _mask(x: Tensor, wanted: bool) -> Tensor:
+    if not wanted:
+        return x.new_empty((0,), dtype=torch.uint8)
+    n, c = x.size(0), x.size(1)
+    spatial = math.prod(x.shape[2:])
+    last = c > 1 and (spatial == 1 or not _is_dense(x, False))
+    rows, row = (n * spatial, c) if last else (n * c, spatial)
+    return x.new_empty((rows * ((row + 7) // 8),), dtype=torch.uint8)
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    input2: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    num_batches_tracked2: Tensor | None,
+    momentum2: float | None,
+    eps2: float,
+    residual: Tensor | None,
+    training: bool,
+    activation: str,
+    parameter: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, c = _like(input), input.size(1)
+    stats2 = _array(input, 0) if input2 is None else _array(input, _STATS, c)
+    masked = save_mask and residual is not None and activation in _TWO_SLOPES
+    return y, _array(input, _STATS, c), stats2, _mask(y, masked)
+
+
+def backward(
+    grad: Tensor,
+    grad2: Tensor | None,
+    input: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    input2: Tensor | None,
+    weight2: Tensor | None,
+    stats2: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    training: bool,
+    activation: str,
+    parameter: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    def vector(wanted: bool, parameter_of: Tensor | None) -> Tensor:
+        dtype = _arithmetic(input) if parameter_of is None else parameter_of.dtype
+        return input.new_empty((input.size(1) if wanted else 0,), dtype=dtype)
+
+    def image(wanted: bool) -> Tensor:
+        return _like(input) if wanted else input.new_empty((0,))
+
+    x, w, b, x2, w2, b2, r = output_mask
+    return (
+        image(x),
+        vector(w, weight),
+        vector(b, weight),
+        image(x2),
+        vector(w2, weight2),
+        vector(b2, weight2),
+        image(r),
+    )
+
+
+def moments(input: Tensor) -> Tensor:
+    return _array(input, _MOMENTS, input.size(1))
+
+
+def combine(
+    moments: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    return _array(input, _STATS, input.size(1))
+
+
+def apply(
+    input: Tensor, stats: Tensor, residual: Tensor | None, activation: str, parameter: float
+) -> tuple[Tensor, Tensor]:
+    y = _like(input)
+    return y, _mask(y, residual is not None and activation in _TWO_SLOPES)
+
+
+def reduce(
+    grad: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    parameter: float,
+) -> Tensor:
+    return _array(input, _SUMS, input.size(1))
+
+
+def apply_grad(
+    grad: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+    activation: str,
+    parameter: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    return _like(input), _like(input) if need_residual else input.new_empty((0,))
+
+
+def register() -> None:
+    for name, function in (
+        ("act_forward", forward),
+        ("act_backward", backward),
+        ("moments", moments),
+        ("combine", combine),
+        ("apply", apply),
+        ("reduce", reduce),
+        ("apply_grad", apply_grad),
+    ):
+        torch.library.register_fake(f"braze::batch_norm_{name}", function)

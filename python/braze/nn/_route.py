@@ -1,0 +1,142 @@
+"""Which calls the kernels take; all others are compositions of torch's own operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
+
+from braze import _native
+from braze._native import _C
+
+# A subclass of these may mean anything, and its own torch function or dispatch decides.
+_PLAIN = frozenset((Tensor, Parameter, FakeTensor))
+WIDE = frozenset((torch.float32, torch.float64))
+_HALF = frozenset((torch.bfloat16, torch.float16))
+DTYPES = WIDE | _HALF
+
+# input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+BatchNormArguments = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    bool,
+    float | None,
+    float,
+]
+
+
+def ops() -> Any:
+    """The operators: torch.ops where a compiler must see them, else by pybind11, which is faster."""
+    return torch.ops.braze if torch.compiler.is_compiling() else _C
+
+
+def is_plain(tensor: object) -> bool:
+    return type(tensor) in _PLAIN
+
+
+def transformed() -> bool:
+    """Whether this call is not simply to be computed: functorch's transforms, forward-mode AD, a trace or an
+    export, which should not need braze to be run."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling():
+        # Not is_exporting(), which older versions of dynamo take for True in everything they compile.
+        return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+    return torch._C._get_tracing_state() is not None
+
+
+def takes_activation(input: Tensor) -> bool:
+    """Whether a kernel can read ``input`` as [N, C, ...]. Raises RuntimeError if CUDA kernels are missing."""
+    if type(input) not in _PLAIN or input.dtype not in DTYPES or input.layout is not torch.strided:
+        return False
+    if input.is_cuda:
+        if _native.CUDA_FILE is None and type(input) is not FakeTensor:
+            raise RuntimeError(
+                f"batch_norm: input is on {input.device}, but braze has no CUDA kernels here: "
+                f"{_native.cuda_missing()}. To use torch's implementation instead, take the module from "
+                "torch.nn"
+            )
+    elif not input.is_cpu:
+        return False
+    return input.dim() >= 2 and input.shape[1] > 0
+
+
+def takes_vectors(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> bool:
+    """Whether the vectors fit ``input``; where they do not, torch has the words for it."""
+    channels = input.shape[1]
+    dtype = input.dtype
+    wide = dtype in WIDE
+    for pair in ((weight, bias), (running_mean, running_var)):
+        first = None
+        for vector in pair:
+            if vector is None:
+                continue
+            if first is None:
+                first = vector
+                if type(vector) not in _PLAIN or (
+                    vector.dtype != dtype and (wide or vector.dtype is not torch.float32)
+                ):
+                    return False
+            elif type(vector) not in _PLAIN or vector.dtype != first.dtype:
+                return False
+            if vector.dim() != 1 or vector.shape[0] != channels or not _beside(vector, input):
+                return False
+    return (running_mean is None) == (running_var is None)
+
+
+def takes_addend(input: Tensor, addend: Tensor) -> bool:
+    """Whether a kernel can add ``addend``, element by element."""
+    return (
+        type(addend) in _PLAIN
+        and addend.shape == input.shape
+        and addend.dtype in DTYPES
+        # A sum in fp64 would need parameters in fp64.
+        and (addend.dtype is not torch.float64 or input.dtype is torch.float64)
+        and addend.layout is torch.strided
+        and _beside(addend, input)
+    )
+
+
+def _beside(tensor: Tensor, input: Tensor) -> bool:
+    return tensor.is_cpu if input.is_cpu else tensor.device == input.device
+
+
+def takes_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> bool:
+    """Whether the kernels do what torch's batch_norm would; where it raises, it should do so itself."""
+    if transformed() or not takes_activation(input) or input.numel() == 0:
+        return False
+    if not takes_vectors(input, weight, bias, running_mean, running_var):
+        return False
+    if training:
+        # One value per channel, and no average without a count.
+        return (
+            eps > 0.0
+            and input.numel() != input.shape[1]
+            and (running_mean is not None or num_batches_tracked is None)
+            and (momentum is not None or running_mean is None or num_batches_tracked is not None)
+        )
+    return running_mean is not None and eps >= 0.0

@@ -1,0 +1,240 @@
+"""Convolution, batch norm, a sum and an activation as one module: ConvBNAct1d/2d/3d, ConvBNReLU1d/2d/3d."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import Tensor, nn
+
+from braze.nn._activation import ActivationLike, has_hooks, resolve
+from braze.nn._route import WIDE, is_plain, takes_addend, takes_batch_norm, transformed
+from braze.nn.batch_norm import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    FusedBatchNormAct,
+)
+
+__all__ = [
+    "ConvBNAct1d",
+    "ConvBNAct2d",
+    "ConvBNAct3d",
+    "ConvBNReLU1d",
+    "ConvBNReLU2d",
+    "ConvBNReLU3d",
+]
+
+
+class _AbsorbedBias(torch.autograd.Function):
+    """``output``, on which ``bias`` has no influence: its gradient is zero, not missing."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (bias,) = ctx.saved_tensors
+        return grad, torch.zeros_like(bias)
+
+
+class FusedConv(nn.Module):
+    """What all ConvBNAct and ConvBNReLU classes have in common."""
+
+    _conv: ClassVar[type[Any]]
+    _batch_norm: ClassVar[type[FusedBatchNormAct]]
+
+    conv: Any
+    bn: FusedBatchNormAct
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: ActivationLike = "relu",
+        negative_slope: float = 0.01,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        resolve(activation, negative_slope)  # to fail before anything is allocated
+        super().__init__()
+        self.conv = self._conv(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn = self._batch_norm(
+            out_channels,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            activation=activation,
+            negative_slope=negative_slope,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, bn = self.conv, self.bn
+        if is_plain(input) and self._absorbs_bias():
+            return self._forward_without_bias(input, residual)
+        output = conv(input)
+        result: Tensor = bn(output) if residual is None else bn(output, residual)
+        return result
+
+    def _absorbs_bias(self) -> bool:
+        """Whether nothing could tell that the convolution's bias is not added: the batch's mean takes it away
+        again, and only the running mean and the bias's gradient, which is zero, must know of it."""
+        conv, bn = self.conv, self.bn
+        return (
+            type(conv) is self._conv
+            and conv.bias is not None
+            and type(bn) is self._batch_norm
+            and (bn.training or (bn.running_mean is None and bn.running_var is None))
+            # 16 bits would be rounded twice.
+            and (bn.running_mean is None or bn.running_mean.dtype in WIDE)
+            and not (has_hooks(conv) or has_hooks(bn))
+            and not torch_module._has_any_global_hook()
+            and not transformed()
+        )
+
+    def _forward_without_bias(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        conv, bn = self.conv, self.bn
+        output = conv._conv_forward(input, conv.weight, None)
+        absorbed = takes_batch_norm(*bn._arguments(output)) and (
+            residual is None or takes_addend(output, residual)
+        )
+        if absorbed:
+            output = _AbsorbedBias.apply(output, conv.bias)
+        else:  # torch's batch norm lets nobody change the running mean behind it
+            output = output + conv.bias.view(-1, *(1,) * (conv.weight.dim() - 2))
+        result: Tensor = bn(output) if residual is None else bn(output, residual)
+        running_mean = bn.running_mean if bn.training and bn.track_running_stats else None
+        if absorbed and running_mean is not None:
+            bias = conv.bias.detach()
+            if bn.momentum is not None:
+                running_mean.add_(bias, alpha=bn.momentum)
+            elif bn.num_batches_tracked is not None:
+                running_mean.addcdiv_(bias, bn.num_batches_tracked)
+        return result
+
+
+class ConvBNAct1d(FusedConv):
+    r"""activation(batch_norm(conv(input)) + residual) of [N, C, L]; see :class:`ConvBNAct2d`."""
+
+    _conv = nn.Conv1d
+    _batch_norm = BatchNormAct1d
+
+
+class ConvBNAct2d(FusedConv):
+    r"""Convolution, batch norm, a sum and an activation: ``forward(input, residual=None)`` gives
+    activation(bn(conv(input)) + residual).
+
+    The children are a :class:`torch.nn.Conv2d` named ``conv`` and a :class:`BatchNormAct2d` named ``bn``, and
+    the ``state_dict`` is theirs: ``conv.weight``, ``bn.weight``, ``bn.running_mean`` and so on. The convolution
+    is torch's own (oneDNN, cuDNN); all after it is two passes forward and two backward.
+
+    A ``bias`` of the convolution is not added in training, as the batch's mean would take it away again: the
+    running mean accounts for it, and its gradient is exactly zero. With running statistics (``eval()``, also
+    of ``bn`` alone in a training model), hooks or a parametrized convolution, it is added.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as
+            :class:`torch.nn.Conv2d`; ``bias`` is False by default.
+        eps, momentum, affine, track_running_stats: as :class:`torch.nn.BatchNorm2d`.
+        activation, negative_slope: as :class:`BatchNormAct2d`.
+        device, dtype: of all parameters.
+
+    Shapes and dtypes: as :class:`torch.nn.Conv2d` and :class:`BatchNormAct2d`; ``residual`` as the result.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as the two.
+    """
+
+    _conv = nn.Conv2d
+    _batch_norm = BatchNormAct2d
+
+
+class ConvBNAct3d(FusedConv):
+    r"""activation(batch_norm(conv(input)) + residual) of [N, C, D, H, W]; see :class:`ConvBNAct2d`."""
+
+    _conv = nn.Conv3d
+    _batch_norm = BatchNormAct3d
+
+
+class FusedConvReLU(FusedConv):
+    """Mixin in front of a ConvBNAct class: the activation is ReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            activation="relu",
+            device=device,
+            dtype=dtype,
+        )
+
+
+class ConvBNReLU1d(FusedConvReLU, ConvBNAct1d):
+    r"""relu(batch_norm(conv(input)) + residual) of [N, C, L]; see :class:`ConvBNAct2d`."""
+
+
+class ConvBNReLU2d(FusedConvReLU, ConvBNAct2d):
+    r"""relu(batch_norm(conv(input)) + residual) of [N, C, H, W]; see :class:`ConvBNAct2d`."""
+
+
+class ConvBNReLU3d(FusedConvReLU, ConvBNAct3d):
+    r"""relu(batch_norm(conv(input)) + residual) of [N, C, D, H, W]; see :class:`ConvBNAct2d`."""
