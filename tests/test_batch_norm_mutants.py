@@ -62,8 +62,7 @@ EXPRESSIONS = [
     (STATISTICS, "a.ticket, @gridDim.x@)", "1u"),
     (STATISTICS, "process < @a.args.processes@;", "a.args.processes - 1"),
     (STATISTICS, "if (@c < channels@) {", "c < channels - 1"),
-    (APPLY, "residual[i].load(a.args.residual, units[i], @kInputs == 1 && "
-            "a.args.residual != nullptr@)", "false"),
+    (APPLY, "has_residual = @kInputs == 1 && a.args.residual != nullptr@;", "false"),
     (APPLY, "static_cast<uint8_t>(@bits & units[i].lanes@)", "bits"),
     (BACKWARD, "dy2.load(args.dy2, place, @args.dy2 != nullptr@)", "false"),
     (BACKWARD, "@kInputs == 1 && a.recompute && args.residual != nullptr@", "false"),
