@@ -22,7 +22,6 @@ EXPRESSIONS = [
     (UNITS, "from = @kBackwards && left_ > 0@ ?", "false"),
     (UNITS, "start_ = @grid.channels_last@ ?", "false"),
     (UNITS, "row = @grid_.channels_last@ ? row_", "true"),
-    (UNITS, "if (@grid_.moves_to_phase@) begin", "false"),
     (UNITS, "rest = @left_ > 0@ ?", "true"),
     (UNITS, "unit.lanes = @rest >= kLanes@ ? kAll", "rest > 0"),
     (UNITS, "kAll >> (@kLanes - rest@)", "kLanes - rest - 1"),
@@ -63,8 +62,7 @@ EXPRESSIONS = [
     (STATISTICS, "a.ticket, @gridDim.x@)", "1u"),
     (STATISTICS, "process < @a.args.processes@;", "a.args.processes - 1"),
     (STATISTICS, "if (@c < channels@) {", "c < channels - 1"),
-    (APPLY, "residual[i].load(a.args.residual, units[i], @kInputs == 1 && "
-            "a.args.residual != nullptr@)", "false"),
+    (APPLY, "has_residual = @kInputs == 1 && a.args.residual != nullptr@;", "false"),
     (APPLY, "static_cast<uint8_t>(@bits & units[i].lanes@)", "bits"),
     (BACKWARD, "dy2.load(args.dy2, place, @args.dy2 != nullptr@)", "false"),
     (BACKWARD, "@kInputs == 1 && a.recompute && args.residual != nullptr@", "false"),
@@ -87,14 +85,12 @@ EXPRESSIONS = [
     (GRID, "@divide_up(grid.length, 8)@;", "grid.length / 8"),
     (GRID, "grid.aligned && @(grid.phase == -1 || grid.phase == phase)@;", "true"),
     (GRID, "grid.aligned && @!demand.mask@ &&", "true"),
-    (GRID, "@lanes == vector@;", "true"),
     (GRID, "lost = @grid.moves_to_phase && !in_phase@ ?", "false"),
     (GRID, "in_phase = @grid.phase == 0@ &&", "true"),
     (GRID, "&& @shape.spatial % vector == 0@;", "true"),
     (GRID, "groups = @divide_up(words, grid.words)@;", "words / grid.words"),
     (GRID, "@divide_up(active, 32)@ * 32", "(active / 32)"),
     (GRID, "@divide_up(units, active * kMaxRun)@);", "1"),
-    (GRID, "if (@units == 0@) grid.rows = 0;", "false"),
     (GRID, "stride_words = @splits * active % grid.words@;", "0"),
     (LAUNCH, "groups} + @1@;", "0"),
     (LAUNCH, "blocks = std::max(@channel_blocks(args.shape.c)@, 1u)", "0u"),
@@ -103,7 +99,8 @@ STATEMENTS = [
     (STATISTICS, "  update(b.running_mean, m.mean);"),
 ]  # fmt: skip
 # Not here, for no result can show them: the order in which a pass walks; threads of channels beyond
-# the last that are sent home at once (their units are empty).
+# the last that are sent home at once (their units are empty); units that move to a plane's 16-byte
+# boundaries (test_kernel_memory.py counts their accesses).
 
 KILLERS = (
     ("in order", ("--small", "--stop"), {}),

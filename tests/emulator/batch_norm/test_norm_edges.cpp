@@ -240,6 +240,31 @@ TEST(wanted_in_part) {
   }
 }
 
+// Running statistics do not depend on x: its infinities stay out of dx.
+TEST(infinite_input_with_running_statistics) {
+  for (const Activation activation : {Activation::identity, Activation::leaky_relu}) {
+    Spec spec{.n = 2, .c = 3, .spatial = 8, .channels_last = true};
+    spec.activation = activation;
+    spec.training = false;
+    Problem p(spec);
+    p.set_stats();
+    for (int64_t i = 0; i < p.x[0].count(); i += 5) {
+      p.x[0].set(i, std::numeric_limits<double>::infinity());
+    }
+    const BackwardArgs args = p.backward_args();
+    const Memory memory = memory_for(args);
+    CHECK_OK(cuda::batch_norm_reduce(args, memory.scratch, nullptr));
+    CHECK_OK(cuda::batch_norm_apply_grad(args, nullptr));
+    CHECK_OK(cudaDeviceSynchronize());
+    for (int64_t i = 0; i < p.dx[0].count(); ++i) CHECK(std::isfinite(p.dx[0].get(i)));
+    for (int64_t c = 0; c < spec.c; ++c) {
+      CHECK(p.coefficients[0].get(kOnGrad * spec.c + c) == p.stats[0].get(kScale * spec.c + c));
+      CHECK(p.coefficients[0].get(kOnInput * spec.c + c) == 0);
+      CHECK(p.coefficients[0].get(kConstant * spec.c + c) == 0);
+    }
+  }
+}
+
 TEST(masks_are_for_two_slopes) {
   Spec spec;
   Problem p(spec);
