@@ -67,7 +67,7 @@ def check(ours: Any, truth: nn.Module, dims: int = 2, seed: int = 0, factor: flo
         expected, [wide, *map(truth.get_parameter, names)], dy.double(), allow_unused=True
     )
     for name, a, b in zip(["input", *names], found, wanted, strict=True):
-        if name == "conv.bias" and ours.bn.training:
+        if name == "conv.bias" and (ours.bn.training or ours.bn.running_mean is None):
             assert not a.any() and float(b.abs().max()) < 1e-10
         else:
             assert_near(a, b, f"gradient of {name}", 4 * factor)
@@ -123,7 +123,7 @@ def test_bias_of_a_frozen_batch_norm_is_trained() -> None:
     truth = Reference(ours)
     check(ours, truth)
     ours(image()).sum().backward()
-    assert float(ours.conv.bias.grad.abs().min()) > 0
+    assert float(ours.conv.bias.grad.abs().max()) > 1
 
 
 def test_bias_alone_is_trained() -> None:

@@ -11,6 +11,7 @@ namespace {
 
 // Strides of dimensions order[0], order[1], ... are those of dense memory, outermost first.
 bool is_dense(const at::Tensor& tensor, bool channels_last) {
+  if (tensor.numel() == 0) return true;
   int64_t expected = 1;
   const auto matches = [&](int64_t d) {
     const bool right = tensor.size(d) == 1 || tensor.stride(d) == expected;

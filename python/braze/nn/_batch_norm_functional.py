@@ -7,11 +7,13 @@ from typing import Literal, overload
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from braze.nn import _composite
+from braze.nn import _composite, _fake
 from braze.nn._activation import ActivationLike, resolve
 from braze.nn._route import ops, takes_addend, takes_batch_norm
 
 __all__ = ["batch_norm", "batch_norm_act", "batch_norm_add_act"]
+
+_fake.register()
 
 
 def batch_norm(

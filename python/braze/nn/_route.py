@@ -19,6 +19,19 @@ WIDE = frozenset((torch.float32, torch.float64))
 _HALF = frozenset((torch.bfloat16, torch.float16))
 DTYPES = WIDE | _HALF
 
+# input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+BatchNormArguments = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    bool,
+    float | None,
+    float,
+]
+
 
 def ops() -> Any:
     """The operators: torch.ops where a compiler must see them, else by pybind11, which is faster."""
@@ -32,12 +45,11 @@ def is_plain(tensor: object) -> bool:
 def transformed() -> bool:
     """Whether this call is not simply to be computed: functorch's transforms, forward-mode AD, a trace or an
     export, which should not need braze to be run."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    if forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # Not is_exporting(), which older versions of dynamo take for True in everything they compile.
+        return bool(getattr(torch.compiler, "_is_exporting_flag", False))
     return torch._C._get_tracing_state() is not None
 
 
@@ -92,6 +104,8 @@ def takes_addend(input: Tensor, addend: Tensor) -> bool:
         type(addend) in _PLAIN
         and addend.shape == input.shape
         and addend.dtype in DTYPES
+        # A sum in fp64 would need parameters in fp64.
+        and (addend.dtype is not torch.float64 or input.dtype is torch.float64)
         and addend.layout is torch.strided
         and _beside(addend, input)
     )
@@ -113,7 +127,7 @@ def takes_batch_norm(
     eps: float,
 ) -> bool:
     """Whether the kernels do what torch's batch_norm would; where it raises, it should do so itself."""
-    if transformed() or not takes_activation(input):
+    if transformed() or not takes_activation(input) or input.numel() == 0:
         return False
     if not takes_vectors(input, weight, bias, running_mean, running_var):
         return False

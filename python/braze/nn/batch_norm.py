@@ -10,7 +10,7 @@ from torch import Tensor
 
 from braze.nn._activation import ActivationLike, resolve
 from braze.nn._batch_norm_functional import run
-from braze.nn._route import is_plain
+from braze.nn._route import BatchNormArguments, is_plain
 
 __all__ = [
     "BatchNorm1d",
@@ -35,6 +35,12 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
         if not is_plain(input) and isinstance(input, torch.fx.Proxy):
             return self._traced(input, residual)
         self._check_input_dim(input)
+        arguments = self._arguments(input)
+        result = run(*arguments, self.activation, self.activation_parameter, residual)
+        assert isinstance(result, Tensor)
+        return result
+
+    def _arguments(self, input: Tensor) -> BatchNormArguments:
         running_mean, running_var = self.running_mean, self.running_var
         num_batches_tracked = None
         training = self.training
@@ -47,7 +53,7 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
         momentum = self.momentum
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        result = run(
+        return (
             input,
             self.weight,
             self.bias,
@@ -57,12 +63,7 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
             training,
             momentum,
             self.eps,
-            self.activation,
-            self.activation_parameter,
-            residual,
         )
-        assert isinstance(result, Tensor)
-        return result
 
     def _traced(self, input: torch.fx.Proxy, residual: Any) -> Any:
         """A leaf of symbolic traces, as torch's modules are by their name."""

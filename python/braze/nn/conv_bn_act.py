@@ -9,7 +9,7 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from braze.nn._activation import ActivationLike, has_hooks, resolve
-from braze.nn._route import DTYPES, WIDE, is_plain, transformed
+from braze.nn._route import WIDE, is_plain, takes_addend, takes_batch_norm, transformed
 from braze.nn.batch_norm import (
     BatchNormAct1d,
     BatchNormAct2d,
@@ -100,13 +100,13 @@ class FusedConv(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, bn = self.conv, self.bn
-        if self._absorbs_bias(input):
+        if is_plain(input) and self._absorbs_bias():
             return self._forward_without_bias(input, residual)
         output = conv(input)
         result: Tensor = bn(output) if residual is None else bn(output, residual)
         return result
 
-    def _absorbs_bias(self, input: Tensor) -> bool:
+    def _absorbs_bias(self) -> bool:
         """Whether nothing could tell that the convolution's bias is not added: the batch's mean takes it away
         again, and only the running mean and the bias's gradient, which is zero, must know of it."""
         conv, bn = self.conv, self.bn
@@ -114,11 +114,9 @@ class FusedConv(nn.Module):
             type(conv) is self._conv
             and conv.bias is not None
             and type(bn) is self._batch_norm
-            and bn.training
+            and (bn.training or (bn.running_mean is None and bn.running_var is None))
             # 16 bits would be rounded twice.
             and (bn.running_mean is None or bn.running_mean.dtype in WIDE)
-            and is_plain(input)
-            and input.dtype in DTYPES
             and not (has_hooks(conv) or has_hooks(bn))
             and not torch_module._has_any_global_hook()
             and not transformed()
@@ -127,11 +125,16 @@ class FusedConv(nn.Module):
     def _forward_without_bias(self, input: Tensor, residual: Tensor | None) -> Tensor:
         conv, bn = self.conv, self.bn
         output = conv._conv_forward(input, conv.weight, None)
-        output = _AbsorbedBias.apply(output, conv.bias)
+        absorbed = takes_batch_norm(*bn._arguments(output)) and (
+            residual is None or takes_addend(output, residual)
+        )
+        if absorbed:
+            output = _AbsorbedBias.apply(output, conv.bias)
+        else:  # torch's batch norm lets nobody change the running mean behind it
+            output = output + conv.bias.view(-1, *(1,) * (conv.weight.dim() - 2))
         result: Tensor = bn(output) if residual is None else bn(output, residual)
-        running_mean = bn.running_mean if bn.track_running_stats else None
-        if running_mean is not None and output.numel() > 0:
-            # An empty batch has changed nothing.
+        running_mean = bn.running_mean if bn.training and bn.track_running_stats else None
+        if absorbed and running_mean is not None:
             bias = conv.bias.detach()
             if bn.momentum is not None:
                 running_mean.add_(bias, alpha=bn.momentum)

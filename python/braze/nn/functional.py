@@ -29,4 +29,4 @@ from braze.nn._dropout_functional import feature_alpha_dropout as feature_alpha_
 
 if _typing.TYPE_CHECKING:
     # Last: a checker keeps the first of two.
-    from torch.nn.functional import *  # noqa: F403
+    from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from braze.nn._activation import ActivationLike, resolve
 from braze.nn._composite import ACTIVATIONS
@@ -21,6 +22,13 @@ __all__ = ["SyncBatchNormAct", "convert_sync_batchnorm"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _INVSTD = 2  # row of the statistics
+
+
+def weight_dtypes(weight: Tensor | None, running: Tensor | None) -> str:
+    return (
+        f"parameters in {'no dtype' if weight is None else weight.dtype} and statistics in "
+        f"{'no dtype' if running is None else running.dtype}"
+    )
 
 
 def _all_gather(moments: Tensor, group: Any, world_size: int) -> Tensor:
@@ -92,10 +100,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         )
 
 
-class SyncBatchNormAct(FusedBatchNorm, nn.SyncBatchNorm):
+class SyncBatchNormAct(FusedBatchNorm):
     r"""activation(batch_norm(input) + residual) with the statistics of all processes of a group.
 
-    As :class:`torch.nn.SyncBatchNorm`, whose arguments, attributes and ``state_dict`` these are, with
+    As :class:`torch.nn.SyncBatchNorm`, whose arguments, attributes and ``state_dict`` it has, with
     :class:`BatchNormAct2d`'s activation and ``forward(input, residual=None)``. Mean and variance are merged
     from every process's own, exactly, whatever the sizes of their batches; an empty one takes part with
     nothing. One all_gather of 3 C numbers forward, one all_reduce of 2 C backward, and no wait for the device.
@@ -111,10 +119,12 @@ class SyncBatchNormAct(FusedBatchNorm, nn.SyncBatchNorm):
 
     Raises:
         ValueError: fewer than two dimensions, no channels, an activation that cannot be fused.
+        NotImplementedError: statistics are shared, and the kernels do not take the input.
         RuntimeError: gradients of gradients are asked for while statistics are shared.
 
-    Differences from torch: CPU tensors and gloo work too; contiguous and channels-last inputs keep their
-    layout. Under ``torch.compile`` the collectives stay outside the graph.
+    Differences from torch: CPU tensors and gloo work too, which is why this is no subclass of
+    torch.nn.SyncBatchNorm: DistributedDataParallel refuses those on the CPU. Under ``torch.compile`` the
+    collectives stay outside the graph.
     """
 
     def __init__(
@@ -133,58 +143,68 @@ class SyncBatchNormAct(FusedBatchNorm, nn.SyncBatchNorm):
         bias: bool = True,
     ) -> None:
         name, parameter = resolve(activation, negative_slope)
-        nn.SyncBatchNorm.__init__(
-            self,
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            process_group,
-            device=device,
-            dtype=dtype,
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         if not bias:
             self.register_parameter("bias", None)
         self.activation, self.activation_parameter = name, parameter
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         world_size = self._world_size()
         if world_size < 2:
             return self._normalize(input, residual)
         self._check_input_dim(input)
-        self._check_non_zero_input_channels(input)
-        tracked = self.track_running_stats
-        running = (
-            (self.running_mean, self.running_var, self.num_batches_tracked)
-            if tracked
-            else (None, None, None)
-        )
-        weight, bias = self.weight, self.bias
-        if (
-            transformed()
-            or not takes_activation(input)
-            or not takes_vectors(input, weight, bias, running[0], running[1])
-            or (residual is not None and not takes_addend(input, residual))
-        ):
-            z = nn.SyncBatchNorm.forward(self, input)
-            return ACTIVATIONS[self.activation](
-                z if residual is None else z + residual, self.activation_parameter
-            )
+        if input.size(1) == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+        activation, parameter = self.activation, self.activation_parameter
+        if residual is not None and not takes_addend(input, residual):
+            torch.broadcast_shapes(
+                input.shape, residual.shape
+            )  # to fail before anything is written
+            z = self._shared(input, None, "identity", 0.0, world_size)
+            return ACTIVATIONS[activation](z + residual, parameter)
         if residual is not None and residual.dtype != input.dtype:
             dtype = torch.promote_types(input.dtype, residual.dtype)
             input, residual = input.to(dtype), residual.to(dtype)
-        momentum = 0.0 if self.momentum is None and running[2] is None else self.momentum
+        return self._shared(input, residual, activation, parameter, world_size)
+
+    def _shared(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        parameter: float,
+        world_size: int,
+    ) -> Tensor:
+        _, weight, bias, mean, var, counter, _, momentum, eps = self._arguments(input)
+        if (
+            transformed()
+            or not takes_activation(input)
+            or not takes_vectors(input, weight, bias, mean, var)
+            or (mean is None and counter is not None)
+        ):
+            raise NotImplementedError(
+                f"SyncBatchNormAct: the statistics of a {input.dtype} {type(input).__name__} on "
+                f"{input.device} cannot be shared with {weight_dtypes(weight, mean)}. It takes dense fp32, "
+                "fp64, bf16 and fp16 tensors on the CPU and on CUDA devices, parameters and statistics in "
+                "fp32 or the input's dtype, both running statistics or neither, and no torch.func transform"
+            )
         result: Tensor = _SyncBatchNorm.apply(
             input,
             weight,
             bias,
             residual,
-            running,
+            (mean, var, counter),
             momentum,
-            self.eps,
-            self.activation,
-            self.activation_parameter,
+            eps,
+            activation,
+            parameter,
             self._group(),
             world_size,
         )
@@ -220,16 +240,24 @@ def convert_sync_batchnorm(module: ModuleT, process_group: Any = None) -> Module
         activation, ``training`` and hooks are those of the modules replaced, the very same objects.
 
     Raises:
-        ValueError: a lazy batch norm that has not seen its first input. Nothing has been changed.
+        ValueError: a lazy batch norm that has not seen its first input, or a parametrized one. Nothing has
+            been changed.
 
     Differences from :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, which does not know activations and
     would lose them: the activation and hooks are kept.
     """
     for name, child in module.named_modules():
-        if isinstance(child, _BatchNorm) and isinstance(child, LazyModuleMixin):
+        if not isinstance(child, _BatchNorm):
+            continue
+        if isinstance(child, LazyModuleMixin):
             raise ValueError(
                 f"convert_sync_batchnorm: {name or 'module'} is a {type(child).__name__}, whose number "
                 "of channels is unknown yet; call the model once before it is converted"
+            )
+        if parametrize.is_parametrized(child):
+            raise ValueError(
+                f"convert_sync_batchnorm: {name or 'module'} is parametrized, which a module of another "
+                "class would not be; convert first, and register the parametrization then"
             )
     result: ModuleT = _converted(module, process_group, {})
     return result
