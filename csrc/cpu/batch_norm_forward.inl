@@ -1,187 +1,8 @@
 // The passes over activations of the forward. Included once per instruction set.
 
-#include "batch_norm_channels.inl"
+#include "batch_norm_statistics.inl"
 
 namespace BRAZE_ISA {
-
-constexpr int64_t kRows = 8;     // rows whose sums are formed in registers
-constexpr int64_t kChunk = 128;  // columns of a converted tile
-
-// ------------------------------------------------------------------ statistics
-
-template <int kCount, int kP, class S, class T>
-BRAZE_TARGET inline void add_moment_columns(const S* __restrict x, int64_t stride, int64_t n,
-                                            const T* __restrict shift, T* __restrict sum,
-                                            T* __restrict square) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    T s[kP] = {}, q[kP] = {};
-#pragma GCC unroll 8
-    for (int r = 0; r < kCount; ++r) {
-      T v[kP];
-      load_elements<kP>(x + r * stride + j * kP, v);
-#pragma GCC unroll 2
-      for (int p = 0; p < kP; ++p) add_moment(v[p], shift[p * kHalf + j], s[p], q[p]);
-    }
-#pragma GCC unroll 2
-    for (int p = 0; p < kP; ++p) {
-      sum[p * kHalf + j] += s[p];
-      square[p * kHalf + j] += q[p];
-    }
-  }
-}
-
-template <int kCount, class S, class T>
-BRAZE_TARGET void add_moment_rows(const S* x, int64_t stride, int64_t columns, const T* shift,
-                                  T* sum, T* square) {
-  constexpr int kP = kPack<S>;
-  const int64_t n = columns / kP;
-  add_moment_columns<kCount, kP>(x, stride, n, shift, sum, square);
-  if (columns % kP != 0) {
-    add_moment_columns<kCount, 1>(x + n * kP, stride, 1, shift + n, sum + n, square + n);
-  }
-}
-
-template <int kCount, class S, class T>
-BRAZE_TARGET void add_moments_of_rows(const S* x, int64_t stride, int64_t columns, const T* shift,
-                                      T* sum, T* square) {
-  if constexpr (std::is_same_v<S, F16>) {
-    alignas(64) T tile[kCount * kChunk];
-    for (int64_t c = 0; c < columns; c += kChunk) {
-      const int64_t n = std::min(kChunk, columns - c);
-      for (int r = 0; r < kCount; ++r) widen(x + r * stride + c, tile + r * kChunk, n);
-      add_moment_rows<kCount>(tile, kChunk, n, shift + c, sum + c, square + c);
-    }
-  } else {
-    add_moment_rows<kCount>(x, stride, columns, shift, sum, square);
-  }
-}
-
-template <class S, class T>
-BRAZE_TARGET void add_moments_of_matrix(const S* x, const Matrix& m, const T* shift, T* sum,
-                                        T* square) {
-  x += m.offset;
-  int64_t r = 0;
-  for (; r + kRows <= m.rows; r += kRows) {
-    add_moments_of_rows<kRows>(x + r * m.stride, m.stride, m.columns, shift, sum, square);
-  }
-  for (; r < m.rows; ++r) {
-    add_moments_of_rows<1>(x + r * m.stride, m.stride, m.columns, shift, sum, square);
-  }
-  if (m.tail > 0) add_moments_of_rows<1>(x + r * m.stride, m.stride, m.tail, shift, sum, square);
-}
-
-// Numbers near the means of `width` channels, repeated in all columns.
-template <class S, class T>
-BRAZE_TARGET void shifts_of_channels(const S* x, int64_t c, int64_t width, int64_t pixels,
-                                     int64_t columns, T* shift) {
-  pixels = std::min<int64_t>(pixels, 8);
-  T pixel[kSegment];
-  for (int64_t j = 0; j < width; ++j) shift[j] = T(0);
-  for (int64_t p = 0; p < pixels; ++p) {
-    load_segment(x + p * c, width, pixel);
-    for (int64_t j = 0; j < width; ++j) shift[j] += pixel[j];
-  }
-  for (int64_t j = 0; j < width; ++j) shift[j] = make_shift(shift[j], static_cast<T>(pixels));
-  for (int64_t j = width; j < columns; ++j) shift[j] = shift[j - width];
-}
-
-template <class S, class T>
-BRAZE_TARGET void shift_of_plane(const S* x, int64_t spatial, int64_t columns, T* shift) {
-  const int64_t n = std::min<int64_t>(spatial, 16);
-  T values[16];
-  load_segment(x, n, values);
-  T sum = T(0);
-  for (int64_t j = 0; j < n; ++j) sum += values[j];
-  const T value = make_shift(sum, static_cast<T>(n));
-  for (int64_t j = 0; j < columns; ++j) shift[j] = value;
-}
-
-// The sums of one block, in double, by channel.
-template <class S>
-struct BlockMoments {
-  using T = Arithmetic<S>;
-  double count;
-  alignas(64) double shifts[kMaxColumns], sums[kMaxColumns], squares[kMaxColumns];
-  alignas(64) T plain[kMaxColumns], shift[2 * kHalf], sum[2 * kHalf], square[2 * kHalf];
-};
-
-// In double: for values whose squares are beyond fp32.
-template <class S>
-BRAZE_TARGET void sum_block_exactly(const S* x, const Geometry& g, int64_t column, int64_t b,
-                                    int64_t width, BlockMoments<S>& out) {
-  for (int64_t j = 0; j < width; ++j) out.shifts[j] = out.sums[j] = out.squares[j] = 0;
-  for (int64_t i = 0; i < g.matrices(b); ++i) {
-    const Matrix m = g.matrix(column, b, i);
-    for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
-      for (int64_t j = 0; j < (r < m.rows ? m.columns : m.tail); ++j) {
-        const double value = from_storage(x[m.offset + r * m.stride + j]);
-        add_moment(value, 0.0, out.sums[j % width], out.squares[j % width]);
-      }
-    }
-  }
-}
-
-template <class S>
-BRAZE_TARGET void sum_block(const S* x, const Geometry& g, int64_t column, int64_t b, int64_t width,
-                            BlockMoments<S>& out) {
-  using T = Arithmetic<S>;
-  const Matrix head = g.matrix(column, b, 0);
-  const int64_t columns = std::max(head.columns, head.tail);
-  if (g.shape.channels_last) {
-    const int64_t pixels = head.rows * g.fold + head.tail / width;
-    shifts_of_channels(x + head.offset, g.shape.c, width, pixels, columns, out.plain);
-  } else {
-    shift_of_plane(x + head.offset, head.rows > 0 ? head.columns : head.tail, columns, out.plain);
-  }
-  for (int64_t j = 0; j < width; ++j) out.shifts[j] = static_cast<double>(out.plain[j]);
-  const T* shift = out.plain;
-  if (kPack<S> > 1) {
-    to_planar(out.plain, columns, out.shift);
-    shift = out.shift;
-  }
-  clear_columns<S>(columns, out.sum);
-  clear_columns<S>(columns, out.square);
-  out.count = 0;
-  for (int64_t i = 0; i < g.matrices(b); ++i) {
-    const Matrix m = g.matrix(column, b, i);
-    add_moments_of_matrix(x, m, shift, out.sum, out.square);
-    out.count += static_cast<double>(m.rows * m.columns + m.tail) / static_cast<double>(width);
-  }
-  const bool planes = !g.shape.channels_last;
-  sum_columns<S>(out.sum, planes, width, columns, out.sums);
-  sum_columns<S>(out.square, planes, width, columns, out.squares);
-  double overflow = 0;
-  for (int64_t j = 0; j < width; ++j) overflow += out.squares[j] - out.squares[j];
-  if (overflow != 0) sum_block_exactly(x, g, column, b, width, out);
-}
-
-template <class S>
-BRAZE_TARGET void statistics_of(const StatisticsArgs& a, const Geometry& g, int64_t begin,
-                                int64_t end, double* parts) {
-  const S* x = static_cast<const S*>(a.x);
-  BlockMoments<S> block;
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t part = u / g.columns(), column = u % g.columns();
-    const int64_t first = g.first_channel(column), width = g.last_channel(column) - first;
-    double* shift = parts + (part * kPartRows + kPartShift) * g.row() + first;
-    double* sum = parts + (part * kPartRows + kPartSum) * g.row() + first;
-    double* square = parts + (part * kPartRows + kPartSquare) * g.row() + first;
-    double count = 0;
-    for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
-      sum_block(x, g, column, b, width, block);
-#pragma GCC ivdep
-      for (int64_t j = 0; j < width; ++j) {
-        Moments total = {shift[j], count, sum[j], square[j]};
-        merge_moments(total, {block.shifts[j], block.count, block.sums[j], block.squares[j]});
-        shift[j] = total.shift;
-        sum[j] = total.sum;
-        square[j] = total.square;
-      }
-      count += block.count;
-    }
-  }
-}
 
 // ----------------------------------------------------------------------- apply
 
@@ -234,7 +55,9 @@ BRAZE_TARGET void apply_rows(const S* x, const S* residual, S* y, int64_t stride
   }
 }
 
-constexpr int64_t kApplyRows = 4;
+// Rows at a time, so that constants stay in registers. They are far apart: the hardware prefetches
+// long streams, not many short ones.
+constexpr int kStreams = 4;
 
 template <bool kPlane, Activation kA, bool kResidual, class S, class T>
 BRAZE_TARGET void apply_directly(const ApplyArgs& a, const Matrix& m, const Constants<T>& k) {
@@ -243,11 +66,13 @@ BRAZE_TARGET void apply_directly(const ApplyArgs& a, const Matrix& m, const Cons
   S* y = static_cast<S*>(a.y) + m.offset;
   int64_t r = 0;
   if constexpr (!kPlane) {
-    for (; r + kApplyRows <= m.rows; r += kApplyRows) {
+    const int64_t quarter = m.rows / kStreams;
+    for (; r < quarter; ++r) {
       const int64_t e = r * m.stride;
-      apply_rows<kApplyRows, kPlane, kA, kResidual>(x + e, kResidual ? residual + e : nullptr,
-                                                    y + e, m.stride, m.columns, k);
+      apply_rows<kStreams, kPlane, kA, kResidual>(x + e, kResidual ? residual + e : nullptr, y + e,
+                                                  quarter * m.stride, m.columns, k);
     }
+    r *= kStreams;
   }
   for (; r < m.rows + (m.tail > 0); ++r) {
     const int64_t e = r * m.stride;

@@ -5,10 +5,10 @@
 namespace braze::cpu {
 namespace {
 
-constexpr int64_t kBlockRows = 256;       // rows of a block's matrix
-constexpr int64_t kPieceElements = 8192;  // of a block of planes
-constexpr int64_t kTileElements = 4096;   // of an element-wise pass
-constexpr int64_t kUnits = 32;            // enough to keep many threads busy
+constexpr int64_t kBlockRows = 256;                   // rows of a block's matrix
+constexpr int64_t kPieceElements = 8192;              // of a block of planes
+constexpr int64_t kMinTile = 4096, kMaxTile = 16384;  // elements of an element-wise pass's tile
+constexpr int64_t kUnits = 32;                        // enough to keep many threads busy
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -41,20 +41,16 @@ Geometry::Geometry(const ActivationShape& s) : shape(s) {
     parts = std::min(blocks, divide_up(kUnits, slabs));
     return;
   }
-  if (strips()) {
-    pieces = divide_up(shape.spatial, kPieceElements);
-    piece = round_up(divide_up(shape.spatial, pieces), kLanes);
-    pieces = divide_up(shape.spatial, piece);
-  } else {
-    piece = shape.spatial;
-  }
-  block = pieces > 1 ? 1 : std::clamp(kPieceElements / shape.spatial, int64_t{1}, kBlockRows);
+  pieces = divide_up(shape.spatial, kPieceElements);
+  piece = round_up(divide_up(shape.spatial, pieces), 64);
+  pieces = divide_up(shape.spatial, piece);
+  block = pieces > 1 ? 1 : std::max(kPieceElements / shape.spatial, int64_t{1});
   block = std::min(block, shape.n);
   blocks = divide_up(shape.n, block) * pieces;
   parts = std::min(blocks, divide_up(kUnits, shape.c));
 }
 
-Matrix Geometry::matrix(int64_t column, int64_t b, int64_t i) const {
+Matrix Geometry::matrix(int64_t column, int64_t b) const {
   Matrix m;
   if (shape.channels_last) {
     const int64_t begin = b * block, count = std::min(block, shape.per_channel() - begin);
@@ -66,19 +62,11 @@ Matrix Geometry::matrix(int64_t column, int64_t b, int64_t i) const {
     m.tail = count % fold * width;
     return m;
   }
-  const int64_t image = b / pieces * block + i, begin = b % pieces * piece;
+  const int64_t image = b / pieces * block, begin = b % pieces * piece;
   m.offset = (image * shape.c + column) * shape.spatial + begin;
-  if (strips()) {
-    const int64_t count = std::min(piece, shape.spatial - begin);
-    m.stride = kLanes;
-    m.rows = count / kLanes;
-    m.columns = kLanes;
-    m.tail = count % kLanes;
-  } else {
-    m.stride = shape.c * shape.spatial;
-    m.rows = std::min(block, shape.n - image);
-    m.columns = shape.spatial;
-  }
+  m.stride = shape.c * shape.spatial;
+  m.rows = std::min(block, shape.n - image);
+  m.columns = std::min(piece, shape.spatial - begin);
   return m;
 }
 
@@ -101,16 +89,17 @@ size_t parts_bytes(const Geometry& g) {
 
 Tiles::Tiles(const ActivationShape& s, bool repeat) : shape(s) {
   if (shape.numel() == 0) return;
+  const int64_t elements = std::clamp(shape.numel() / kUnits, kMinTile, kMaxTile);
   if (shape.channels_last) {
     if (repeat) fold = pixels_in_row(shape.c);
-    rows = round_up(divide_up(kTileElements, fold * shape.c), 4);
+    rows = round_up(divide_up(elements, fold * shape.c), 4);
     count = divide_up(shape.per_channel(), fold * rows);
     return;
   }
-  pieces = divide_up(shape.spatial, 2 * kTileElements);
+  pieces = divide_up(shape.spatial, elements);
   piece = round_up(divide_up(shape.spatial, pieces), kMaxColumns);
   pieces = divide_up(shape.spatial, piece);
-  rows = std::clamp(kTileElements / shape.spatial, int64_t{1}, shape.c);
+  rows = std::clamp(elements / shape.spatial, int64_t{1}, shape.c);
   count = divide_up(shape.c, rows) * shape.n * pieces;
 }
 

@@ -9,16 +9,15 @@
 
 namespace braze::cpu {
 
-// Rows of a matrix are kMaxColumns at most, so that its accumulators and constants fit into a
-// stack frame and the first-level cache.
-constexpr int64_t kMaxColumns = 512;
-constexpr int64_t kLanes = 64;  // a long plane is a matrix of this width
+// Columns of a matrix, so that its accumulators and constants fit into a stack frame and a cache.
+constexpr int64_t kMaxColumns = 1024;
 
-// The summing passes see a block as matrices whose columns are summed down their rows in T. A block
-// ends before a column's sum loses accuracy; blocks are merged in double.
-//   channels last: columns are channels (a slab of them, or several pixels side by side)
-//   planes:        one channel; rows are short planes of several images, or strips of a long plane
-// Blocks are merged in order within a part, and then parts in order.
+// The summing passes see a block as a matrix:
+//   channels last: columns are channels (a slab of them, or several pixels side by side), and are
+//                  summed down the rows
+//   planes:        rows are planes of one channel, or there is one row, a piece of a plane
+// A block ends before its sums in T lose accuracy; blocks are merged in double: in order within a
+// part, and then parts in order.
 struct Matrix {
   int64_t offset = 0, stride = 0, rows = 0, columns = 0;
   int64_t tail = 0;  // columns of one more row
@@ -39,17 +38,12 @@ struct Geometry {
   int64_t columns() const { return shape.channels_last ? slabs : shape.c; }
   int64_t units() const { return parts * columns(); }
   int64_t first_block(int64_t part) const { return blocks * part / parts; }
-  bool strips() const { return shape.spatial > kMaxColumns; }
   int64_t channels() const { return shape.channels_last ? slab : 1; }
   int64_t first_channel(int64_t column) const { return column * channels(); }
   int64_t last_channel(int64_t column) const {
     return std::min(first_channel(column) + channels(), shape.c);
   }
-  // The matrices of a block, which share their accumulators.
-  int64_t matrices(int64_t b) const {
-    return strips() && !shape.channels_last ? std::min(block, shape.n - b / pieces * block) : 1;
-  }
-  Matrix matrix(int64_t column, int64_t b, int64_t i) const;
+  Matrix matrix(int64_t column, int64_t b) const;
   // Values of one channel in a part.
   int64_t part_count(int64_t part) const;
   // Doubles between the rows of the parts' array; whole cache lines.

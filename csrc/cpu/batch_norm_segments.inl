@@ -6,7 +6,7 @@
 
 namespace BRAZE_ISA {
 
-constexpr int64_t kSegment = kMaxColumns;
+constexpr int64_t kSegment = 512;
 
 // The constants of a segment: one each for a plane, else one for each element.
 template <class T>
@@ -24,7 +24,7 @@ struct Constants {
 // odd ones, so that no lane has to move.
 template <class S>
 constexpr int kPack = std::is_same_v<S, Bf16> ? 2 : 1;
-constexpr int64_t kHalf = kMaxColumns;
+constexpr int64_t kHalf = kMaxColumns / 2;
 
 template <class T>
 BRAZE_TARGET void to_planar(const T* in, int64_t n, T* out) {
@@ -241,32 +241,17 @@ BRAZE_TARGET void masked_segment(const uint8_t* mask, int64_t row, int64_t e, in
   }
 }
 
-constexpr int64_t kTree = 16;
+// A plane's elements are summed as this many interleaved sums, whatever the width of a vector.
+constexpr int64_t kLanes = 32;
 
-// The sum of `n` numbers: as 16 interleaved sums, then a tree in double.
 template <class T>
-BRAZE_TARGET double sum_of_columns(const T* in, int64_t n) {
-  T lanes[kTree] = {};
-  int64_t j = 0;
-  for (; j + kTree <= n; j += kTree) {
-    for (int64_t k = 0; k < kTree; ++k) lanes[k] += in[j + k];
-  }
-  for (int64_t k = 0; k < n - j; ++k) lanes[k] += in[j + k];
-  double tree[kTree];
-  for (int64_t k = 0; k < kTree; ++k) tree[k] = static_cast<double>(lanes[k]);
-  for (int64_t width = kTree / 2; width > 0; width /= 2) {
+BRAZE_TARGET double sum_of_lanes(const T* in) {
+  double tree[kLanes];
+  for (int64_t k = 0; k < kLanes; ++k) tree[k] = static_cast<double>(in[k]);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
     for (int64_t k = 0; k < width; ++k) tree[k] += tree[k + width];
   }
   return tree[0];
-}
-
-// out[c] = the sum of column c and of those of the other pixels in the row.
-template <class T>
-BRAZE_TARGET void sum_of_pixels(const T* in, int64_t width, int64_t columns, double* out) {
-  for (int64_t j = 0; j < width; ++j) out[j] = static_cast<double>(in[j]);
-  for (int64_t p = width; p < columns; p += width) {
-    for (int64_t j = 0; j < width; ++j) out[j] += static_cast<double>(in[p + j]);
-  }
 }
 
 template <class S, class T>
@@ -277,19 +262,18 @@ BRAZE_TARGET void clear_columns(int64_t columns, T* out) {
   }
 }
 
-// The sums of a loop's columns, by channel; S: the order of the columns.
+// out[c] = the sum of column c and of those of the other pixels in the row, which are in the order
+// that loops over S leave.
 template <class S, class T>
-BRAZE_TARGET void sum_columns(const T* in, bool planes, int64_t width, int64_t columns,
-                              double* out) {
+BRAZE_TARGET void sum_of_pixels(const T* in, int64_t width, int64_t columns, double* out) {
   T plain[kMaxColumns];
   if (kPack<S> > 1) {
     from_planar(in, columns, plain);
     in = plain;
   }
-  if (planes) {
-    out[0] = sum_of_columns(in, columns);
-  } else {
-    sum_of_pixels(in, width, columns, out);
+  for (int64_t j = 0; j < width; ++j) out[j] = static_cast<double>(in[j]);
+  for (int64_t p = width; p < columns; p += width) {
+    for (int64_t j = 0; j < width; ++j) out[j] += static_cast<double>(in[p + j]);
   }
 }
 

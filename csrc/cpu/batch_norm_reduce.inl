@@ -1,0 +1,259 @@
+// The sums of d and d (x - mean). Included once per instruction set.
+
+#include "batch_norm_channels.inl"
+#include "batch_norm_gradient.inl"
+
+namespace BRAZE_ISA {
+
+constexpr int kRows = 8;         // rows whose sums are formed in registers
+constexpr int64_t kChunk = 128;  // columns of a tile of d
+
+template <class T>
+struct GradientSums {
+  T* grad;
+  T* input[2];
+};
+
+// D is what memory holds of d: dy, or a tile. Only where both are dy's type are columns planar.
+template <int kCount, int kP, bool kRelu, class D, class S, class T>
+BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_stride,
+                                              const S* __restrict x, int64_t stride, int64_t n,
+                                              const Constants<T>& k, T* __restrict grad,
+                                              T* __restrict grad_input) {
+  const T* __restrict mean = k.mean, * __restrict scale = k.scale, * __restrict shift = k.shift;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    T g[kP] = {}, i[kP] = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      T value[kP], gradient[kP];
+      load_elements<kP>(x + r * stride + j * kP, value);
+      load_elements<kP>(d + r * d_stride + j * kP, gradient);
+#pragma GCC unroll 2
+      for (int p = 0; p < kP; ++p) {
+        const int64_t c = p * kHalf + j;
+        if constexpr (kRelu) {
+          const T z = normalize(value[p], mean[c], scale[c], shift[c]);
+          gradient[p] = activation_gradient<Activation::relu>(gradient[p], z, T(0));
+        }
+        add_gradient(gradient[p], value[p], mean[c], g[p], i[p]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < kP; ++p) {
+      grad[p * kHalf + j] += g[p];
+      grad_input[p * kHalf + j] += i[p];
+    }
+  }
+}
+
+template <int kCount, bool kRelu, class D, class S, class T>
+BRAZE_TARGET void add_gradient_rows(const D* d, int64_t d_stride, const S* x, int64_t stride,
+                                    int64_t columns, const Constants<T>& k, T* grad,
+                                    T* grad_input) {
+  constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
+  const int64_t n = columns / kP;
+  add_gradient_columns<kCount, kP, kRelu>(d, d_stride, x, stride, n, k, grad, grad_input);
+  if (columns % kP != 0) {
+    add_gradient_columns<kCount, 1, kRelu>(d + n * kP, d_stride, x + n * kP, stride, 1, k.at(n),
+                                           grad + n, grad_input + n);
+  }
+}
+
+// `count` rows from element e, where d is not direct.
+template <int kCount, class S, class T>
+BRAZE_TARGET void add_tiles_of_rows(const BackwardArgs& a, int64_t e, int64_t stride,
+                                    int64_t columns, const BackwardConstants<T>& k,
+                                    const GradientSums<T>& sums) {
+  alignas(64) T d[kCount * kChunk];
+  for (int64_t c = 0; c < columns; c += kChunk) {
+    const int64_t n = std::min(kChunk, columns - c);
+    const BackwardConstants<T> at = k.at(c);
+    for (int r = 0; r < kCount; ++r) {
+      gradient_segment<false, S>(a, e + r * stride + c, n, at, d + r * kChunk);
+    }
+    T unused[kChunk];
+    for (int side = 0; side < 2; ++side) {
+      const S* x = static_cast<const S*>(a.input[side].x);
+      if (x == nullptr) continue;
+      x += e + c;
+      T* grad = side == 0 ? sums.grad + c : unused;
+      if (side == 1) {
+        for (int64_t j = 0; j < n; ++j) unused[j] = T(0);
+      }
+      if constexpr (std::is_same_v<S, F16>) {
+        alignas(64) T tile[kCount * kChunk];
+        for (int r = 0; r < kCount; ++r) widen(x + r * stride, tile + r * kChunk, n);
+        add_gradient_rows<kCount, false>(d, kChunk, tile, kChunk, n, at.input[side], grad,
+                                         sums.input[side] + c);
+      } else {
+        add_gradient_rows<kCount, false>(d, kChunk, x, stride, n, at.input[side], grad,
+                                         sums.input[side] + c);
+      }
+    }
+  }
+}
+
+template <int kCount, class S, class T>
+BRAZE_TARGET void add_gradients_of_rows(const BackwardArgs& a, int64_t e, int64_t stride,
+                                        int64_t columns, const BackwardConstants<T>& k,
+                                        const GradientSums<T>& sums) {
+  if constexpr (!std::is_same_v<S, F16>) {
+    if (is_direct_reduce<S>(a)) {
+      const S* d = static_cast<const S*>(a.dy) + e;
+      const S* x = static_cast<const S*>(a.input[0].x) + e;
+      if (a.activation == Activation::relu) {
+        add_gradient_rows<kCount, true>(d, stride, x, stride, columns, k.input[0], sums.grad,
+                                        sums.input[0]);
+      } else {
+        add_gradient_rows<kCount, false>(d, stride, x, stride, columns, k.input[0], sums.grad,
+                                         sums.input[0]);
+      }
+      return;
+    }
+  }
+  add_tiles_of_rows<kCount, S>(a, e, stride, columns, k, sums);
+}
+
+template <class S, class T>
+BRAZE_TARGET void add_gradients_of_matrix(const BackwardArgs& a, const Matrix& m,
+                                          const BackwardConstants<T>& k,
+                                          const GradientSums<T>& sums) {
+  const int64_t part = m.rows / kRows;
+  for (int64_t r = 0; r < part; ++r) {
+    add_gradients_of_rows<kRows, S>(a, m.offset + r * m.stride, part * m.stride, m.columns, k,
+                                    sums);
+  }
+  for (int64_t r = part * kRows; r < m.rows + (m.tail > 0); ++r) {
+    add_gradients_of_rows<1, S>(a, m.offset + r * m.stride, m.stride,
+                                r < m.rows ? m.columns : m.tail, k, sums);
+  }
+}
+
+template <bool kRelu, int kP, class D, class S, class T>
+BRAZE_TARGET inline void add_gradient_lane(const D* d, const S* x, int64_t k, T mean, T scale,
+                                           T shift, T* grad, T* grad_input) {
+  T value[kP], gradient[kP];
+  load_elements<kP>(x, value);
+  load_elements<kP>(d, gradient);
+#pragma GCC unroll 2
+  for (int p = 0; p < kP; ++p) {
+    const int64_t lane = p * (kLanes / kP) + k;
+    if constexpr (kRelu) {
+      const T z = normalize(value[p], mean, scale, shift);
+      gradient[p] = activation_gradient<Activation::relu>(gradient[p], z, T(0));
+    }
+    add_gradient(gradient[p], value[p], mean, grad[lane], grad_input[lane]);
+  }
+}
+
+// Element j goes to a lane that depends on j % kLanes.
+template <bool kRelu, class D, class S, class T>
+BRAZE_TARGET void add_gradients_of_segment(const D* d, const S* x, int64_t n, const Constants<T>& c,
+                                           T* grads, T* grad_inputs) {
+  constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
+  constexpr int64_t kStep = kLanes / kP;
+  const T mean = *c.mean, scale = *c.scale, shift = *c.shift;
+  T grad[kLanes], grad_input[kLanes];
+  for (int64_t k = 0; k < kLanes; ++k) {
+    grad[k] = grads[k];
+    grad_input[k] = grad_inputs[k];
+  }
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    for (int64_t k = 0; k < kStep; ++k) {
+      add_gradient_lane<kRelu, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
+                                   grad_input);
+    }
+  }
+  const int64_t rest = n - j;
+  for (int64_t k = 0; k < rest / kP; ++k) {
+    add_gradient_lane<kRelu, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
+                                 grad_input);
+  }
+  if (rest % kP != 0) {
+    add_gradient_lane<kRelu, 1>(d + n - 1, x + n - 1, rest / kP, mean, scale, shift, grad,
+                                grad_input);
+  }
+  for (int64_t k = 0; k < kLanes; ++k) {
+    grads[k] = grad[k];
+    grad_inputs[k] = grad_input[k];
+  }
+}
+
+template <class S, class T>
+BRAZE_TARGET void add_gradients_of_plane(const BackwardArgs& a, int64_t e, int64_t n,
+                                         const BackwardConstants<T>& k,
+                                         const GradientSums<T>& sums) {
+  const S* x = static_cast<const S*>(a.input[0].x);
+  if constexpr (!std::is_same_v<S, F16>) {
+    if (is_direct_reduce<S>(a)) {
+      const S* d = static_cast<const S*>(a.dy);
+      a.activation == Activation::relu
+          ? add_gradients_of_segment<true>(d + e, x + e, n, k.input[0], sums.grad, sums.input[0])
+          : add_gradients_of_segment<false>(d + e, x + e, n, k.input[0], sums.grad, sums.input[0]);
+      return;
+    }
+  }
+  T d[kSegment], buffer[kSegment], unused[kLanes] = {};
+  for (const int64_t end = e + n; e < end; e += kSegment) {
+    const int64_t length = std::min(kSegment, end - e);
+    gradient_segment<true, S>(a, e, length, k, d);
+    for (int side = 0; side < 2; ++side) {
+      if (a.input[side].x == nullptr) continue;
+      const S* in = static_cast<const S*>(a.input[side].x) + e;
+      add_gradients_of_segment<false>(d, readable(in, length, buffer), length, k.input[side],
+                                      side == 0 ? sums.grad : unused, sums.input[side]);
+    }
+  }
+}
+
+// P: the type in whose order the columns are.
+template <class P, class S>
+BRAZE_TARGET void reduce_in_order(const BackwardArgs& a, const Geometry& g, int64_t begin,
+                                  int64_t end, double* parts) {
+  using T = Arithmetic<S>;
+  const int used = a.input[1].x != nullptr ? 3 : 2;
+  BackwardColumns<T> constants;
+  alignas(64) T sums[3][2 * kHalf];
+  alignas(64) double block[kMaxColumns];
+  const bool planes = !g.shape.channels_last;
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t part = u / g.columns(), column = u % g.columns();
+    const int64_t first = g.first_channel(column), width = g.last_channel(column) - first;
+    const BackwardConstants<T> k =
+        constants.of(a, first, width, planes ? 1 : g.fold, !planes && kPack<P> > 1, false);
+    double* into = parts + part * kPartRows * g.row() + first;
+    for (int s = 0; s < used; ++s) {
+      for (int64_t j = 0; j < width; ++j) into[s * g.row() + j] = 0;
+    }
+    for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
+      const Matrix m = g.matrix(column, b);
+      const GradientSums<T> to = {sums[0], {sums[1], sums[2]}};
+      if (planes) {
+        for (int s = 0; s < used; ++s) std::fill_n(sums[s], kLanes, T(0));
+        for (int64_t r = 0; r < m.rows; ++r) {
+          add_gradients_of_plane<S>(a, m.offset + r * m.stride, m.columns, k, to);
+        }
+        for (int s = 0; s < used; ++s) into[s * g.row()] += sum_of_lanes(sums[s]);
+        continue;
+      }
+      const int64_t columns = std::max(m.columns, m.tail);
+      for (int s = 0; s < used; ++s) clear_columns<P>(columns, sums[s]);
+      add_gradients_of_matrix<S>(a, m, k, to);
+      for (int s = 0; s < used; ++s) {
+        sum_of_pixels<P>(sums[s], width, columns, block);
+        for (int64_t j = 0; j < width; ++j) into[s * g.row() + j] += block[j];
+      }
+    }
+  }
+}
+
+template <class S>
+BRAZE_TARGET void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t end,
+                            double* parts) {
+  is_direct_reduce<S>(a) ? reduce_in_order<S, S>(a, g, begin, end, parts)
+                         : reduce_in_order<Arithmetic<S>, S>(a, g, begin, end, parts);
+}
+
+}  // namespace BRAZE_ISA
