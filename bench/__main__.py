@@ -8,10 +8,11 @@ import sys
 USAGE = """usage: python -m braze bench NAME [options]
 
   optim   one optimizer step, against every mode of torch.optim (python -m braze bench optim --help)
+  dropout dropout, alone and fused, against torch's (python -m braze bench dropout --help)
   host    host time of a CUDA step, measured without a GPU on the emulated device (source checkout)
   debt    kernels whose GPU results are missing or older than the sources (source checkout)
 """
-NAMES = ("optim", "host", "debt")
+NAMES = ("optim", "dropout", "host", "debt")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -226,6 +226,13 @@ def bench(context: Context, record: Record) -> None:
     run_rows(command, context, record, "optim.log")
 
 
+def dropout(context: Context, record: Record) -> None:
+    """The dropout benchmark."""
+    command = [sys.executable, "-m", "bench.dropout", "--device", context.device]
+    command += ["--seconds", str(context.seconds), "--only", context.only]
+    run_rows(command, context, record, "dropout.log")
+
+
 # ---------------------------------------------------------------- sanitize
 
 
@@ -318,4 +325,5 @@ PARTS: dict[str, Part] = {
     "golden": Part("golden", golden, (*GOLDEN, "bench/goldens.json")),
     "sanitize": Part("sanitize", sanitize, (*GOLDEN, "tests/sanitizer_controls/*")),
     "bench": Part("optim", bench, (*BUILT, "bench/cells.py", "bench/optim_*.py")),
+    "dropout": Part("dropout", dropout, (*BUILT, "bench/dropout.py")),
 }
