@@ -183,6 +183,26 @@ BRAZE_TARGET void scale_tile(const T* x, const T*, T* out, const uint16_t* lanes
   for (int64_t i = 0; i < n; ++i) out[i] = drop(is_kept(lanes[i], threshold), x[i], terms);
 }
 
+// The same for 16-bit types, block by block, so that the fp32 values stay in registers.
+template <class S>
+BRAZE_TARGET void scale_narrow(const S* x, S* out, const uint16_t* lanes, int64_t n,
+                               const DropoutArgs& args) {
+  const DropoutTerms<float> terms = round_terms<float>(args.terms);
+  const uint32_t threshold = args.threshold;
+  for (int64_t i = 0; i + kBlock <= n; i += kBlock) {
+    alignas(64) float value[kBlock];
+    load_block(x + i, value);
+#pragma omp simd
+    for (int64_t k = 0; k < kBlock; ++k) {
+      value[k] = drop(is_kept(lanes[i + k], threshold), value[k], terms);
+    }
+    store_block(value, out + i);
+  }
+  for (int64_t i = n / kBlock * kBlock; i < n; ++i) {
+    to_storage(drop(is_kept(lanes[i], threshold), from_storage(x[i]), terms), out[i]);
+  }
+}
+
 template <class T>
 BRAZE_TARGET void add_tile(const T* x, const T* second, T* out, const uint16_t* lanes, int64_t n,
                            const DropoutArgs& args) {
@@ -256,6 +276,8 @@ BRAZE_TARGET void run_range(const DropoutArgs& args, int64_t begin, int64_t end)
     if constexpr (std::is_same_v<S, T>) {
       if (second != nullptr) second_tile = second + i;
       loop(x + i, second_tile, out + i, lanes, n, args);
+    } else if (args.step == DropoutStep::scale) {
+      scale_narrow(x + i, out + i, lanes, n, args);
     } else {
       alignas(64) T tile[kTile], other[kTile];
       widen(x + i, tile, n);

@@ -174,12 +174,18 @@ __device__ __forceinline__ void with_activation(Activation activation, Body body
   }
 }
 
+// Of one multiprocessor: activations of double need more registers than four blocks leave.
+template <class S>
+constexpr int blocks_at_once(DropoutStep step) {
+  const bool activates = step == DropoutStep::activate || step == DropoutStep::activate_grad;
+  return sizeof(S) == 8 && activates ? 2 : 4;
+}
+
 template <class S, DropoutStep kStep, bool kChannels>
-__global__ void __launch_bounds__(kDropoutThreads)
+__global__ void __launch_bounds__(kDropoutThreads, blocks_at_once<S>(kStep))
     dropout_kernel(BRAZE_GRID_CONSTANT(DropoutArgs) a) {
   constexpr bool kActivates = kStep == DropoutStep::activate || kStep == DropoutStep::activate_grad;
-  // Functions of double need all registers: one element at a time.
-  constexpr int kWidth = sizeof(S) == 8 && kActivates ? 1 : 16 / sizeof(S);
+  constexpr int kWidth = 16 / sizeof(S);
   const RandomState random = a.random.read();
   const auto chunk = static_cast<int64_t>(blockIdx.x);
   if (a.used != nullptr && chunk == 0 && threadIdx.x == 0) {
@@ -188,7 +194,7 @@ __global__ void __launch_bounds__(kDropoutThreads)
   }
   const uint64_t addresses = reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out) |
                              reinterpret_cast<uint64_t>(a.second);
-  const bool aligned = kWidth > 1 && addresses % 16 == 0;
+  const bool aligned = addresses % 16 == 0;
   const int warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll 1
   for (int tile = warp; tile < kTilesPerChunk; tile += kDropoutWarps) {

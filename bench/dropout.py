@@ -1,0 +1,221 @@
+"""Dropout against torch's, alone and fused, forward and with its backward pass, on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import braze
+import torch
+from braze.nn import _dropout_functional as ours
+from torch import Tensor
+from torch.nn import functional as theirs
+
+from .files import announce, emit, is_fatal, write_json
+from .optim_device import Cuda
+from .timing import interleave, stream_bandwidth
+
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``forward``, ``backward``: the fewest tensors read or written; ``goals``: CPU ratios, forward and both."""
+
+    torch: Call
+    braze: Call
+    forward: int = 2
+    backward: int = 2
+    goals: tuple[float, float] = (0.0, 0.0)
+
+
+P = 0.5
+OPERATIONS = {
+    "dropout": Operation(
+        lambda x: theirs.dropout(x, P), lambda x: ours.dropout(x, P), goals=(20.0, 10.0)
+    ),
+    "alpha_dropout": Operation(
+        lambda x: theirs.alpha_dropout(x, P, True), lambda x: ours.alpha_dropout(x, P, True)
+    ),
+    "dropout2d": Operation(lambda x: theirs.dropout2d(x, P), lambda x: ours.dropout2d(x, P)),
+    "relu": Operation(
+        lambda x: theirs.dropout(theirs.relu(x), P),
+        lambda x: ours.act_dropout(x, "relu", P),
+        backward=3,
+    ),
+    "gelu": Operation(
+        lambda x: theirs.dropout(theirs.gelu(x), P),
+        lambda x: ours.act_dropout(x, "gelu", P),
+        backward=3,
+    ),
+    "add": Operation(
+        lambda x: theirs.dropout(x, P) + x.detach(),
+        lambda x: ours.dropout_add(x, x.detach(), P),
+        forward=3,
+    ),
+}
+ELEMENTS = {"cpu": (2**20, 2**22), "cuda": (2**22, 2**26)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Cell:
+    operation: str
+    numel: int
+    dtype: str
+    both: bool  # the backward pass too
+
+    @property
+    def name(self) -> str:
+        passes = "forward+backward" if self.both else "forward"
+        return f"{self.operation} {self.numel >> 20}M {self.dtype} {passes}"
+
+    @property
+    def bytes_moved(self) -> int:
+        """The fewest bytes that one call can read and write."""
+        operation = OPERATIONS[self.operation]
+        tensors = operation.forward + (operation.backward if self.both else 0)
+        return tensors * self.numel * DTYPES[self.dtype].itemsize
+
+    def calls(self, device: str) -> dict[str, Callable[[], Any]]:
+        shape = (16, 64, 32, self.numel >> 15)
+        x = torch.randn(shape, device=device).to(DTYPES[self.dtype])
+        x = x.contiguous(memory_format=torch.channels_last)
+        grad = torch.randn_like(x)
+        x.requires_grad_(self.both)
+
+        def call(function: Call) -> Callable[[], Any]:
+            if not self.both:
+                return lambda: function(x)
+            return lambda: torch.autograd.grad(function(x), x, grad)
+
+        operation = OPERATIONS[self.operation]
+        return {"torch": call(operation.torch), "braze": call(operation.braze)}
+
+
+def cells(device: str) -> list[Cell]:
+    return [
+        Cell(operation, numel, dtype, both)
+        for operation in OPERATIONS
+        for numel in ELEMENTS[device]
+        for dtype in DTYPES
+        for both in (False, True)
+    ]
+
+
+def _on_cuda(cell: Cell, device: Cuda, seconds: float) -> dict[str, Any]:
+    """Microseconds end to end and, with calls queued, on the device; medians of interleaved rounds."""
+    calls = cell.calls("cuda")
+    for call in calls.values():
+        call()
+    guess = {name: device.wall(call, 3).wall for name, call in calls.items()}
+    walls: dict[str, list[float]] = {name: [] for name in calls}
+    busy: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(min(50, max(3, int(seconds / (20 * sum(guess.values())))))):
+        for name, call in calls.items():
+            walls[name].append(device.wall(call, 10).wall)
+            busy[name].append(device.queued(call, 10, 15 * guess[name] + 2e-4).device)
+    wall = {name: statistics.median(times) for name, times in walls.items()}
+    known = [seconds for seconds in busy["braze"] if not math.isnan(seconds)]
+    on_device = statistics.median(known) if known else wall["braze"]
+    return {
+        "torch_us": wall["torch"] * 1e6,
+        "braze_us": wall["braze"] * 1e6,
+        "device_us": on_device * 1e6,
+        "ratio_min": min(walls["torch"]) / min(walls["braze"]),
+        "ratio_median": wall["torch"] / wall["braze"],
+        "gb_s": cell.bytes_moved / on_device / 1e9,
+    }
+
+
+def measure(cell: Cell, device: Cuda | None, bandwidth: float, seconds: float) -> dict[str, Any]:
+    """One row. Rows never raise: what went wrong is in ``note``."""
+    row: dict[str, Any] = {"name": cell.name, "ok": False}
+    try:
+        if device is not None:
+            row.update(_on_cuda(cell, device, seconds))
+        else:
+            times = interleave(cell.calls("cpu"), seconds)
+            row.update(
+                torch_us=times["torch"].minimum * 1e6,
+                braze_us=times["braze"].minimum * 1e6,
+                ratio_min=times["torch"].minimum / times["braze"].minimum,
+                ratio_median=times["torch"].median / times["braze"].median,
+                goal=OPERATIONS[cell.operation].goals[cell.both],
+            )
+    except Exception as error:
+        return {**row, "note": f"{type(error).__name__}: {error}"[:500]}
+    return {**row, "ok": True, "floor_us": cell.bytes_moved / bandwidth * 1e6}
+
+
+def line(row: dict[str, Any]) -> str:
+    if "ratio_min" not in row:
+        return f"{row['name']:38}{row.get('note', '')}"
+    goal = f"{row['goal']:6.0f}" if row.get("goal") else "     -"
+    speed = f"{row['gb_s']:8.0f}" if "gb_s" in row else ""
+    return (
+        f"{row['name']:38}{row['torch_us']:11.1f}{row['braze_us']:11.1f}{row['ratio_min']:10.2f}"
+        f"{row['ratio_median']:8.2f}{goal}{row['floor_us']:10.1f}{speed}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Measures row by row. Returns 0, 1 if a row failed, 2 for bad arguments, 3 after a fatal error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m braze bench dropout",
+        description="torch's dropout against braze's, interleaved; ratios above 1 mean braze is faster. "
+        "floor = the bytes that must move / stream bandwidth (CUDA: speed of a copy).",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", default="", help="rows whose name contains this text")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per row (default 1)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="also write all figures to this file, row by row")
+    parser.add_argument("--skip-file", type=Path, help="a JSON list of row names to leave out")
+    parser.add_argument("--rows", action="store_true", help="print each row as ROW {json}")
+    arguments = parser.parse_args(argv)
+    if arguments.threads < 1:
+        parser.error(f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no CUDA device")
+    chosen = [cell for cell in cells(arguments.device) if arguments.only in cell.name]
+    if not chosen:
+        parser.error(f"no row's name contains '{arguments.only}'; see a run without --only")
+    skip = set(json.loads(arguments.skip_file.read_text()) if arguments.skip_file else [])
+    torch.set_num_threads(arguments.threads)
+    device = Cuda() if arguments.device == "cuda" else None
+    bandwidth = stream_bandwidth() if device is None else device.copy_bandwidth()
+    where = f"{arguments.threads} threads" if device is None else device.facts()["name"]
+    result: dict[str, Any] = {"build": braze.build_info(), "where": where, "rows": []}
+    result["bandwidth_gb_s"] = bandwidth / 1e9
+    print(f"{where}, {bandwidth / 1e9:.1f} GB/s, p = {P}")
+    print(
+        f"{'row':38}{'torch us':>11}{'braze us':>11}{'ratio min':>10}{'median':>8}{'goal':>6}"
+        f"{'floor us':>10}{'GB/s' if device else '':>8}"
+    )
+    for cell in chosen:
+        if cell.name in skip:
+            continue
+        if arguments.rows:
+            announce(cell.name)
+        row = measure(cell, device, bandwidth, arguments.seconds)
+        result["rows"].append(row)
+        print(line(row), flush=True)
+        if arguments.rows:
+            emit(row)
+        if arguments.json is not None:
+            write_json(result, arguments.json)
+        if is_fatal(row.get("note", "")):
+            return 3
+    return 0 if all(row["ok"] for row in result["rows"]) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
