@@ -1,4 +1,5 @@
-"""Bit comparison: the same optimizer steps on two devices, and against hashes of other machines.
+"""Bit comparison: the same optimizer steps and dropout masks on two devices, and against hashes of other
+machines.
 
 python -m bench.golden --device cpu --write bench/goldens.json
 python -m bench.golden --device cuda        compares with the CPU here and with bench/goldens.json
@@ -21,6 +22,7 @@ from torch.nn import Parameter
 
 from .files import announce, emit, is_fatal, read_json, write_json
 from .golden_cases import CASES, LAYOUTS, Case
+from .golden_masks import MASKS, Mask
 from .host import load_emulated
 
 GOLDENS = Path(__file__).with_name("goldens.json")
@@ -42,8 +44,10 @@ def values(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.view_as_complex(x.view(*shape, 2)) if dtype.is_complex else x.view(shape)
 
 
-def run_case(case: Case, device: str) -> Results:
-    """Runs the case. Returns every parameter and every state tensor after it, on the CPU."""
+def run_case(case: Case | Mask, device: str) -> Results:
+    """Runs the case. Returns every parameter and every state tensor after it, or the mask, on the CPU."""
+    if isinstance(case, Mask):
+        return case.run(device)
     place, place_grad = LAYOUTS[case.layout]
     params = []
     for i, shape in enumerate(case.shapes):
@@ -78,7 +82,7 @@ def run_case(case: Case, device: str) -> Results:
     return results
 
 
-def run_on(case: Case, device: str) -> Results:
+def run_on(case: Case | Mask, device: str) -> Results:
     """As run_case; "emulated" runs the CUDA sources on the CPU, by the emulator of the tests."""
     if device != "emulated":
         return run_case(case, device)
@@ -140,7 +144,7 @@ def self_check() -> str:
     return ""
 
 
-def _row(case: Case, device: str, goldens: dict[str, str], compare: bool) -> dict[str, Any]:
+def _row(case: Case | Mask, device: str, goldens: dict[str, str], compare: bool) -> dict[str, Any]:
     """Never raises: what went wrong is the row's."""
     row: dict[str, Any] = {"name": case.name, "ok": False}
     try:
@@ -164,11 +168,13 @@ def _row(case: Case, device: str, goldens: dict[str, str], compare: bool) -> dic
     return row
 
 
-def select(only: str, short: bool, skip: Iterable[str]) -> list[Case]:
+def select(only: str, short: bool, skip: Iterable[str]) -> list[Case | Mask]:
     """Cases whose name contains ``only``, without those to skip."""
     left_out = set(skip)
     return [
-        c for c in CASES if only in c.name and c.name not in left_out and (c.short or not short)
+        c
+        for c in (*CASES, *MASKS)
+        if only in c.name and c.name not in left_out and (c.short or not short)
     ]
 
 

@@ -24,7 +24,7 @@ if not __package__:  # run as a script: the folder above is where the package li
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "bench"
 
-from .files import collect_folder
+from .files import collect_folder, read_json
 from .gpu_parts import PARTS, Part
 from .gpu_run import Context, Cut, PartFailed, Record, stop_children
 from .sources import find_root
@@ -80,7 +80,7 @@ def run(parts: Mapping[str, Part], context: Context, wanted: list[str]) -> int:
     table, failed, cut = [], False, False
     for name in wanted:
         part = parts[name]
-        record = Record(context, part.kind, part.globs)
+        record = Record(context, part.kind, part.globs, part.family)
         began = context.part_start = time.monotonic()
         state, note = "done before", ""
         # The build's product may be gone although its record is there: it looks for itself.
@@ -97,10 +97,11 @@ def run(parts: Mapping[str, Part], context: Context, wanted: list[str]) -> int:
         if name == "build" and state in ("FAILED", "cut short"):
             table.append("    nothing else can run without the build")
             break
-    table += _goals(context) if "bench" in wanted else []
+    for name in wanted:
+        table += _goals(context, parts[name].kind)
     table += [f"results: {context.results}", f"logs:    {context.out / 'logs'}"]
     _collect_logs(context)
-    print("\n".join(["", *(text[:160] for text in table[:38])]), flush=True)
+    print("\n".join(["", *(text[:160] for text in table[:60])]), flush=True)
     if failed:
         return 1
     if cut:
@@ -143,12 +144,9 @@ def _failures(record: Record) -> list[str]:
     return lines + ([f"    ... and {len(bad) - 5} more"] if len(bad) > 5 else [])
 
 
-def _goals(context: Context) -> list[str]:
-    """The benchmark's goals, met or missed."""
-    try:
-        rows = json.loads((context.out / "optim.json").read_text())["rows"]
-    except (OSError, ValueError, KeyError):
-        return []
+def _goals(context: Context, kind: str) -> list[str]:
+    """A benchmark's goals, met or missed."""
+    rows = (read_json(context.out / f"{kind}.json") or {}).get("rows", [])
     goals = [goal for row in rows for goal in row.get("goals", [])]
     return [
         f"goal {'met   ' if goal['met'] else 'MISSED'} {goal['goal']}; here {goal['value']:.2f}"

@@ -1,4 +1,4 @@
-"""The parts of the GPU run: build, test, golden, sanitize, bench."""
+"""The parts of the GPU run: build, test, golden, sanitize, and a benchmark of each kernel family."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ FILE_LIMIT_S = 300.0
 
 @dataclass(frozen=True)
 class Part:
-    """``globs``: the sources that its rows depend on; other sources, other rows."""
+    """``globs``: the sources that its rows depend on; other sources, other rows. ``family``: of the kernels
+    that it is about."""
 
     kind: str
     run: Callable[[Context, Record], None]
     globs: tuple[str, ...]
+    family: str = "optimizer"
 
 
 # ------------------------------------------------------------------- build
@@ -226,6 +228,14 @@ def bench(context: Context, record: Record) -> None:
     run_rows(command, context, record, "optim.log")
 
 
+def batch_norm(context: Context, record: Record) -> None:
+    """The batch-norm benchmark. Its time is per layer, of which a row has up to twelve."""
+    command = [sys.executable, "-m", "bench.batch_norm_cuda", "--device", context.device]
+    command += ["--seconds", str(0.3 * context.seconds), "--only", context.only]
+    command += ["--quick", "--batch", "2"] if context.device == "cpu" else []
+    run_rows(command, context, record, "batch_norm.log")
+
+
 # ---------------------------------------------------------------- sanitize
 
 
@@ -318,4 +328,10 @@ PARTS: dict[str, Part] = {
     "golden": Part("golden", golden, (*GOLDEN, "bench/goldens.json")),
     "sanitize": Part("sanitize", sanitize, (*GOLDEN, "tests/sanitizer_controls/*")),
     "bench": Part("optim", bench, (*BUILT, "bench/cells.py", "bench/optim_*.py")),
+    "batch_norm": Part(
+        "batch_norm",
+        batch_norm,
+        (*BUILT, "bench/batch_norm*.py", "bench/optim_device.py"),
+        "batch_norm",
+    ),
 }

@@ -87,7 +87,9 @@ class Context:
 class Record:
     """The rows of one part, rewritten to all their places after every change."""
 
-    def __init__(self, context: Context, kind: str, globs: Sequence[str]) -> None:
+    def __init__(
+        self, context: Context, kind: str, globs: Sequence[str], family: str = "optimizer"
+    ) -> None:
         self._lock = threading.Lock()
         own = context.out / f"{kind}.json"
         collect = collect_folder()
@@ -104,8 +106,8 @@ class Record:
             write_json(old, own.with_name(f"{kind}.previous.json"))
         self.data = {
             "kind": kind,
-            "family": "optimizer",
-            "sources": family_digest(context.root, "optimizer"),
+            "family": family,
+            "sources": family_digest(context.root, family),
             "key": key,
             **context.facts,
             "complete": False,

@@ -6,17 +6,17 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+_KERNELS = ("csrc/cuda/**/*", "csrc/math/**/*", "csrc/plan/**/*", "csrc/ops/*_cuda.cpp")
 # What runs on the GPU in each kernel family, and what decides which work it gets.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "optimizer": (
-        "csrc/cuda/**/*",
-        "csrc/math/**/*",
-        "csrc/plan/**/*",
-        "csrc/ops/*_cuda.cpp",
+        *_KERNELS,
         "csrc/ops/step_plan*",
         "csrc/ops/python_state*",
         "csrc/ops/tensor_work*",
     ),
+    "batch_norm": (*_KERNELS, "csrc/ops/batch_norm*", "csrc/ops/dense*"),
+    "dropout": (*_KERNELS, "csrc/ops/dropout*", "csrc/ops/dense*"),
 }
 
 

@@ -11,6 +11,12 @@ import torch.nn.functional as F
 from op_table import FP32, Args, one_number, values
 from torch import Tensor
 
+
+def hardsigmoid(z: Tensor) -> Tensor:
+    """torch's own rounds 1/6 to fp32 in the derivative, also in fp64, and has no second derivative."""
+    return (z + 3).clamp(0, 6) / 6 if z.dtype is torch.float64 else F.hardsigmoid(z)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, _: z,
     "relu": lambda z, _: F.relu(z),
@@ -23,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "gelu": lambda z, _: F.gelu(z),
     "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
     "hardswish": lambda z, _: F.hardswish(z),
-    "hardsigmoid": lambda z, _: F.hardsigmoid(z),
+    "hardsigmoid": lambda z, _: hardsigmoid(z),
     "mish": lambda z, _: F.mish(z),
 }
 # A positive slope, so that its sign cannot hide in a symmetric sample.

@@ -75,10 +75,10 @@ def build(variant: str = "native") -> Path:
         [
             *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
             *sorted(set((ROOT / "csrc" / "ops").glob("*_cuda.cpp")) - {MODULE}),
-            EXTENSION / "emulated_module.cpp",
+            *sorted(EXTENSION.glob("*.cpp")),
         ],
         variant,
-        include=[EXTENSION / "include", emulator_build.EMULATOR],
+        include=[EXTENSION / "include", EXTENSION, emulator_build.EMULATOR],
         flags=[part for folder in system for part in ("-isystem", str(folder))],
         link=[f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"],
     )

@@ -13,7 +13,7 @@ A new operation is one ``Op`` in a module ``ops_<area>.py``, added to ``OP_DB`` 
         wrong=(Wrong("p", lambda: [values((3,), 1), 2.0, 7, 0], ValueError, "p must be"),),
     )
 
-An operation that draws from torch's generator is called after ``torch.manual_seed(0)``, as is its composite.
+An operation that draws from torch's generator is called after ``torch.manual_seed(0)``.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Op:
         mutated: arguments that are written.
         view: what of the outputs is compared with the composite's outputs; all without it.
         exact: every bit is the composite's.
+        random: draws from torch's generator; its last output is what it drew, the composite's first argument.
         python: also a function of ``braze._native._C``.
     """
 
@@ -77,6 +78,7 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = (FP32, FP64, BF16, FP16)
     view: Callable[[list[Tensor]], list[Tensor]] = field(default=list)
     exact: bool = False
+    random: bool = False
     python: bool = True
     namespace: str = "braze"
 

@@ -22,6 +22,7 @@ from braze.bench import (
     files,
     golden,
     golden_cases,
+    golden_masks,
     host,
     optim_cuda,
     optim_device,
@@ -29,6 +30,7 @@ from braze.bench import (
 )
 
 ROOT = Path(__file__).parents[1]
+ALL_KINDS = sum(debt.KINDS.values(), ())
 
 
 # ------------------------------------------------------------------ hashes
@@ -85,10 +87,11 @@ def test_root_is_found_from_below_and_its_absence_is_told(checkout: Path) -> Non
 
 
 def result(root: Path, gpu_name: str, kind: str, **changes: Any) -> None:
+    family = next(name for name, kinds in debt.KINDS.items() if kind in kinds)
     data = {
         "kind": kind,
-        "family": "optimizer",
-        "sources": sources.family_digest(root, "optimizer"),
+        "family": family,
+        "sources": sources.family_digest(root, family),
         "device": {"type": "cuda", "name": gpu_name},
         "date": "2026-01-02T00:00:00+00:00",
         "complete": True,
@@ -99,7 +102,7 @@ def result(root: Path, gpu_name: str, kind: str, **changes: Any) -> None:
 
 
 def all_results(root: Path) -> None:
-    for kind in debt.KINDS:
+    for kind in ALL_KINDS:
         result(root, "NVIDIA H200", kind)
 
 
@@ -141,7 +144,7 @@ def test_debt_takes_the_newest_result_for_the_present_sources(checkout: Path) ->
 
 
 def test_debt_and_damaged_or_missing_results(checkout: Path) -> None:
-    assert len(debt.find_debt(checkout)) == len(debt.KINDS)
+    assert len(debt.find_debt(checkout)) == len(ALL_KINDS)
     all_results(checkout)
     (checkout / "bench/results/nvidia-h200/test.json").write_text('{"cut o')
     assert debt.find_debt(checkout) == ["optimizer: no test result of any GPU"]
@@ -213,7 +216,7 @@ def test_golden_cases_cover_what_they_claim() -> None:
     cases = golden_cases.CASES
     assert len({c.name for c in cases}) == len(cases)
     known = json.loads((ROOT / "bench" / "goldens.json").read_text())["cases"]
-    assert set(known) == {c.name for c in cases}
+    assert set(known) == {c.name for c in (*cases, *golden_masks.MASKS)}
     assert {c.dtype for c in cases} >= {torch.float32, torch.float64, torch.bfloat16, torch.half}
     assert {c.layout for c in cases} == set(golden_cases.LAYOUTS)
     assert 20 <= sum(c.short for c in cases) <= 60
@@ -222,7 +225,7 @@ def test_golden_cases_cover_what_they_claim() -> None:
     assert not strided.is_contiguous() and misaligned.data_ptr() % 16 != 0
 
 
-@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "AdamW/sizes/bf16", "CAG/all/fp16"])
+@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "CAG/all/fp16", "dropout"])
 def test_this_machine_computes_the_committed_bits(name: str) -> None:
     assert golden.main(["--only", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
 
@@ -233,6 +236,7 @@ def test_the_emulated_device_computes_the_committed_bits() -> None:
         pytest.skip(reason)
     goldens = ["--goldens", str(ROOT / "bench/goldens.json")]
     assert golden.main(["--device", "emulated", "--only", "misaligned/bf16", *goldens]) == 0
+    assert golden.main(["--device", "emulated", "--only", "dropout/1000/", *goldens]) == 0
 
 
 # ------------------------------------------------------------------- cells

@@ -30,25 +30,24 @@ ELEMENTARY = {
     "reduce_exponent": 0.3,
     "power_of_two": 0.0,
 }
-# Of values and derivatives in float, in units of 2^-24 max(1, |value|). Two derivatives cancel where
-# their function is flat: 1 - s and 1 - t^2 are multiplied by up to z and by the inner derivative.
+# Of values and derivatives in float, in units of 2^-24 max(1, |value|).
 ACTIVATIONS = {
     "identity": (0.0, 0.0),
     "relu": (0.0, 0.0),
     "relu6": (0.0, 0.0),
     "leaky_relu": (0.5, 0.0),
     "elu": (1.0, 1.0),
-    "sigmoid": (2.0, 2.0),
-    "tanh": (3.0, 6.0),
-    "silu": (3.0, 18.0),
+    "sigmoid": (2.0, 1.5),
+    "tanh": (3.0, 4.0),
+    "silu": (3.0, 4.0),
     "gelu": (3.0, 3.0),
-    "gelu_tanh": (6.0, 40.0),
+    "gelu_tanh": (3.0, 4.0),
     "hardswish": (3.0, 2.0),
     "hardsigmoid": (1.5, 0.2),
     "mish": (3.0, 3.0),
 }
 # Of double: values in units of 2^-53, derivatives against a difference quotient in units of 1e-12.
-DOUBLE = (10.0, 1.0)
+DOUBLE = (3.0, 1.0)
 # The variance over mean / sigma up to 1e6 relative to itself: the documented 1e-6.
 BATCH_NORM = {
     "mean_in_sigmas": 1e-6,

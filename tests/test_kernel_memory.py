@@ -35,7 +35,8 @@ Counts = dict[str, dict[str, list[int]]]
 
 
 def program() -> Path:
-    sources = [KERNELS / "memory.cpp", *sorted((build.ROOT / "csrc/cuda").glob("*.cu"))]
+    sources = [*KERNELS.glob("memory*.cpp"), *(build.ROOT / "csrc/cuda").glob("*.cu")]
+    sources.sort()
     return build.build_program("memory", sources, VARIANT, include=[KERNELS])
 
 
@@ -130,6 +131,23 @@ def test_misaligned_tensors_keep_their_vectors() -> None:
     # Each of two chunks has a head of three elements and a tail of one.
     assert singles == 2 * 4 * 7
     assert vectors == (12288 - 2 * 4) // 4 * 7
+
+
+# Passes over the activation: what each kernel of a layer with relu reads and writes of it.
+NORM_PASSES = {"statistics": 1, "apply": 2, "reduce": 2, "apply_grad": 3}
+NORM_LAYOUTS = ("last_bf16", "last_f32", "last_f64", "planes_bf16", "planes_f32")
+
+
+@pytest.mark.parametrize("layout", NORM_LAYOUTS)
+@pytest.mark.parametrize("step", NORM_PASSES)
+def test_activations_are_read_in_full_sectors(step: str, layout: str) -> None:
+    """16 bytes a lane, full warps, and each activation once per pass."""
+    places = counted()[f"norm_{step}_{layout}"]
+    wide = [c for p, c in places.items() if p.startswith("global") and "units.cuh" in p and " 16 " in p]
+    elements = 2 * 64 * 16 * int(16 / SIZES[layout.split("_")[1]])
+    assert sum(c[1] for c in wide) * 16 == elements * SIZES[layout.split("_")[1]] * NORM_PASSES[step]
+    for requests, lanes, sectors in wide:
+        assert lanes == 32 * requests and sectors == 16 * requests
 
 
 def test_pinned() -> None:

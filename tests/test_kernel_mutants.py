@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -113,21 +114,29 @@ inline const int braze_mutant = [] {
 """
 
 
-def mutants() -> list[str]:
+Expressions = Sequence[tuple[str, str, str]]
+Statements = Sequence[tuple[str, str]]
+
+
+def mutants(
+    expressions: Expressions = EXPRESSIONS, statements: Statements = STATEMENTS
+) -> list[str]:
     """What each fault is; the first has number 1."""
-    names = [f"{file}: {old.replace('@', '')} -> {new}" for file, old, new in EXPRESSIONS]
-    return names + [f"{file}: without {old.strip()}" for file, old in STATEMENTS]
+    names = [f"{file}: {old.replace('@', '')} -> {new}" for file, old, new in expressions]
+    return names + [f"{file}: without {old.strip()}" for file, old in statements]
 
 
-def mutated_sources() -> Path:
+def mutated_sources(
+    expressions: Expressions = EXPRESSIONS,
+    statements: Statements = STATEMENTS,
+    into: Path = MUTANTS,
+) -> Path:
     """A copy of csrc with all faults in it, off by default."""
-    texts = {
-        name: (build.ROOT / "csrc/cuda" / name).read_text()
-        for name in (KERNELS_FILE, ELEMENTS, TABLE, LAUNCH)
-    }
+    names = {file for file, *_ in (*expressions, *statements)}
+    texts = {name: (build.ROOT / "csrc/cuda" / name).read_text() for name in sorted(names)}
     number = 0
     places: dict[tuple[str, str], tuple[str, list[tuple[int, str]]]] = {}
-    for file, pattern, new in EXPRESSIONS:
+    for file, pattern, new in expressions:
         number += 1
         before, old, after = pattern.split("@")
         assert texts[file].count(before + old + after) > 0, f"{file} no longer has {pattern}"
@@ -140,15 +149,15 @@ def mutated_sources() -> Path:
             mutated = f"(braze_mutant == {version} ? ({new}) : ({mutated}))"
         assert before + old + after in texts[file], f"{file}: {pattern} overlaps another mutant"
         texts[file] = texts[file].replace(before + old + after, before + mutated + after)
-    for file, statement in STATEMENTS:
+    for file, statement in statements:
         number += 1
         assert statement in texts[file], f"{file} no longer has {statement}"
         guard = f"if (braze_mutant != {number}) {{\n{statement}\n}}"
         texts[file] = texts[file].replace(statement, guard)
     for folder in ("cuda", "math", "plan"):
-        (MUTANTS / "csrc" / folder).mkdir(parents=True, exist_ok=True)
+        (into / "csrc" / folder).mkdir(parents=True, exist_ok=True)
         for source in (build.ROOT / "csrc" / folder).iterdir():
-            target = MUTANTS / "csrc" / folder / source.name
+            target = into / "csrc" / folder / source.name
             if source.name in texts:
                 text = f'#include "mutant.h"\n{texts[source.name]}'
                 if source.suffix == ".cuh":
@@ -158,8 +167,8 @@ def mutated_sources() -> Path:
                     target.write_text(text)
             elif source.is_file():
                 shutil.copyfile(source, target)
-    (MUTANTS / "csrc/cuda/mutant.h").write_text(HEADER)
-    return MUTANTS / "csrc" / "cuda"
+    (into / "csrc/cuda/mutant.h").write_text(HEADER)
+    return into / "csrc" / "cuda"
 
 
 @pytest.fixture(scope="module")
@@ -186,23 +195,27 @@ def killer(program: Path, number: int) -> str | None:
     return None
 
 
-def test_mutants(mutated: Path) -> None:
-    names = mutants()
-    status, output = run(mutated, "--small", BRAZE_MUTANT="0")
-    assert status == 0, f"without a fault the copy must pass\n{output}"
+def survivors_of(names: Sequence[str], find: Callable[[int], str | None]) -> list[str]:
+    """Those of the numbered faults that nothing finds."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as workers:
-        killers = list(workers.map(lambda n: killer(mutated, n), range(1, len(names) + 1)))
-    survivors = []
+        killers = list(workers.map(find, range(1, len(names) + 1)))
     for number, (name, how) in enumerate(zip(names, killers, strict=True), 1):
         print(f"{number:3}  {how or 'SURVIVED':45}  {name}")
-        if how is None:
-            survivors.append(f"{number}: {name}")
+    pairs = enumerate(zip(names, killers, strict=True), 1)
+    return [f"{number}: {name}" for number, (name, how) in pairs if how is None]
+
+
+def test_mutants(mutated: Path) -> None:
+    status, output = run(mutated, "--small", BRAZE_MUTANT="0")
+    assert status == 0, f"without a fault the copy must pass\n{output}"
+    survivors = survivors_of(mutants(), lambda n: killer(mutated, n))
     assert not survivors, "no test notices:\n" + "\n".join(survivors)
 
 
-def test_barriers() -> None:
-    """Without any one barrier, TSan reports a race or a result is wrong."""
-    native, tsan = kernels_program("native"), kernels_program("tsan")
+def barriers_unnoticed(
+    native: Path, tsan: Path, for_tsan: Sequence[str], for_orders: Sequence[str]
+) -> list[str]:
+    """The barriers without which TSan reports no race and no result is wrong."""
     status, output = run(native, "--small", "--barriers")
     assert status == 0, output
     sites = [line.split()[1] for line in output.splitlines() if line.startswith("barrier")]
@@ -213,15 +226,25 @@ def test_barriers() -> None:
         for mode in ("A", "B"):
             env = {"BRAZE_EMULATOR_TSAN_MODE": mode, "BRAZE_EMULATOR_DROP_BARRIER": site}
             env["TSAN_OPTIONS"] = "halt_on_error=1:exitcode=66:history_size=4:atexit_sleep_ms=0"
-            status, output = run(tsan, "--small", *FEW_BLOCKS, **env)
+            status, output = run(tsan, "--small", *for_tsan, **env)
             if status != 0 and "data race" in output:
                 killed_by.append(f"TSan {mode}")
         for order in ("reverse", "random", "pct"):
             env = {"BRAZE_EMULATOR_ORDER": order, "BRAZE_EMULATOR_DROP_BARRIER": site}
-            status, _ = run(native, "--small", "--stop", *FEW_BLOCKS, "device_counts", **env)
+            status, _ = run(native, "--small", "--stop", *for_orders, **env)
             if status != 0:
                 killed_by.append(order)
         print(f"{site}: {', '.join(killed_by) or 'SURVIVED'}")
         if not killed_by:
             survivors.append(site)
+    return survivors
+
+
+def test_barriers() -> None:
+    survivors = barriers_unnoticed(
+        kernels_program("native"),
+        kernels_program("tsan"),
+        FEW_BLOCKS,
+        (*FEW_BLOCKS, "device_counts"),
+    )
     assert not survivors, f"nothing notices that these barriers are gone: {survivors}"

@@ -10,12 +10,14 @@ import devices
 import op_checks as checks
 import pytest
 import torch
+from op_layouts import LAYOUTS
 from op_table import BF16, FP32, FP64, Op, Sample, Wrong
 from ops_batch_norm import BATCH_NORM_OPS
 from ops_batch_norm_steps import STEP_OPS
+from ops_dropout import DROPOUT_OPS
 from test_leaks import assert_flat
 
-OP_DB: tuple[Op, ...] = (*BATCH_NORM_OPS, *STEP_OPS)
+OP_DB: tuple[Op, ...] = (*BATCH_NORM_OPS, *STEP_OPS, *DROPOUT_OPS)
 
 
 def cases(*dtypes: torch.dtype, choose: Callable[[Op], tuple[Sample, ...]] | None = None) -> Any:
@@ -121,7 +123,7 @@ def test_same_bits(op: Op, sample: Sample, dtype: torch.dtype) -> None:
     checks.check_bits(op, sample, dtype)
 
 
-@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @cases(FP32, choose=lambda op: tuple(s for s in op.samples if not s.fixed))
 def test_layouts(op: Op, sample: Sample, dtype: torch.dtype, layout: str) -> None:
     checks.check_layout(op, sample, dtype, layout)

@@ -1,61 +1,12 @@
 // The passes over activations of the backward. Included once per instruction set.
 
 #include "batch_norm_channels.inl"
-#include "batch_norm_segments.inl"
+#include "batch_norm_gradient.inl"
 
 namespace BRAZE_ISA {
 
 constexpr int64_t kRows = 8;     // rows whose sums are formed in registers
 constexpr int64_t kChunk = 128;  // columns of a tile of d
-
-template <class T>
-struct BackwardConstants {
-  Constants<T> input[2];
-  const T* on_grad[2] = {};
-  const T* on_input[2] = {};
-  const T* constant[2] = {};
-  BackwardConstants at(int64_t column) const {
-    BackwardConstants k = *this;
-    for (int side = 0; side < 2; ++side) {
-      k.input[side] = input[side].at(column);
-      if (on_grad[side] == nullptr) continue;
-      k.on_grad[side] += column;
-      k.on_input[side] += column;
-      k.constant[side] += column;
-    }
-    return k;
-  }
-};
-
-// Whether d is dy, or a function of dy and x that the loops below know.
-inline bool is_direct(const BackwardArgs& a) {
-  if (a.dy2 != nullptr) return false;
-  return a.activation == Activation::identity ||
-         (a.activation == Activation::relu && a.mask == nullptr && a.residual == nullptr &&
-          a.input[1].x == nullptr);
-}
-
-// d of elements [e, e + n).
-template <bool kPlane, class S, class T>
-BRAZE_TARGET void gradient_segment(const BackwardArgs& a, int64_t e, int64_t n,
-                                   const BackwardConstants<T>& k, T* d) {
-  load_segment(static_cast<const S*>(a.dy) + e, n, d);
-  if (a.dy2 != nullptr) add_segment(static_cast<const S*>(a.dy2) + e, n, d);
-  if (a.activation == Activation::identity) return;
-  const ActivationSegments<T>& segments = segments_of<T>(a.activation);
-  const T parameter = static_cast<T>(a.parameter);
-  if (a.mask != nullptr) {
-    masked_segment(a.mask, a.shape.row(), e, n, segments.upper(), segments.lower(parameter), d);
-    return;
-  }
-  T z[kSegment];
-  normalize_segment<kPlane, false>(static_cast<const S*>(a.input[0].x) + e, k.input[0], n, z);
-  if (a.input[1].x != nullptr) {
-    normalize_segment<kPlane, true>(static_cast<const S*>(a.input[1].x) + e, k.input[1], n, z);
-  }
-  if (a.residual != nullptr) add_segment(static_cast<const S*>(a.residual) + e, n, z);
-  segments.differentiate(z, d, n, parameter);
-}
 
 // ---------------------------------------------------------------------- reduce
 
@@ -65,29 +16,49 @@ struct GradientSums {
   T* input[2];
 };
 
-// D is what memory holds of d: dy, or a tile.
-template <int kCount, bool kPlane, bool kRelu, class D, class S, class T>
-BRAZE_TARGET void add_gradient_rows(const D* __restrict d, int64_t d_stride, const S* __restrict x,
-                                    int64_t stride, int64_t columns, const Constants<T>& k,
-                                    T* __restrict grad, T* __restrict grad_input) {
+// D is what memory holds of d: dy, or a tile. Only where both are dy's type are columns planar.
+template <int kCount, int kP, bool kPlane, bool kRelu, class D, class S, class T>
+BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_stride,
+                                              const S* __restrict x, int64_t stride, int64_t n,
+                                              const Constants<T>& k, T* __restrict grad,
+                                              T* __restrict grad_input) {
   const T* __restrict mean = k.mean, * __restrict scale = k.scale, * __restrict shift = k.shift;
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t c = kPlane ? 0 : j;
-    const T m = mean[c];
-    T g = T(0), i = T(0);
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    T g[kP] = {}, i[kP] = {};
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
-      const T value = T(from_storage(x[r * stride + j]));
-      T gradient = T(from_storage(d[r * d_stride + j]));
-      if constexpr (kRelu) {
-        gradient = activation_gradient<Activation::relu>(
-            gradient, normalize(value, m, scale[c], shift[c]), T(0));
+      T value[kP], gradient[kP];
+      load_elements<kP>(x + r * stride + j * kP, value);
+      load_elements<kP>(d + r * d_stride + j * kP, gradient);
+#pragma GCC unroll 2
+      for (int p = 0; p < kP; ++p) {
+        const int64_t c = kPlane ? 0 : p * kHalf + j;
+        if constexpr (kRelu) {
+          const T z = normalize(value[p], mean[c], scale[c], shift[c]);
+          gradient[p] = activation_gradient<Activation::relu>(gradient[p], z, T(0));
+        }
+        add_gradient(gradient[p], value[p], mean[c], g[p], i[p]);
       }
-      add_gradient(gradient, value, m, g, i);
     }
-    grad[j] += g;
-    grad_input[j] += i;
+#pragma GCC unroll 2
+    for (int p = 0; p < kP; ++p) {
+      grad[p * kHalf + j] += g[p];
+      grad_input[p * kHalf + j] += i[p];
+    }
+  }
+}
+
+template <int kCount, bool kPlane, bool kRelu, class D, class S, class T>
+BRAZE_TARGET void add_gradient_rows(const D* d, int64_t d_stride, const S* x, int64_t stride,
+                                    int64_t columns, const Constants<T>& k, T* grad,
+                                    T* grad_input) {
+  constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
+  const int64_t n = columns / kP;
+  add_gradient_columns<kCount, kP, kPlane, kRelu>(d, d_stride, x, stride, n, k, grad, grad_input);
+  if (columns % kP != 0) {
+    add_gradient_columns<kCount, 1, kPlane, kRelu>(d + n * kP, d_stride, x + n * kP, stride, 1,
+                                                   k.at(kPlane ? 0 : n), grad + n, grad_input + n);
   }
 }
 
@@ -130,7 +101,7 @@ BRAZE_TARGET void add_gradients_of_rows(const BackwardArgs& a, int64_t e, int64_
                                         int64_t columns, const BackwardConstants<T>& k,
                                         const GradientSums<T>& sums) {
   if constexpr (!std::is_same_v<S, F16>) {
-    if (is_direct(a) && a.input[1].x == nullptr) {
+    if (is_direct_reduce<S>(a)) {
       const S* d = static_cast<const S*>(a.dy) + e;
       const S* x = static_cast<const S*>(a.input[0].x) + e;
       if (a.activation == Activation::relu) {
@@ -161,54 +132,21 @@ BRAZE_TARGET void add_gradients_of_matrix(const BackwardArgs& a, const Matrix& m
   }
 }
 
-// `pixels` copies side by side of the constants of channels [begin, begin + width).
-template <class T>
-struct RepeatedBackwardConstants {
-  BRAZE_TARGET const T* repeat(int row, const T* in, int64_t width, int64_t pixels) {
-    if (pixels == 1) return in;
-    T* out = rows[row];
-    for (int64_t j = 0; j < width; ++j) out[j] = in[j];
-    for (int64_t j = width; j < pixels * width; ++j) out[j] = out[j - width];
-    return out;
-  }
-  // coefficients: reduce has written them.
-  BRAZE_TARGET BackwardConstants<T> of(const BackwardArgs& a, int64_t begin, int64_t width,
-                                       int64_t pixels, bool coefficients) {
-    const int64_t c = a.shape.c;
-    BackwardConstants<T> k;
-    for (int side = 0; side < 2; ++side) {
-      const T* s = static_cast<const T*>(a.input[side].stats);
-      if (s == nullptr) continue;
-      s += begin;
-      k.input[side] = {repeat(6 * side, s + kMean * c, width, pixels),
-                       repeat(6 * side + 1, s + kScale * c, width, pixels),
-                       repeat(6 * side + 2, s + kShift * c, width, pixels)};
-      const T* f = static_cast<const T*>(a.grad[side].coefficients);
-      if (f == nullptr || !coefficients) continue;
-      f += begin;
-      k.on_grad[side] = repeat(6 * side + 3, f + kOnGrad * c, width, pixels);
-      k.on_input[side] = repeat(6 * side + 4, f + kOnInput * c, width, pixels);
-      k.constant[side] = repeat(6 * side + 5, f + kConstant * c, width, pixels);
-    }
-    return k;
-  }
-  alignas(64) T rows[12][kMaxColumns];
-};
-
-template <class S>
-BRAZE_TARGET void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t end,
-                            double* parts) {
+// P: the type in whose order the columns are.
+template <class P, class S>
+BRAZE_TARGET void reduce_in_order(const BackwardArgs& a, const Geometry& g, int64_t begin,
+                                  int64_t end, double* parts) {
   using T = Arithmetic<S>;
-  constexpr int kSums = 3;
   const int used = a.input[1].x != nullptr ? 3 : 2;
-  RepeatedBackwardConstants<T> repeated;
-  alignas(64) T sums[kSums][kMaxColumns];
+  BackwardColumns<T> constants;
+  alignas(64) T sums[3][2 * kHalf];
   alignas(64) double block[kMaxColumns];
+  const bool planes = !g.shape.channels_last;
   for (int64_t u = begin; u < end; ++u) {
     const int64_t part = u / g.columns(), column = u % g.columns();
     const int64_t first = g.first_channel(column), width = g.last_channel(column) - first;
     const BackwardConstants<T> k =
-        repeated.of(a, first, width, g.shape.channels_last ? g.fold : 1, false);
+        constants.of(a, first, width, planes ? 1 : g.fold, !planes && kPack<P> > 1, false);
     double* into = parts + part * kPartRows * g.row() + first;
     for (int s = 0; s < used; ++s) {
       for (int64_t j = 0; j < width; ++j) into[s * g.row() + j] = 0;
@@ -216,58 +154,74 @@ BRAZE_TARGET void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t be
     for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
       const Matrix head = g.matrix(column, b, 0);
       const int64_t columns = std::max(head.columns, head.tail);
-      for (int s = 0; s < used; ++s) {
-        for (int64_t j = 0; j < columns; ++j) sums[s][j] = T(0);
-      }
+      for (int s = 0; s < used; ++s) clear_columns<P>(columns, sums[s]);
+      const GradientSums<T> to = {sums[0], {sums[1], sums[2]}};
       for (int64_t i = 0; i < g.matrices(b); ++i) {
         const Matrix m = g.matrix(column, b, i);
-        const GradientSums<T> to = {sums[0], {sums[1], sums[2]}};
-        if (g.shape.channels_last) {
-          add_gradients_of_matrix<false, S>(a, m, k, to);
-        } else {
-          add_gradients_of_matrix<true, S>(a, m, k, to);
-        }
+        planes ? add_gradients_of_matrix<true, S>(a, m, k, to)
+               : add_gradients_of_matrix<false, S>(a, m, k, to);
       }
       for (int s = 0; s < used; ++s) {
-        if (g.shape.channels_last) {
-          sum_of_pixels(sums[s], width, columns, block);
-        } else {
-          block[0] = sum_of_columns(sums[s], columns);
-        }
+        sum_columns<P>(sums[s], planes, width, columns, block);
         for (int64_t j = 0; j < width; ++j) into[s * g.row() + j] += block[j];
       }
     }
   }
 }
 
+template <class S>
+BRAZE_TARGET void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t end,
+                            double* parts) {
+  is_direct_reduce<S>(a) ? reduce_in_order<S, S>(a, g, begin, end, parts)
+                         : reduce_in_order<Arithmetic<S>, S>(a, g, begin, end, parts);
+}
+
 // ------------------------------------------------------------------ apply_grad
 
-template <int kCount, bool kPlane, bool kRelu, bool kFrozen, class D, class S, class T>
-BRAZE_TARGET void input_gradient_rows(const D* d, const S* x, S* dx, int64_t stride,
-                                      int64_t columns, const BackwardConstants<T>& k, int side) {
+template <int kCount, int kP, bool kPlane, bool kRelu, bool kFrozen, class D, class S, class O,
+          class T>
+BRAZE_TARGET inline void input_gradient_columns(const D* d, const S* x, O* dx, int64_t stride,
+                                                int64_t n, const BackwardConstants<T>& k,
+                                                int side) {
   const T *mean = k.input[side].mean, *scale = k.input[side].scale, *shift = k.input[side].shift;
   const T *on_grad = k.on_grad[side], *on_input = k.on_input[side], *constant = k.constant[side];
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t c = kPlane ? 0 : j;
-    const T m = mean[c], f = on_grad[c];
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
 #pragma GCC unroll 4
     for (int r = 0; r < kCount; ++r) {
-      const int64_t e = r * stride + j;
-      T gradient = T(from_storage(d[e]));
-      if constexpr (kFrozen && !kRelu) {
-        to_storage(input_gradient(gradient, f), dx[e]);
-      } else {
-        const T value = T(from_storage(x[e]));
+      const int64_t e = r * stride + j * kP;
+      T gradient[kP], value[kP] = {}, out[kP];
+      load_elements<kP>(d + e, gradient);
+      if constexpr (kRelu || !kFrozen) load_elements<kP>(x + e, value);
+#pragma GCC unroll 2
+      for (int p = 0; p < kP; ++p) {
+        const int64_t c = kPlane ? 0 : p * kHalf + j;
         if constexpr (kRelu) {
-          gradient = activation_gradient<Activation::relu>(
-              gradient, normalize(value, m, scale[c], shift[c]), T(0));
+          const T z = normalize(value[p], mean[c], scale[c], shift[c]);
+          gradient[p] = activation_gradient<Activation::relu>(gradient[p], z, T(0));
         }
-        to_storage(kFrozen ? input_gradient(gradient, f)
-                           : input_gradient(gradient, value, m, f, on_input[c], constant[c]),
-                   dx[e]);
+        if constexpr (kFrozen) {
+          out[p] = input_gradient(gradient[p], on_grad[c]);
+        } else {
+          out[p] =
+              input_gradient(gradient[p], value[p], mean[c], on_grad[c], on_input[c], constant[c]);
+        }
       }
+      store_elements<kP>(out, dx + e);
     }
+  }
+}
+
+template <int kCount, bool kPlane, bool kRelu, bool kFrozen, class D, class S, class O, class T>
+BRAZE_TARGET void input_gradient_rows(const D* d, const S* x, O* dx, int64_t stride,
+                                      int64_t columns, const BackwardConstants<T>& k, int side) {
+  constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
+  const int64_t n = columns / kP;
+  input_gradient_columns<kCount, kP, kPlane, kRelu, kFrozen>(d, x, dx, stride, n, k, side);
+  if (columns % kP != 0) {
+    const int64_t e = n * kP;
+    input_gradient_columns<kCount, 1, kPlane, kRelu, kFrozen>(d + e, x + e, dx + e, stride, 1,
+                                                              k.at(kPlane ? 0 : n), side);
   }
 }
 
@@ -325,8 +279,7 @@ template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_grad_matrix(const BackwardArgs& a, const Matrix& m,
                                     const BackwardConstants<T>& k) {
   if constexpr (!std::is_same_v<S, F16>) {
-    if (is_direct(a) && a.grad[0].dx != nullptr && a.grad[1].dx == nullptr &&
-        a.grad_residual == nullptr) {
+    if (is_direct_apply<S>(a)) {
       if (a.activation == Activation::relu) {
         return a.batch_statistics ? apply_grad_directly<kPlane, true, false, S>(a, m, k)
                                   : apply_grad_directly<kPlane, true, true, S>(a, m, k);
@@ -347,18 +300,31 @@ BRAZE_TARGET void apply_grad_matrix(const BackwardArgs& a, const Matrix& m,
 template <class S>
 BRAZE_TARGET void apply_grad_of(const BackwardArgs& a, const Tiles& tiles, int64_t begin,
                                 int64_t end) {
-  RepeatedBackwardConstants<Arithmetic<S>> repeated;
-  const BackwardConstants<Arithmetic<S>> k = repeated.of(a, 0, a.shape.c, tiles.fold, true);
-  while (end > begin) {
-    Matrix m = tiles.matrix(--end);
-    if (a.shape.channels_last) {
-      apply_grad_matrix<false, S>(a, m, k);
-      continue;
+  const int64_t c = a.shape.c;
+  BackwardColumns<Arithmetic<S>> columns;
+  if (!a.shape.channels_last) {
+    const BackwardConstants<Arithmetic<S>> k = columns.of(a, 0, c, 1, false, true);
+    while (end > begin) {
+      Matrix m = tiles.matrix(--end);
+      const int64_t channel = tiles.first_channel(end), planes = m.rows;
+      m.rows = 1;
+      for (int64_t i = 0; i < planes; ++i, m.offset += m.stride) {
+        apply_grad_matrix<true, S>(a, m, k.at(channel + i));
+      }
     }
-    const int64_t channel = tiles.first_channel(end), planes = m.rows;
-    m.rows = 1;
-    for (int64_t i = 0; i < planes; ++i, m.offset += m.stride) {
-      apply_grad_matrix<true, S>(a, m, k.at(channel + i));
+    return;
+  }
+  const bool planar = kPack<S> > 1 && is_direct_apply<S>(a);
+  const int64_t slab = planar ? std::min(c, 2 * kHalf) : c;
+  for (int64_t first = 0; first < c; first += slab) {
+    const int64_t width = std::min(slab, c - first);
+    const BackwardConstants<Arithmetic<S>> k =
+        columns.of(a, first, width, tiles.fold, planar, true);
+    for (int64_t tile = end; tile > begin;) {
+      Matrix m = tiles.matrix(--tile);
+      m.offset += first;
+      m.columns = tiles.fold * width;
+      apply_grad_matrix<false, S>(a, m, k);
     }
   }
 }

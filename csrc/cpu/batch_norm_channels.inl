@@ -1,6 +1,8 @@
 // What is done once per channel: merging parts, statistics, coefficients. Included once per
 // instruction set.
 
+#include "batch_norm_segments.inl"
+
 namespace BRAZE_ISA {
 
 constexpr int64_t kGroup = 64;  // channels at a time

@@ -1,7 +1,6 @@
 // The passes over activations of the forward. Included once per instruction set.
 
 #include "batch_norm_channels.inl"
-#include "batch_norm_segments.inl"
 
 namespace BRAZE_ISA {
 
@@ -10,19 +9,36 @@ constexpr int64_t kChunk = 128;  // columns of a converted tile
 
 // ------------------------------------------------------------------ statistics
 
-template <int kCount, class S, class T>
-BRAZE_TARGET void add_moment_rows(const S* __restrict x, int64_t stride, int64_t columns,
-                                  const T* __restrict shift, T* __restrict sum,
-                                  T* __restrict square) {
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    T s = T(0), q = T(0);
+template <int kCount, int kP, class S, class T>
+BRAZE_TARGET inline void add_moment_columns(const S* __restrict x, int64_t stride, int64_t n,
+                                            const T* __restrict shift, T* __restrict sum,
+                                            T* __restrict square) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    T s[kP] = {}, q[kP] = {};
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
-      add_moment(T(from_storage(x[r * stride + j])), shift[j], s, q);
+      T v[kP];
+      load_elements<kP>(x + r * stride + j * kP, v);
+#pragma GCC unroll 2
+      for (int p = 0; p < kP; ++p) add_moment(v[p], shift[p * kHalf + j], s[p], q[p]);
     }
-    sum[j] += s;
-    square[j] += q;
+#pragma GCC unroll 2
+    for (int p = 0; p < kP; ++p) {
+      sum[p * kHalf + j] += s[p];
+      square[p * kHalf + j] += q[p];
+    }
+  }
+}
+
+template <int kCount, class S, class T>
+BRAZE_TARGET void add_moment_rows(const S* x, int64_t stride, int64_t columns, const T* shift,
+                                  T* sum, T* square) {
+  constexpr int kP = kPack<S>;
+  const int64_t n = columns / kP;
+  add_moment_columns<kCount, kP>(x, stride, n, shift, sum, square);
+  if (columns % kP != 0) {
+    add_moment_columns<kCount, 1>(x + n * kP, stride, 1, shift + n, sum + n, square + n);
   }
 }
 
@@ -81,74 +97,140 @@ BRAZE_TARGET void shift_of_plane(const S* x, int64_t spatial, int64_t columns, T
   for (int64_t j = 0; j < columns; ++j) shift[j] = value;
 }
 
+// The sums of one block, in double, by channel.
+template <class S>
+struct BlockMoments {
+  using T = Arithmetic<S>;
+  double count;
+  alignas(64) double shifts[kMaxColumns], sums[kMaxColumns], squares[kMaxColumns];
+  alignas(64) T plain[kMaxColumns], shift[2 * kHalf], sum[2 * kHalf], square[2 * kHalf];
+};
+
+// In double: for values whose squares are beyond fp32.
+template <class S>
+BRAZE_TARGET void sum_block_exactly(const S* x, const Geometry& g, int64_t column, int64_t b,
+                                    int64_t width, BlockMoments<S>& out) {
+  for (int64_t j = 0; j < width; ++j) out.shifts[j] = out.sums[j] = out.squares[j] = 0;
+  for (int64_t i = 0; i < g.matrices(b); ++i) {
+    const Matrix m = g.matrix(column, b, i);
+    for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
+      for (int64_t j = 0; j < (r < m.rows ? m.columns : m.tail); ++j) {
+        const double value = from_storage(x[m.offset + r * m.stride + j]);
+        add_moment(value, 0.0, out.sums[j % width], out.squares[j % width]);
+      }
+    }
+  }
+}
+
+template <class S>
+BRAZE_TARGET void sum_block(const S* x, const Geometry& g, int64_t column, int64_t b, int64_t width,
+                            BlockMoments<S>& out) {
+  using T = Arithmetic<S>;
+  const Matrix head = g.matrix(column, b, 0);
+  const int64_t columns = std::max(head.columns, head.tail);
+  if (g.shape.channels_last) {
+    const int64_t pixels = head.rows * g.fold + head.tail / width;
+    shifts_of_channels(x + head.offset, g.shape.c, width, pixels, columns, out.plain);
+  } else {
+    shift_of_plane(x + head.offset, head.rows > 0 ? head.columns : head.tail, columns, out.plain);
+  }
+  for (int64_t j = 0; j < width; ++j) out.shifts[j] = static_cast<double>(out.plain[j]);
+  const T* shift = out.plain;
+  if (kPack<S> > 1) {
+    to_planar(out.plain, columns, out.shift);
+    shift = out.shift;
+  }
+  clear_columns<S>(columns, out.sum);
+  clear_columns<S>(columns, out.square);
+  out.count = 0;
+  for (int64_t i = 0; i < g.matrices(b); ++i) {
+    const Matrix m = g.matrix(column, b, i);
+    add_moments_of_matrix(x, m, shift, out.sum, out.square);
+    out.count += static_cast<double>(m.rows * m.columns + m.tail) / static_cast<double>(width);
+  }
+  const bool planes = !g.shape.channels_last;
+  sum_columns<S>(out.sum, planes, width, columns, out.sums);
+  sum_columns<S>(out.square, planes, width, columns, out.squares);
+  double overflow = 0;
+  for (int64_t j = 0; j < width; ++j) overflow += out.squares[j] - out.squares[j];
+  if (overflow != 0) sum_block_exactly(x, g, column, b, width, out);
+}
+
 template <class S>
 BRAZE_TARGET void statistics_of(const StatisticsArgs& a, const Geometry& g, int64_t begin,
                                 int64_t end, double* parts) {
-  using T = Arithmetic<S>;
   const S* x = static_cast<const S*>(a.x);
-  alignas(64) T shift[kMaxColumns], sum[kMaxColumns], square[kMaxColumns];
-  alignas(64) double sums[kMaxColumns], squares[kMaxColumns];
+  BlockMoments<S> block;
   for (int64_t u = begin; u < end; ++u) {
     const int64_t part = u / g.columns(), column = u % g.columns();
     const int64_t first = g.first_channel(column), width = g.last_channel(column) - first;
-    double* into = parts + part * kPartRows * g.row() + first;
+    double* shift = parts + (part * kPartRows + kPartShift) * g.row() + first;
+    double* sum = parts + (part * kPartRows + kPartSum) * g.row() + first;
+    double* square = parts + (part * kPartRows + kPartSquare) * g.row() + first;
     double count = 0;
     for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
-      double block_count = 0;
-      for (int64_t i = 0; i < g.matrices(b); ++i) {
-        const Matrix m = g.matrix(column, b, i);
-        const int64_t columns = std::max(m.columns, m.tail);
-        if (i == 0) {
-          if (g.shape.channels_last) {
-            const int64_t pixels = m.rows * g.fold + m.tail / width;
-            shifts_of_channels(x + m.offset, g.shape.c, width, pixels, columns, shift);
-          } else {
-            shift_of_plane(x + m.offset, m.rows > 0 ? m.columns : m.tail, columns, shift);
-          }
-          for (int64_t j = 0; j < columns; ++j) sum[j] = square[j] = T(0);
-        }
-        add_moments_of_matrix(x, m, shift, sum, square);
-        block_count +=
-            static_cast<double>(m.rows * m.columns + m.tail) / static_cast<double>(width);
-      }
-      const Matrix m = g.matrix(column, b, 0);
-      const int64_t columns = std::max(m.columns, m.tail);
-      if (g.shape.channels_last) {
-        sum_of_pixels(sum, width, columns, sums);
-        sum_of_pixels(square, width, columns, squares);
-      } else {
-        sums[0] = sum_of_columns(sum, columns);
-        squares[0] = sum_of_columns(square, columns);
-      }
+      sum_block(x, g, column, b, width, block);
+#pragma GCC ivdep
       for (int64_t j = 0; j < width; ++j) {
-        Moments total = {into[j], count, into[g.row() + j], into[2 * g.row() + j]};
-        merge_moments(total, {static_cast<double>(shift[j]), block_count, sums[j], squares[j]});
-        into[j] = total.shift;
-        into[g.row() + j] = total.sum;
-        into[2 * g.row() + j] = total.square;
+        Moments total = {shift[j], count, sum[j], square[j]};
+        merge_moments(total, {block.shifts[j], block.count, block.sums[j], block.squares[j]});
+        shift[j] = total.shift;
+        sum[j] = total.sum;
+        square[j] = total.square;
       }
-      count += block_count;
+      count += block.count;
     }
   }
 }
 
 // ----------------------------------------------------------------------- apply
 
+template <int kP, bool kPlane, Activation kA, bool kResidual, class S, class T>
+BRAZE_TARGET inline void apply_elements(const S* x, const S* residual, S* y, int64_t j,
+                                        const T* mean, const T* scale, const T* shift) {
+  T value[kP], added[kP] = {};
+  load_elements<kP>(x, value);
+  if constexpr (kResidual) load_elements<kP>(residual, added);
+#pragma GCC unroll 2
+  for (int p = 0; p < kP; ++p) {
+    const int64_t c = kPlane ? 0 : p * kHalf + j;
+    value[p] = normalize(value[p], mean[c], scale[c], shift[c]);
+    if constexpr (kResidual) value[p] += added[p];
+  }
+  if constexpr (kP == 1) {  // gcc does not vectorise the select of relu through an array of one
+    to_storage(activate<kA>(value[0], T(0)), *y);
+  } else {
+    T out[kP];
+#pragma GCC unroll 2
+    for (int p = 0; p < kP; ++p) out[p] = activate<kA>(value[p], T(0));
+    store_elements<kP>(out, y);
+  }
+}
+
+template <int kCount, int kP, bool kPlane, Activation kA, bool kResidual, class S, class T>
+BRAZE_TARGET inline void apply_columns(const S* x, const S* residual, S* y, int64_t stride,
+                                       int64_t n, const Constants<T>& k) {
+  const T *mean = k.mean, *scale = k.scale, *shift = k.shift;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      const int64_t e = r * stride + j * kP;
+      apply_elements<kP, kPlane, kA, kResidual>(x + e, kResidual ? residual + e : residual, y + e,
+                                                j, mean, scale, shift);
+    }
+  }
+}
+
 template <int kCount, bool kPlane, Activation kA, bool kResidual, class S, class T>
 BRAZE_TARGET void apply_rows(const S* x, const S* residual, S* y, int64_t stride, int64_t columns,
                              const Constants<T>& k) {
-  const T *mean = k.mean, *scale = k.scale, *shift = k.shift;
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t c = kPlane ? 0 : j;
-    const T m = mean[c], a = scale[c], b = shift[c];
-#pragma GCC unroll 4
-    for (int r = 0; r < kCount; ++r) {
-      const int64_t e = r * stride + j;
-      T z = normalize(T(from_storage(x[e])), m, a, b);
-      if constexpr (kResidual) z += T(from_storage(residual[e]));
-      to_storage(activate<kA>(z, T(0)), y[e]);
-    }
+  constexpr int kP = kPack<S>;
+  const int64_t n = columns / kP;
+  apply_columns<kCount, kP, kPlane, kA, kResidual>(x, residual, y, stride, n, k);
+  if (columns % kP != 0) {
+    apply_columns<kCount, 1, kPlane, kA, kResidual>(x + n * kP, kResidual ? residual + n * kP : x,
+                                                    y + n * kP, stride, 1, k.at(kPlane ? 0 : n));
   }
 }
 
@@ -174,6 +256,13 @@ BRAZE_TARGET void apply_directly(const ApplyArgs& a, const Matrix& m, const Cons
   }
 }
 
+// Whether apply_rows can do it.
+template <class S>
+bool is_direct(const ApplyArgs& a) {
+  const bool simple = a.activation == Activation::identity || a.activation == Activation::relu;
+  return simple && a.input[1].x == nullptr && a.mask == nullptr && !std::is_same_v<S, F16>;
+}
+
 template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const Constants<T>& k,
                                 const Constants<T>& k2) {
@@ -196,9 +285,8 @@ BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const 
 template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_matrix(const ApplyArgs& a, const Matrix& m, const Constants<T>& k,
                                const Constants<T>& k2) {
-  const bool simple = a.activation == Activation::identity || a.activation == Activation::relu;
   if constexpr (!std::is_same_v<S, F16>) {
-    if (simple && a.input[1].x == nullptr && a.mask == nullptr) {
+    if (is_direct<S>(a)) {
       const bool relu = a.activation == Activation::relu, residual = a.residual != nullptr;
       if (relu && residual) return apply_directly<kPlane, Activation::relu, true, S>(a, m, k);
       if (relu) return apply_directly<kPlane, Activation::relu, false, S>(a, m, k);
@@ -216,48 +304,51 @@ BRAZE_TARGET void apply_matrix(const ApplyArgs& a, const Matrix& m, const Consta
   }
 }
 
+// The constants of an input as columns.
 template <class T>
-struct RepeatedConstants {
-  // `pixels` copies side by side of the constants of all channels, or those themselves if it is 1.
-  BRAZE_TARGET Constants<T> of(const void* stats, int64_t c, int64_t pixels) {
+struct ConstantColumns {
+  BRAZE_TARGET Constants<T> of(const void* stats, int64_t c, int64_t begin, int64_t width,
+                               int64_t pixels, bool planar) {
     const T* s = static_cast<const T*>(stats);
     if (s == nullptr) return {};
-    if (pixels == 1) return {s + kMean * c, s + kScale * c, s + kShift * c};
-    for (int64_t j = 0; j < c; ++j) {
-      mean[j] = s[kMean * c + j];
-      scale[j] = s[kScale * c + j];
-      shift[j] = s[kShift * c + j];
-    }
-    for (int64_t j = c; j < pixels * c; ++j) {
-      mean[j] = mean[j - c];
-      scale[j] = scale[j - c];
-      shift[j] = shift[j - c];
-    }
-    return {mean, scale, shift};
+    s += begin;
+    return {as_columns(s + kMean * c, width, pixels, planar, columns[0]),
+            as_columns(s + kScale * c, width, pixels, planar, columns[1]),
+            as_columns(s + kShift * c, width, pixels, planar, columns[2])};
   }
-  T mean[kMaxColumns], scale[kMaxColumns], shift[kMaxColumns];
+  alignas(64) T columns[3][2 * kHalf];
 };
 
 template <class S>
 BRAZE_TARGET void apply_of(const ApplyArgs& a, const Tiles& tiles, int64_t begin, int64_t end) {
   using T = Arithmetic<S>;
   const int64_t c = a.shape.c;
-  RepeatedConstants<T> repeated[2];
-  if (a.shape.channels_last) {
-    const Constants<T> k = repeated[0].of(a.input[0].stats, c, tiles.fold);
-    const Constants<T> k2 = repeated[1].of(a.input[1].stats, c, tiles.fold);
-    while (end > begin) apply_matrix<false, S>(a, tiles.matrix(--end), k, k2);
+  if (!a.shape.channels_last) {
+    ConstantColumns<T> columns;
+    const Constants<T> k = columns.of(a.input[0].stats, c, 0, c, 1, false);
+    const Constants<T> k2 = columns.of(a.input[1].stats, c, 0, c, 1, false);
+    while (end > begin) {
+      Matrix m = tiles.matrix(--end);
+      const int64_t channel = tiles.first_channel(end), planes = m.rows;
+      m.rows = 1;
+      for (int64_t i = 0; i < planes; ++i, m.offset += m.stride) {
+        apply_matrix<true, S>(a, m, k.at(channel + i), k2.at(channel + i));
+      }
+    }
     return;
   }
-  const Constants<T> k = repeated[0].of(a.input[0].stats, c, 1);
-  const Constants<T> k2 = repeated[1].of(a.input[1].stats, c, 1);
-  while (end > begin) {
-    Matrix m = tiles.matrix(--end);
-    const int64_t channel = tiles.first_channel(end);
-    const int64_t planes = m.rows;
-    m.rows = 1;
-    for (int64_t i = 0; i < planes; ++i, m.offset += m.stride) {
-      apply_matrix<true, S>(a, m, k.at(channel + i), k2.at(channel + i));
+  ConstantColumns<T> columns[2];
+  const bool planar = kPack<S> > 1 && is_direct<S>(a);
+  const int64_t slab = planar ? std::min(c, 2 * kHalf) : c;
+  for (int64_t first = 0; first < c; first += slab) {
+    const int64_t width = std::min(slab, c - first);
+    const Constants<T> k = columns[0].of(a.input[0].stats, c, first, width, tiles.fold, planar);
+    const Constants<T> k2 = columns[1].of(a.input[1].stats, c, first, width, tiles.fold, planar);
+    for (int64_t tile = end; tile > begin;) {
+      Matrix m = tiles.matrix(--tile);
+      m.offset += first;
+      m.columns = tiles.fold * width;
+      apply_matrix<false, S>(a, m, k, k2);
     }
   }
 }

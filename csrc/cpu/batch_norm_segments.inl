@@ -19,6 +19,66 @@ struct Constants {
   }
 };
 
+// Neighbours that a loop treats in one iteration: bf16 are read and written in pairs. What belongs
+// to the columns of such a loop is in planar order: that of even columns, and kHalf later that of
+// odd ones, so that no lane has to move.
+template <class S>
+constexpr int kPack = std::is_same_v<S, Bf16> ? 2 : 1;
+constexpr int64_t kHalf = kMaxColumns;
+
+template <class T>
+BRAZE_TARGET void to_planar(const T* in, int64_t n, T* out) {
+  for (int64_t j = 0; j < n / 2; ++j) out[j] = in[2 * j];
+  for (int64_t j = 0; j < n / 2; ++j) out[kHalf + j] = in[2 * j + 1];
+  if (n % 2 != 0) out[n / 2] = in[n - 1];
+}
+
+template <class T>
+BRAZE_TARGET void from_planar(const T* in, int64_t n, T* out) {
+  for (int64_t j = 0; j < n / 2; ++j) {
+    out[2 * j] = in[j];
+    out[2 * j + 1] = in[kHalf + j];
+  }
+  if (n % 2 != 0) out[n - 1] = in[n / 2];
+}
+
+typedef uint32_t __attribute__((may_alias, aligned(2))) Bf16Pair;
+
+template <int kP, class S>
+BRAZE_TARGET inline void load_elements(const S* in, Arithmetic<S>* out) {
+  if constexpr (kP == 2) {
+    const uint32_t pair = *reinterpret_cast<const Bf16Pair*>(in);
+    out[0] = float_from_low_bf16(pair);
+    out[1] = float_from_high_bf16(pair);
+  } else {
+    out[0] = from_storage(*in);
+  }
+}
+template <int kP, class S>
+BRAZE_TARGET inline void store_elements(const Arithmetic<S>* in, S* out) {
+  if constexpr (kP == 2) {
+    *reinterpret_cast<Bf16Pair*>(out) = bf16_pair_from_floats(in[0], in[1]);
+  } else {
+    to_storage(*in, *out);
+  }
+}
+
+// A vector of channels as the columns of a loop: `pixels` copies side by side.
+template <class T>
+BRAZE_TARGET const T* as_columns(const T* in, int64_t width, int64_t pixels, bool planar, T* out) {
+  if (pixels == 1 && !planar) return in;
+  T repeated[kMaxColumns];
+  const T* columns = in;
+  if (pixels > 1) {
+    T* copies = planar ? repeated : out;
+    for (int64_t j = 0; j < width; ++j) copies[j] = in[j];
+    for (int64_t j = width; j < pixels * width; ++j) copies[j] = copies[j - width];
+    columns = copies;
+  }
+  if (planar) to_planar(columns, pixels * width, out);
+  return out;
+}
+
 // What loops can read as it is. fp16 cannot: gcc does not know its conversion instruction.
 template <class S>
 BRAZE_TARGET inline const S* readable(const S* in, int64_t, Arithmetic<S>*) {
@@ -206,6 +266,30 @@ BRAZE_TARGET void sum_of_pixels(const T* in, int64_t width, int64_t columns, dou
   for (int64_t j = 0; j < width; ++j) out[j] = static_cast<double>(in[j]);
   for (int64_t p = width; p < columns; p += width) {
     for (int64_t j = 0; j < width; ++j) out[j] += static_cast<double>(in[p + j]);
+  }
+}
+
+template <class S, class T>
+BRAZE_TARGET void clear_columns(int64_t columns, T* out) {
+  constexpr int kP = kPack<S>;
+  for (int64_t j = 0; j < (columns + kP - 1) / kP; ++j) {
+    for (int p = 0; p < kP; ++p) out[p * kHalf + j] = T(0);
+  }
+}
+
+// The sums of a loop's columns, by channel; S: the order of the columns.
+template <class S, class T>
+BRAZE_TARGET void sum_columns(const T* in, bool planes, int64_t width, int64_t columns,
+                              double* out) {
+  T plain[kMaxColumns];
+  if (kPack<S> > 1) {
+    from_planar(in, columns, plain);
+    in = plain;
+  }
+  if (planes) {
+    out[0] = sum_of_columns(in, columns);
+  } else {
+    sum_of_pixels(in, width, columns, out);
   }
 }
 

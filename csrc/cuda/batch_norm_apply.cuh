@@ -41,8 +41,10 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
     for (int i = 0; i < kUnroll; ++i) {
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) x[k][i].load(a.args.input[k].x, units[i]);
-      residual[i].load(a.args.residual, units[i], kInputs == 1 && a.args.residual != nullptr);
     }
+    const bool has_residual = kInputs == 1 && a.args.residual != nullptr;
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) residual[i].load(a.args.residual, units[i], has_residual);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       T z[kLanes];
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
         z[j] = normalizer[0](x[0][i].get(j), j);
         if constexpr (kInputs == 2) z[j] += normalizer[1](x[1][i].get(j), j);
       }
-      if (kInputs == 1 && a.args.residual != nullptr) {
+      if (has_residual) {
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) z[j] += residual[i].get(j);
       }

@@ -47,7 +47,7 @@ struct BackwardUnit {
     mask = args.mask != nullptr && place.lanes != 0 ? args.mask[place.mask] >> place.bit : 0;
   }
 
-  // d of each lane; of lanes that the unit lacks, 0.
+  // d of each lane; 0 where dy is, as in lanes that the unit lacks.
   template <bool kCurved>
   __device__ __forceinline__ void gradient(const BackwardArgument& a,
                                            const Normalizer<T, kLanes> (&normalizer)[kInputs],
@@ -85,8 +85,6 @@ struct BackwardUnit {
         }
       });
     }
-#pragma unroll
-    for (int j = 0; j < kLanes; ++j) d[j] = place.has(j) ? d[j] : T(0);
   }
 };
 

@@ -77,7 +77,7 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
     grid.phase = phase;
   }
   grid.phase = std::max(grid.phase, 0);
-  grid.moves_to_phase = !shape.channels_last && grid.aligned && !demand.mask && lanes == vector;
+  grid.moves_to_phase = !shape.channels_last && grid.aligned && !demand.mask;
 
   int64_t groups, active;
   if (shape.channels_last) {
@@ -101,14 +101,13 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
   const int64_t threads = divide_up(active, 32) * 32;
   // Small blocks run in greater numbers.
   const int64_t resident = demand.resident * (kNormThreads / threads);
-  const int64_t units = shape.numel() == 0 ? 0 : grid.rows * grid.words;
+  const int64_t units = grid.rows * grid.words;
   // Either one wave that fills the device as good as evenly, or several.
   int64_t splits = groups <= resident / 8 ? resident / groups : divide_up(4 * resident, groups);
   splits =
       std::clamp<int64_t>(splits, 1, std::max<int64_t>(divide_up(units, active * kMinUnits), 1));
   if (demand.reduction) splits = std::max(splits, divide_up(units, active * kMaxRun));
   if (groups > INT32_MAX / splits) return cudaErrorInvalidConfiguration;
-  if (units == 0) grid.rows = 0;
   grid.groups = static_cast<uint32_t>(groups);
   grid.splits = static_cast<uint32_t>(splits);
   grid.active = static_cast<int32_t>(active);

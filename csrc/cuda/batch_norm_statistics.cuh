@@ -86,7 +86,7 @@ __device__ __forceinline__ void count_batch(int64_t* batches_tracked, unsigned i
 // --- the kernels ---
 
 template <class S>
-__global__ void __launch_bounds__(kNormThreads, 3)
+__global__ void __launch_bounds__(kNormThreads, 2)
     batch_norm_statistics_kernel(BRAZE_GRID_CONSTANT(StatisticsArgument) a) {
   using T = Arithmetic<S>;
   constexpr int kLanes = kVector<S>, kUnroll = 4;

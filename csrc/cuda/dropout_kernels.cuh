@@ -16,11 +16,6 @@ constexpr int kTileElements = 32 * kLanesPerBlock;
 constexpr int kTilesPerChunk = static_cast<int>(kDropoutChunk) / kTileElements;
 static_assert(kTilesPerChunk % kDropoutWarps == 0);
 
-struct DropoutArgument {
-  DropoutArgs args;
-  int64_t first_chunk;
-};
-
 template <class S>
 constexpr DType kDTypeOf = std::is_same_v<S, double>  ? DType::f64
                            : std::is_same_v<S, float> ? DType::f32
@@ -87,44 +82,64 @@ __device__ __forceinline__ T drop_element(bool kept, T x, T second, const Dropou
   }
 }
 
-// The tile that begins with element `base`. kWidth elements per access: 16 bytes, or one, which may
-// lie beyond the end.
-template <class S, int kWidth, DropoutStep kStep, Activation kA, bool kChannels>
-__device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base,
-                                          const RandomState& random) {
+// Where a lane has element j of its eight of a tile, in accesses of kWidth elements.
+template <int kWidth>
+__device__ __forceinline__ int place_in_tile(int j) {
+  return (j / kWidth * 32 + static_cast<int>(threadIdx.x % 32)) * kWidth + j % kWidth;
+}
+
+// A bit for each of this lane's eight elements of the tile that begins with element `base`.
+template <int kWidth, bool kChannels>
+__device__ __forceinline__ uint32_t tile_bits(const DropoutArgs& a, int64_t base,
+                                              const RandomState& random) {
+  uint32_t bits = 0;
+  if constexpr (kChannels) {
+#pragma unroll 1
+    for (int j = 0; j < kLanesPerBlock; j += kWidth) {
+      bits |= channel_bits<kWidth>(a, base + place_in_tile<kWidth>(j), random) << j;
+    }
+  } else {
+    const uint64_t block = static_cast<uint64_t>(base) / kLanesPerBlock + threadIdx.x % 32;
+    const uint32_t own = kept_bits(random, block, a.threshold);
+    if constexpr (kWidth == kLanesPerBlock) {
+      bits = own;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kLanesPerBlock; j += kWidth) {
+        const int place = place_in_tile<kWidth>(j);
+        const uint32_t theirs = __shfl_sync(0xffffffffu, own, place / kLanesPerBlock);
+        bits |= (theirs >> place % kLanesPerBlock & ((1u << kWidth) - 1)) << j;
+      }
+    }
+  }
+  return bits;
+}
+
+// kWidth elements per access: 16 bytes, or one, which may lie beyond the end.
+template <class S, int kWidth, DropoutStep kStep, Activation kA>
+__device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base, uint32_t bits) {
   using T = Arithmetic<S>;
   using Access = std::conditional_t<kWidth == 1, Single<T>, Uniform<S, T>>;
   constexpr bool kTwo = kStep == DropoutStep::add || kStep == DropoutStep::activate_grad;
-  constexpr bool kMasked = !(kStep == DropoutStep::activate_grad && kA == Activation::relu);
-  constexpr int kRounds = kLanesPerBlock / kWidth;
-  constexpr int kAtOnce = kWidth == 1 ? 1 : kRounds;  // accesses under way
-  const int lane = static_cast<int>(threadIdx.x % 32);
+  constexpr int kAccesses = kLanesPerBlock / kWidth;
+  constexpr int kAtOnce = kWidth == 1 ? 1 : kAccesses;  // accesses under way
   const DropoutTerms<T> terms = round_terms<T>(a.terms);
   const T parameter = static_cast<T>(a.parameter);
-  uint32_t own = 0;
-  if constexpr (kMasked && !kChannels) {
-    own = kept_bits(random, static_cast<uint64_t>(base) / kLanesPerBlock + lane, a.threshold);
-  }
 #pragma unroll 1
-  for (int first = 0; first < kRounds; first += kAtOnce) {
+  for (int first = 0; first < kAccesses; first += kAtOnce) {
     typename Access::Pack x[kAtOnce] = {}, second[kAtOnce] = {};
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int64_t i = base + ((first + k) * 32 + lane) * kWidth;
+      const int64_t i = base + place_in_tile<kWidth>((first + k) * kWidth);
       if (kWidth == 1 && i >= a.numel) continue;
       x[k] = Access::load(a.x, kDTypeOf<S>, i);
       if constexpr (kTwo) second[k] = Access::load(a.second, kDTypeOf<S>, i);
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int within = ((first + k) * 32 + lane) * kWidth;
-      const int64_t i = base + within;
-      uint32_t kept = own;
-      if constexpr (kMasked && !kChannels && kWidth != kLanesPerBlock) {
-        kept = __shfl_sync(0xffffffffu, own, within / kLanesPerBlock) >> within % kLanesPerBlock;
-      }
+      const int64_t i = base + place_in_tile<kWidth>((first + k) * kWidth);
       if (kWidth == 1 && i >= a.numel) continue;
-      if constexpr (kMasked && kChannels) kept = channel_bits<kWidth>(a, i, random);
+      const uint32_t kept = bits >> (first + k) * kWidth;
       typename Access::Pack result = x[k];
 #pragma unroll
       for (int j = 0; j < Access::kCount; ++j) {
@@ -135,25 +150,6 @@ __device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base,
                                                terms, parameter));
       }
       Access::store(a.out, kDTypeOf<S>, i, result);
-    }
-  }
-}
-
-template <class S, DropoutStep kStep, Activation kA, bool kChannels>
-__device__ __forceinline__ void drop_chunk(const DropoutArgs& a, int64_t chunk,
-                                           const RandomState& random) {
-  const uint64_t addresses = reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out) |
-                             reinterpret_cast<uint64_t>(a.second);
-  const bool aligned = addresses % 16 == 0;
-  const int warp = static_cast<int>(threadIdx.x / 32);
-#pragma unroll 1
-  for (int tile = warp; tile < kTilesPerChunk; tile += kDropoutWarps) {
-    const int64_t base = chunk * kDropoutChunk + tile * kTileElements;
-    if (base >= a.numel) break;
-    if (aligned && base + kTileElements <= a.numel) {
-      drop_tile<S, 16 / sizeof(S), kStep, kA, kChannels>(a, base, random);
-    } else {
-      drop_tile<S, 1, kStep, kA, kChannels>(a, base, random);
     }
   }
 }
@@ -180,20 +176,43 @@ __device__ __forceinline__ void with_activation(Activation activation, Body body
 
 template <class S, DropoutStep kStep, bool kChannels>
 __global__ void __launch_bounds__(kDropoutThreads)
-    dropout_kernel(BRAZE_GRID_CONSTANT(DropoutArgument) argument) {
-  const DropoutArgs& a = argument.args;
+    dropout_kernel(BRAZE_GRID_CONSTANT(DropoutArgs) a) {
+  constexpr bool kActivates = kStep == DropoutStep::activate || kStep == DropoutStep::activate_grad;
+  // Functions of double need all registers: one element at a time.
+  constexpr int kWidth = sizeof(S) == 8 && kActivates ? 1 : 16 / sizeof(S);
   const RandomState random = a.random.read();
-  const int64_t chunk = argument.first_chunk + static_cast<int64_t>(blockIdx.x);
+  const auto chunk = static_cast<int64_t>(blockIdx.x);
   if (a.used != nullptr && chunk == 0 && threadIdx.x == 0) {
     a.used[0] = static_cast<int64_t>(random.seed);
     a.used[1] = static_cast<int64_t>(random.offset);
   }
-  if constexpr (kStep == DropoutStep::activate || kStep == DropoutStep::activate_grad) {
-    with_activation(a.activation, [&](auto activation) {
-      drop_chunk<S, kStep, decltype(activation)::value, kChannels>(a, chunk, random);
-    });
-  } else {
-    drop_chunk<S, kStep, Activation::identity, kChannels>(a, chunk, random);
+  const uint64_t addresses = reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out) |
+                             reinterpret_cast<uint64_t>(a.second);
+  const bool aligned = kWidth > 1 && addresses % 16 == 0;
+  const int warp = static_cast<int>(threadIdx.x / 32);
+#pragma unroll 1
+  for (int tile = warp; tile < kTilesPerChunk; tile += kDropoutWarps) {
+    const int64_t base = chunk * kDropoutChunk + tile * kTileElements;
+    if (base >= a.numel) break;
+    const bool wide = aligned && base + kTileElements <= a.numel;
+    uint32_t bits = 0;
+    if (a.needs_mask()) {
+      bits = wide ? tile_bits<kWidth, kChannels>(a, base, random)
+                  : tile_bits<1, kChannels>(a, base, random);
+    }
+    const auto run = [&](auto activation) {
+      constexpr Activation kA = decltype(activation)::value;
+      if (wide) {
+        drop_tile<S, kWidth, kStep, kA>(a, base, bits);
+      } else {
+        drop_tile<S, 1, kStep, kA>(a, base, bits);
+      }
+    };
+    if constexpr (kActivates) {
+      with_activation(a.activation, run);
+    } else {
+      run(std::integral_constant<Activation, Activation::identity>());
+    }
   }
 }
 

@@ -19,27 +19,23 @@ auto kernel_for(DropoutStep step, bool channels) {
 }
 
 template <class S>
-cudaError_t launch(const DropoutArgument& argument, unsigned int grid, cudaStream_t stream) {
-  const bool channels = argument.args.mask.kind != DropoutMask::element;
-  const auto kernel = kernel_for<S>(argument.args.step, channels);
-  return BRAZE_LAUNCH(kernel, grid, kDropoutThreads, 0, stream, argument);
+cudaError_t launch(const DropoutArgs& args, unsigned int grid, cudaStream_t stream) {
+  const auto kernel = kernel_for<S>(args.step, args.mask.kind != DropoutMask::element);
+  return BRAZE_LAUNCH(kernel, grid, kDropoutThreads, 0, stream, args);
 }
 
 }  // namespace
 
-cudaError_t dropout(const DropoutArgs& args, cudaStream_t stream, DropoutChunks chunks) {
-  const int64_t count = (args.numel + kDropoutChunk - 1) / kDropoutChunk;
+cudaError_t dropout(const DropoutArgs& args, cudaStream_t stream) {
+  const int64_t chunks = (args.numel + kDropoutChunk - 1) / kDropoutChunk;
+  if (chunks == 0 && args.used == nullptr) return cudaSuccess;
   // An empty tensor's seed and offset are wanted all the same.
-  const int64_t needed = std::max<int64_t>(count, args.used == nullptr ? 0 : 1);
-  const int64_t begin = std::max<int64_t>(chunks.begin, 0), end = std::min(chunks.end, needed);
-  if (begin >= end) return cudaSuccess;
-  const DropoutArgument argument = {args, begin};
-  const auto grid = static_cast<unsigned int>(end - begin);
+  const auto grid = static_cast<unsigned int>(std::max<int64_t>(chunks, 1));
   switch (args.dtype) {
-    case DType::f32: return launch<float>(argument, grid, stream);
-    case DType::f64: return launch<double>(argument, grid, stream);
-    case DType::bf16: return launch<Bf16>(argument, grid, stream);
-    default: return launch<F16>(argument, grid, stream);
+    case DType::f32: return launch<float>(args, grid, stream);
+    case DType::f64: return launch<double>(args, grid, stream);
+    case DType::bf16: return launch<Bf16>(args, grid, stream);
+    default: return launch<F16>(args, grid, stream);
   }
 }
 

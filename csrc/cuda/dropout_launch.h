@@ -11,12 +11,7 @@ namespace braze::cuda {
 // Elements of one block.
 constexpr int64_t kDropoutChunk = 8192;
 
-// Only blocks [begin, end), for memory that exists in part.
-struct DropoutChunks {
-  int64_t begin = 0, end = INT64_MAX;
-};
-
 // On the current device. An error means that nothing was launched.
-cudaError_t dropout(const DropoutArgs& args, cudaStream_t stream, DropoutChunks chunks = {});
+cudaError_t dropout(const DropoutArgs& args, cudaStream_t stream);
 
 }  // namespace braze::cuda

@@ -51,9 +51,19 @@ BRAZE_INLINE T lower_derivative(T parameter) {
   return kA == Activation::leaky_relu ? parameter : T(0);
 }
 
+// sigmoid(z) and its derivative. From e^-|z|, so that where one of s and 1 - s is tiny, s (1 - s)
+// has not lost it.
 template <class T>
-BRAZE_INLINE T sigmoid(T z) {
-  return T(1) / (T(1) + exponential(-z));
+struct Logistic {
+  T value, derivative;
+};
+
+template <class T>
+BRAZE_INLINE Logistic<T> logistic(T z) {
+  const T e = exponential(z < T(0) ? z : -z);
+  const T r = T(1) / (T(1) + e);
+  const T smaller = e * r;
+  return {z < T(0) ? smaller : r, smaller * r};
 }
 
 template <class T>
@@ -62,10 +72,10 @@ BRAZE_INLINE T clamp(T z, T low, T high) {
   return raised > high ? high : raised;
 }
 
-// sqrt(2 / pi) (z + 0.044715 z^3), the argument of the tanh in gelu_tanh.
+// gelu_tanh is z (1 + tanh(u / 2)) / 2 = z sigmoid(u) with u = 2 sqrt(2 / pi) (z + 0.044715 z^3).
 template <class T>
 BRAZE_INLINE T gelu_inner(T z) {
-  const T root = T(0.79788456080286535588);
+  const T root = T(1.59576912160573071176);
   return z * fused_multiply_add(root * T(0.044715) * z, z, root);
 }
 
@@ -80,13 +90,11 @@ BRAZE_INLINE T activate(T z, T parameter) {
     const T curve = parameter * exponential_minus_1(negative);
     return z > T(0) ? z : curve;
   }
-  if constexpr (kA == Activation::sigmoid) return sigmoid(z);
+  if constexpr (kA == Activation::sigmoid) return logistic(z).value;
   if constexpr (kA == Activation::tanh) return hyperbolic_tangent(z);
-  if constexpr (kA == Activation::silu) return z * sigmoid(z);
+  if constexpr (kA == Activation::silu) return z * logistic(z).value;
   if constexpr (kA == Activation::gelu) return z * normal_cdf(z);
-  if constexpr (kA == Activation::gelu_tanh) {
-    return T(0.5) * z * (T(1) + hyperbolic_tangent(gelu_inner(z)));
-  }
+  if constexpr (kA == Activation::gelu_tanh) return z * logistic(gelu_inner(z)).value;
   if constexpr (kA == Activation::hardswish) {
     return z * (clamp(z + T(3), T(0), T(6)) / T(6));
   }
@@ -111,27 +119,21 @@ BRAZE_INLINE T activation_derivative(T z, T parameter) {
     const T slope = parameter * exponential(z > T(0) ? T(0) : z);
     return z > T(0) ? T(1) : slope;
   }
-  if constexpr (kA == Activation::sigmoid) {
-    const T s = sigmoid(z);
-    return s * (T(1) - s);
-  }
-  if constexpr (kA == Activation::tanh) {
-    const T t = hyperbolic_tangent(z);
-    return fused_multiply_add(-t, t, T(1));
-  }
+  if constexpr (kA == Activation::sigmoid) return logistic(z).derivative;
+  if constexpr (kA == Activation::tanh) return T(4) * logistic(T(2) * z).derivative;
   if constexpr (kA == Activation::silu) {
-    const T s = sigmoid(z);
-    return s * fused_multiply_add(z, T(1) - s, T(1));
+    const Logistic<T> s = logistic(z);
+    return fused_multiply_add(z, s.derivative, s.value);
   }
   if constexpr (kA == Activation::gelu) {
     const T density = T(0.39894228040143267794) * exponential(T(-0.5) * z * z);
     return fused_multiply_add(z, density, normal_cdf(z));
   }
   if constexpr (kA == Activation::gelu_tanh) {
-    const T root = T(0.79788456080286535588);
-    const T t = hyperbolic_tangent(gelu_inner(z));
-    const T inner = fused_multiply_add(T(3) * T(0.044715) * root * z, z, root);
-    return T(0.5) * fused_multiply_add(z * inner, fused_multiply_add(-t, t, T(1)), T(1) + t);
+    const T root = T(1.59576912160573071176);
+    const T slope = fused_multiply_add(T(3) * T(0.044715) * root * z, z, root);
+    const Logistic<T> s = logistic(gelu_inner(z));
+    return fused_multiply_add(z * slope, s.derivative, s.value);
   }
   if constexpr (kA == Activation::hardswish) {
     const T middle = fused_multiply_add(z, T(1) / T(3), T(0.5));

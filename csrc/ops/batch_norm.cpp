@@ -149,6 +149,11 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
       like_x(want_x),       array_like(want_weight, weight),   array_like(want_bias, weight),
       like_x(want_x2),      array_like(want_weight2, weight2), array_like(want_bias2, weight2),
       like_x(want_residual)};
+  // Empty tensors have no memory for kernels to tell by which inputs there are.
+  if (x.numel() == 0) {
+    std::apply([](const auto&... gradient) { (gradient.zero_(), ...); }, result);
+    return result;
+  }
   const auto pointer = [](bool wanted, const at::Tensor& tensor) {
     return wanted ? tensor.mutable_data_ptr() : nullptr;
   };

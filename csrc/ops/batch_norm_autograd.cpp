@@ -81,7 +81,8 @@ at::Tensor activate_by_torch(const at::Tensor& z, Activation activation, double 
     case Activation::gelu: return at::gelu(z);
     case Activation::gelu_tanh: return at::gelu(z, "tanh");
     case Activation::hardswish: return at::hardswish(z);
-    case Activation::hardsigmoid: return at::hardsigmoid(z);
+    // at::hardsigmoid has no second derivative, and a first one that is rounded to float.
+    case Activation::hardsigmoid: return at::hardtanh(z + 3, 0, 6) / 6;
     case Activation::mish: return at::mish(z);
     default: return z;
   }
@@ -281,9 +282,13 @@ bool needs_gradient(const Variables& v) {
 }
 
 std::pair<at::Tensor, at::Tensor> run(Variables v, const Call& call) {
-  // In here, so that what is saved for the backward pass is what the kernels read.
-  if (v[kInput]->dim() >= 2 && v[kInput]->layout() == c10::kStrided)
-    v[kInput] = dense_activation(*v[kInput]);
+  // In here, so that what is saved for the backward pass is what the kernels read. Traced shapes
+  // are no numbers; the kernels make their own copy then.
+  const at::Tensor& input = *v[kInput];
+  if (input.dim() >= 2 && input.layout() == c10::kStrided &&
+      !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    v[kInput] = dense_activation(input);
+  }
   if (v[kResidual] && v[kResidual]->sym_sizes() != v[kInput]->sym_sizes()) {
     v[kResidual] = v[kResidual]->expand_symint(v[kInput]->sym_sizes());
   }

@@ -110,6 +110,7 @@ at::Tensor batch_norm_reduce(const at::Tensor& grad, const at::Tensor& input,
   at::Tensor sums = new_array(kept[0], {2, args.shape.c});
   args.sums = sums.mutable_data_ptr();
   args.count = static_cast<double>(args.shape.per_channel());
+  if (args.shape.numel() == 0) return sums.zero_();
   run_reduce(kept[0], args);
   return sums;
 }

@@ -100,20 +100,20 @@ struct Dropout : Function<Dropout> {
   }
 };
 
+// `used` becomes the seed and offset: an input that is a view allows one output only.
 struct DropoutInPlace : Function<DropoutInPlace> {
-  static variable_list forward(AutogradContext* ctx, at::Tensor input, double p, bool alpha,
-                               bool feature, const OptionalGenerator& generator) {
+  static at::Tensor forward(AutogradContext* ctx, at::Tensor input, double p, bool alpha,
+                            bool feature, const OptionalGenerator& generator, at::Tensor* used) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    at::Tensor state = dropout_(input, p, alpha, feature, generator);
+    const at::Tensor state = *used = dropout_(input, p, alpha, feature, generator);
     // A tensor with gaps was copied, in the order that empty_like gives the copy.
     save_scale(ctx, input.is_non_overlapping_and_dense() ? input : at::empty_like(input), state, p,
                alpha, feature);
     ctx->mark_dirty({input});
-    ctx->mark_non_differentiable({state});
-    return {input, state};
+    return input;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(5);
+    variable_list result(6);
     if (grads[0].defined()) result[0] = scale_grad(ctx, grads[0]);
     return result;
   }
@@ -186,21 +186,19 @@ struct ActDropout : Function<ActDropout> {
   }
 };
 
+// before: a copy of the input, with its history; none if the output is saved.
 struct ActDropoutInPlace : Function<ActDropoutInPlace> {
-  static variable_list forward(AutogradContext* ctx, at::Tensor input, double p,
-                               std::string_view activation, double parameter,
-                               const OptionalGenerator& generator) {
+  static at::Tensor forward(AutogradContext* ctx, at::Tensor input, const OptionalTensor& before,
+                            double p, std::string_view activation, double parameter,
+                            const OptionalGenerator& generator, at::Tensor* used) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const bool from_output = output_says_all(activation);
-    const at::Tensor before = from_output ? at::Tensor() : input.clone();
-    at::Tensor state = act_dropout_(input, p, activation, parameter, generator);
-    ActDropout::save(ctx, from_output ? input : before, state, p, activation, parameter);
+    const at::Tensor state = *used = act_dropout_(input, p, activation, parameter, generator);
+    ActDropout::save(ctx, before.has_value() ? *before : input, state, p, activation, parameter);
     ctx->mark_dirty({input});
-    ctx->mark_non_differentiable({state});
-    return {input, state};
+    return input;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(5);
+    variable_list result(7);
     if (grads[0].defined()) result[0] = ActDropout::grad_of(ctx, grads[0]);
     return result;
   }
@@ -268,8 +266,11 @@ DropoutResult dropout_autograd(const at::Tensor& input, double p, bool alpha, bo
 at::Tensor dropout_inplace_autograd(at::Tensor& input, double p, bool alpha, bool feature,
                                     OptionalGenerator generator) {
   check_inplace(input);
-  if (needs_grad(input)) return DropoutInPlace::apply(input, p, alpha, feature, generator)[1];
   at::Tensor state;
+  if (needs_grad(input)) {
+    DropoutInPlace::apply(input, p, alpha, feature, generator, &state);
+    return state;
+  }
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
     state = dropout_(input, p, alpha, feature, generator);
@@ -307,10 +308,13 @@ DropoutResult act_dropout_autograd(const at::Tensor& input, double p, std::strin
 at::Tensor act_dropout_inplace_autograd(at::Tensor& input, double p, std::string_view activation,
                                         double parameter, OptionalGenerator generator) {
   check_inplace(input);
-  if (needs_grad(input)) {
-    return ActDropoutInPlace::apply(input, p, activation, parameter, generator)[1];
-  }
   at::Tensor state;
+  if (needs_grad(input)) {
+    OptionalTensor before;
+    if (!output_says_all(activation)) before = input.clone();
+    ActDropoutInPlace::apply(input, before, p, activation, parameter, generator, &state);
+    return state;
+  }
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
     state = act_dropout_(input, p, activation, parameter, generator);

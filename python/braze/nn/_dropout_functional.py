@@ -117,8 +117,7 @@ def _compilable(input: Tensor) -> bool:
         input.dtype in _DTYPES
         and input.layout is torch.strided
         and (
-            input.device.type == "cpu"
-            or (input.device.type == "cuda" and "cuda" in _C.backends())
+            input.device.type == "cpu" or (input.device.type == "cuda" and "cuda" in _C.backends())
         )
     )
 
@@ -328,9 +327,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def check_activation(activation: str) -> None:
     if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}"
-        )
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
 
 
 def act_dropout(

@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "emulated_memory.h"
 #include "emulator/control.h"
 #include "ops/backend_cuda.h"
 
@@ -144,7 +145,9 @@ PyObject* set_null_launch(PyObject*, PyObject* value) {
 }
 
 PyObject* set_deferred(PyObject*, PyObject* value) {
-  TRY((emulator::set_deferred(PyObject_IsTrue(value) == 1), cudaSuccess));
+  const bool deferred = PyObject_IsTrue(value) == 1;
+  TRY((emulator::set_deferred(deferred), cudaSuccess));
+  emulated_memory::set_deferred(deferred);
   return none();
 }
 
@@ -171,6 +174,7 @@ PyObject* synchronize(PyObject*, PyObject*) {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
     TRY(cudaDeviceSynchronize());
   }
+  emulated_memory::work_has_run();
   return none();
 }
 
@@ -208,10 +212,12 @@ PyObject* use_stream(PyObject*, PyObject* args) {
 PyObject* begin_capture(PyObject*, PyObject*) {
   TRY(cudaStreamBeginCapture(c10::cuda::getCurrentCUDAStream(0).stream(),
                              cudaStreamCaptureModeGlobal));
+  emulated_memory::begin_capture();
   return none();
 }
 
 PyObject* end_capture(PyObject*, PyObject*) {
+  emulated_memory::end_capture();
   cudaGraph_t graph = nullptr;
   TRY(cudaStreamEndCapture(c10::cuda::getCurrentCUDAStream(0).stream(), &graph));
   cudaGraphExec_t executable = nullptr;
@@ -229,6 +235,7 @@ PyObject* replay(PyObject*, PyObject* graph) {
 
 PyObject* destroy_graph(PyObject*, PyObject* graph) {
   TRY(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(PyLong_AsVoidPtr(graph))));
+  emulated_memory::graph_destroyed();
   return none();
 }
 

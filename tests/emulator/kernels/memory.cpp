@@ -1,4 +1,5 @@
-// Counts the memory requests of the optimizer kernels, and of kernels whose figures are known.
+// Counts the memory requests of the kernels: here the optimizers', and of kernels whose figures are
+// known.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -104,6 +105,8 @@ void count_steps() {
 
 }  // namespace
 
+void count_batch_norm();
+
 int main() {
   auto* in = static_cast<float*>(device_memory(4096));
   auto* out = static_cast<float*>(device_memory(4096));
@@ -116,5 +119,6 @@ int main() {
   count("control_padded_transpose",
         [&] { return BRAZE_LAUNCH((transpose_kernel<33>), 1, square, 0, nullptr, in, out); });
   count_steps();
+  count_batch_norm();
   return 0;
 }

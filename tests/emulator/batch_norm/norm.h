@@ -1,0 +1,123 @@
+// A batch-norm problem in device memory, and its answers in double.
+#pragma once
+#include <functional>
+#include <vector>
+
+#include "cuda/batch_norm_launch.h"
+#include "harness.h"
+
+namespace norm {
+
+using namespace braze;
+
+// A vector in device memory. One element past its end is out of bounds.
+class Array {
+ public:
+  Array() = default;
+  // `phase` elements beyond a 16-byte boundary; filled with rubbish.
+  Array(DType dtype, int64_t count, int phase = 0);
+  ~Array();
+  Array(Array&& other) noexcept { *this = std::move(other); }
+  Array& operator=(Array&& other) noexcept;
+
+  double get(int64_t i) const;
+  void set(int64_t i, double value);
+  void zero();
+  void* data() const { return data_; }
+  int64_t count() const { return count_; }
+  DType dtype() const { return dtype_; }
+  std::vector<char> bytes() const;
+
+ private:
+  char* memory_ = nullptr;
+  char* data_ = nullptr;
+  int64_t count_ = 0;
+  DType dtype_ = DType::f32;
+};
+
+struct Spec {
+  int64_t n = 2, c = 3, spatial = 5;
+  bool channels_last = true;
+  DType dtype = DType::f32;
+  Activation activation = Activation::identity;
+  double parameter = 0.25;
+  int inputs = 1;
+  bool residual = false, mask = false, dy2 = false;
+  bool weight = true, bias = true, running = true;
+  bool narrow_params = false;     // parameters of the tensors' dtype, not fp32
+  bool training = true;           // else running statistics normalise
+  bool in_place = false;          // y is x, dx is dy
+  int phase = 0, phase_of_y = 0;  // elements off a 16-byte boundary; phase_of_y: y and dy differ
+  double mean = 0.5, sigma = 1, momentum = 0.1, eps = 1e-5;
+  bool cumulative = false;
+  uint64_t salt = 0;
+
+  ActivationShape shape() const { return {n, c, spatial, channels_last, dtype}; }
+};
+
+const char* describe(const Spec& spec);
+int64_t offset_of(const Spec& spec, int64_t image, int64_t channel, int64_t pixel);
+DType arithmetic(DType dtype);  // f64 or f32
+double rounding(DType dtype);   // relative error of one rounding to it
+
+// Workspace and tickets of exactly the size asked for.
+struct Memory {
+  Array workspace, tickets;
+  cuda::NormScratch scratch;
+  explicit Memory(const cuda::NormScratchSize& size);
+  void check() const;  // the tickets are zero again
+};
+template <class Args>
+Memory memory_for(const Args& args) {
+  cuda::NormScratchSize size;
+  CHECK_OK(cuda::batch_norm_scratch(args, size));
+  return Memory(size);
+}
+
+class Problem {
+ public:
+  explicit Problem(const Spec& spec);
+
+  BatchNormChannels channels(int k);
+  StatisticsArgs statistics_args(int k);
+  ApplyArgs apply_args();
+  BackwardArgs backward_args();
+
+  // Launch, wait, compare; false if something was wrong.
+  bool check_statistics();
+  bool check_from_running();
+  bool check_apply();
+  bool check_backward();
+  bool check_all();
+  // The reference's stats in place of the kernels'.
+  void set_stats();
+  // What everything wrote, for comparing runs.
+  std::vector<char> results() const;
+
+  Spec spec;
+  Array x[2], residual, y, mask, dy, dy2, dx[2], grad_residual;
+  Array weight[2], bias[2], running_mean[2], running_var[2], tracked[2];
+  Array stats[2], coefficients[2], grad_weight[2], grad_bias[2], sums;
+
+ private:
+  double z(int64_t i, int64_t channel) const;
+  bool is_upper(int64_t i, int64_t channel) const;
+  double weight_of(int k, int64_t c) const { return spec.weight ? weight[k].get(c) : 1; }
+  double bias_of(int k, int64_t c) const { return spec.bias ? bias[k].get(c) : 0; }
+  bool check_running(int k, const std::vector<double>& old_mean,
+                     const std::vector<double>& old_var);
+
+  // Of each input and channel, by the reference.
+  std::vector<double> mean_[2], variance_[2];
+};
+
+double activate(Activation activation, double z, double parameter);
+double derivative(Activation activation, double z, double parameter);
+// By z in the arithmetic type, as the kernels see it.
+bool upper(Activation activation, double z, DType arithmetic);
+bool two_slopes(Activation activation);
+
+// |got - want| <= tolerance, or NaN in both, or the same infinity.
+bool near(double got, double want, double tolerance);
+
+}  // namespace norm

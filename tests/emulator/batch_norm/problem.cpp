@@ -1,0 +1,305 @@
+#include <cmath>
+#include <cstring>
+
+#include "math/batch_norm.h"
+#include "norm.h"
+
+namespace norm {
+
+using namespace harness;
+
+namespace {
+
+double gaussian(Random& random) {
+  double sum = -6;
+  for (int i = 0; i < 12; ++i) sum += random.uniform();
+  return sum;
+}
+
+template <class F>
+void for_each(const Spec& s, F&& f) {
+  for (int64_t i = 0; i < s.n; ++i) {
+    for (int64_t c = 0; c < s.c; ++c) {
+      for (int64_t p = 0; p < s.spatial; ++p) f(offset_of(s, i, c, p), c);
+    }
+  }
+}
+
+int64_t mask_byte(const Spec& s, int64_t i) {
+  const int64_t row = s.channels_last ? s.c : s.spatial;
+  return i / row * ((row + 7) / 8) + i % row / 8;
+}
+int mask_bit(const Spec& s, int64_t i) {
+  return static_cast<int>(i % (s.channels_last ? s.c : s.spatial) % 8);
+}
+
+}  // namespace
+
+Problem::Problem(const Spec& s) : spec(s) {
+  Random random(seed() * 1000003 + s.salt);
+  const int64_t numel = s.n * s.c * s.spatial;
+  const DType type = arithmetic(s.dtype);
+  const DType params = s.narrow_params ? s.dtype : type;
+  const auto activations = [&](Array& array, int phase, double mean, double sigma) {
+    array = Array(s.dtype, numel, phase);
+    for (int64_t i = 0; i < numel; ++i) array.set(i, mean + sigma * gaussian(random));
+  };
+  const auto parameters = [&](Array& array, double around) {
+    array = Array(params, s.c);
+    for (int64_t i = 0; i < s.c; ++i) array.set(i, around + 0.5 * gaussian(random));
+  };
+  for (int k = 0; k < s.inputs; ++k) {
+    activations(x[k], s.phase, s.mean, s.sigma);
+    parameters(weight[k], 1);
+    parameters(bias[k], 0);
+    parameters(running_mean[k], s.mean);
+    parameters(running_var[k], 3);
+    for (int64_t c = 0; c < s.c; ++c) running_var[k].set(c, std::fabs(running_var[k].get(c)));
+    tracked[k] = Array(DType::f64, 1);
+    *static_cast<int64_t*>(tracked[k].data()) = 3;
+    stats[k] = Array(type, kStatsRows * s.c);
+    coefficients[k] = Array(type, kCoefficientRows * s.c);
+    grad_weight[k] = Array(params, s.c);
+    grad_bias[k] = Array(params, s.c);
+    if (!s.in_place || k > 0) dx[k] = Array(s.dtype, numel, s.phase);
+    mean_[k].assign(static_cast<size_t>(s.c), 0);
+    variance_[k].assign(static_cast<size_t>(s.c), 0);
+  }
+  if (s.residual) activations(residual, s.phase, 0, 1);
+  activations(dy, s.phase_of_y, 0.1, 1);
+  if (s.dy2) activations(dy2, s.phase_of_y, 0.2, 1);
+  if (!s.in_place) y = Array(s.dtype, numel, s.phase_of_y);
+  if (s.residual) grad_residual = Array(s.dtype, numel, s.phase);
+  mask = Array(DType::f16, (s.shape().mask_bytes() + 1) / 2);
+  sums = Array(type, 2 * s.c);
+
+  const auto count = static_cast<double>(s.n * s.spatial);
+  for (int k = 0; k < s.inputs && count > 0; ++k) {
+    // By their distance from the first value, which loses nothing.
+    const auto first = [&](int64_t c) { return x[k].get(offset_of(s, 0, c, 0)); };
+    for_each(s, [&](int64_t i, int64_t c) {
+      mean_[k][static_cast<size_t>(c)] += x[k].get(i) - first(c);
+    });
+    for (int64_t c = 0; c < s.c; ++c) {
+      double& mean = mean_[k][static_cast<size_t>(c)];
+      mean = first(c) + mean / count;
+    }
+    for_each(s, [&](int64_t i, int64_t c) {
+      const double d = x[k].get(i) - mean_[k][static_cast<size_t>(c)];
+      variance_[k][static_cast<size_t>(c)] += d * d;
+    });
+    for (double& variance : variance_[k]) variance /= count;
+  }
+}
+
+BatchNormChannels Problem::channels(int k) {
+  BatchNormChannels b;
+  if (spec.weight) b.weight = weight[k].data();
+  if (spec.bias) b.bias = bias[k].data();
+  b.param_dtype = b.running_dtype = weight[k].dtype();
+  if (spec.running || !spec.training) {
+    b.running_mean = running_mean[k].data();
+    b.running_var = running_var[k].data();
+    b.batches_tracked = static_cast<int64_t*>(tracked[k].data());
+  }
+  b.eps = spec.eps;
+  b.momentum = spec.momentum;
+  b.cumulative = spec.cumulative;
+  return b;
+}
+
+StatisticsArgs Problem::statistics_args(int k) {
+  StatisticsArgs args;
+  args.shape = spec.shape();
+  args.x = x[k].data();
+  args.channels = channels(k);
+  args.stats = stats[k].data();
+  return args;
+}
+
+ApplyArgs Problem::apply_args() {
+  ApplyArgs args;
+  args.shape = spec.shape();
+  for (int k = 0; k < spec.inputs; ++k) args.input[k] = {x[k].data(), stats[k].data()};
+  if (spec.residual) args.residual = residual.data();
+  args.activation = spec.activation;
+  args.parameter = spec.parameter;
+  args.y = spec.in_place ? x[0].data() : y.data();
+  if (spec.mask) args.mask = static_cast<uint8_t*>(mask.data());
+  return args;
+}
+
+BackwardArgs Problem::backward_args() {
+  BackwardArgs args;
+  args.shape = spec.shape();
+  args.dy = dy.data();
+  if (spec.dy2) args.dy2 = dy2.data();
+  for (int k = 0; k < spec.inputs; ++k) {
+    args.input[k] = {x[k].data(), stats[k].data()};
+    InputGradient& g = args.grad[k];
+    if (spec.weight) g.weight = weight[k].data();
+    if (spec.weight) g.grad_weight = grad_weight[k].data();
+    if (spec.bias) g.grad_bias = grad_bias[k].data();
+    g.param_dtype = weight[k].dtype();
+    g.coefficients = coefficients[k].data();
+    g.dx = spec.in_place && k == 0 ? dy.data() : dx[k].data();
+  }
+  if (spec.residual) {
+    args.residual = residual.data();
+    args.grad_residual = grad_residual.data();
+  }
+  if (spec.mask) args.mask = static_cast<const uint8_t*>(mask.data());
+  args.activation = spec.activation;
+  args.parameter = spec.parameter;
+  args.batch_statistics = spec.training;
+  args.count = static_cast<double>(spec.n * spec.spatial);
+  args.sums = sums.data();
+  return args;
+}
+
+void Problem::set_stats() {
+  for (int k = 0; k < spec.inputs; ++k) {
+    for (int64_t c = 0; c < spec.c; ++c) {
+      const auto i = static_cast<size_t>(c);
+      const double mean = spec.training ? mean_[k][i] : running_mean[k].get(c);
+      const double variance = spec.training ? variance_[k][i] : running_var[k].get(c);
+      const auto put = [&](const auto& s) {
+        stats[k].set(kMean * spec.c + c, s.mean);
+        stats[k].set(kMeanLow * spec.c + c, s.mean_low);
+        stats[k].set(kInvstd * spec.c + c, s.invstd);
+        stats[k].set(kScale * spec.c + c, s.scale);
+        stats[k].set(kShift * spec.c + c, s.shift);
+      };
+      if (spec.dtype == DType::f64) {
+        put(make_stats<double>(mean, variance, spec.eps, weight_of(k, c), bias_of(k, c)));
+      } else {
+        put(make_stats<float>(mean, variance, spec.eps, weight_of(k, c), bias_of(k, c)));
+      }
+    }
+  }
+}
+
+// In the arithmetic type, from the stats in device memory: a derivative that jumps must see the
+// kernels' own z.
+double Problem::z(int64_t i, int64_t c) const {
+  const auto value = [&](auto zero) {
+    using T = decltype(zero);
+    const auto number = [&](const Array& array, int64_t j) { return static_cast<T>(array.get(j)); };
+    T sum = 0;
+    for (int k = 0; k < spec.inputs; ++k) {
+      const T one =
+          normalize(number(x[k], i), number(stats[k], kMean * spec.c + c),
+                    number(stats[k], kScale * spec.c + c), number(stats[k], kShift * spec.c + c));
+      sum = k == 0 ? one : sum + one;
+    }
+    if (spec.residual) sum += number(residual, i);
+    return static_cast<double>(sum);
+  };
+  return spec.dtype == DType::f64 ? value(0.0) : value(0.0f);
+}
+
+bool Problem::is_upper(int64_t i, int64_t c) const {
+  return upper(spec.activation, z(i, c), arithmetic(spec.dtype));
+}
+
+bool Problem::check_running(int k, const std::vector<double>& old_mean,
+                            const std::vector<double>& old_var) {
+  const int64_t batches = *static_cast<const int64_t*>(tracked[k].data());
+  if (!CHECK(batches == (spec.running ? 4 : 3))) return false;
+  const auto count = static_cast<double>(spec.n * spec.spatial);
+  const double momentum = spec.cumulative ? 0.25 : spec.momentum;
+  const double unit = rounding(running_mean[k].dtype()) * 1.01 + 1e-6 * momentum;
+  for (int64_t c = 0; c < spec.c; ++c) {
+    const auto i = static_cast<size_t>(c);
+    double mean = old_mean[i], variance = old_var[i];
+    if (spec.running && count > 0) {
+      mean += momentum * (mean_[k][i] - mean);
+      variance += momentum * (variance_[k][i] * count / (count - 1) - variance);
+    }
+    if (!CHECK(near(running_mean[k].get(c), mean, unit * (std::fabs(mean) + spec.sigma))) ||
+        !CHECK(near(running_var[k].get(c), variance, unit * variance))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool Problem::check_statistics() {
+  const bool wide = spec.dtype == DType::f64;
+  for (int k = 0; k < spec.inputs; ++k) {
+    std::vector<double> old_mean, old_var;
+    for (int64_t c = 0; c < spec.c; ++c) {
+      old_mean.push_back(running_mean[k].get(c));
+      old_var.push_back(running_var[k].get(c));
+    }
+    const StatisticsArgs args = statistics_args(k);
+    const Memory memory = memory_for(args);
+    if (!CHECK_OK(cuda::batch_norm_statistics(args, memory.scratch, nullptr))) return false;
+    CHECK_OK(cudaDeviceSynchronize());
+    memory.check();
+    const double unit = wide ? 1e-13 : 1e-6, rounded = rounding(arithmetic(spec.dtype)) * 2.5;
+    for (int64_t c = 0; c < spec.c; ++c) {
+      const auto i = static_cast<size_t>(c);
+      const double sigma = std::sqrt(variance_[k][i]);
+      const double mean = stats[k].get(kMean * spec.c + c) + stats[k].get(kMeanLow * spec.c + c);
+      const double invstd = 1 / std::sqrt(variance_[k][i] + spec.eps);
+      const double scale = invstd * weight_of(k, c);
+      const double far = std::fabs(mean_[k][i]) * 3e-16;
+      // Half of the variance's error of 1e-6.
+      if (!CHECK(near(mean, mean_[k][i], unit * sigma + far)) ||
+          !CHECK(near(stats[k].get(kInvstd * spec.c + c), invstd, (unit / 2 + rounded) * invstd)) ||
+          !CHECK(near(stats[k].get(kScale * spec.c + c), scale,
+                      (unit / 2 + rounded) * std::fabs(scale)))) {
+        return false;
+      }
+    }
+    if (!check_running(k, old_mean, old_var)) return false;
+  }
+  return true;
+}
+
+bool Problem::check_from_running() {
+  const DType type = arithmetic(spec.dtype);
+  for (int k = 0; k < spec.inputs; ++k) {
+    FromRunningArgs args{spec.shape(), channels(k), stats[k].data()};
+    if (!CHECK_OK(cuda::batch_norm_from_running(args, nullptr))) return false;
+    CHECK_OK(cudaDeviceSynchronize());
+    const Array got = std::move(stats[k]);
+    stats[k] = Array(type, kStatsRows * spec.c);
+    set_stats();
+    if (!CHECK(got.bytes() == stats[k].bytes())) return false;
+  }
+  return true;
+}
+
+bool Problem::check_apply() {
+  std::vector<double> wanted(static_cast<size_t>(spec.n * spec.c * spec.spatial));
+  std::vector<bool> bits(wanted.size());
+  const double unit = rounding(spec.dtype), error = spec.dtype == DType::f64 ? 1e-14 : 2e-6;
+  for_each(spec, [&](int64_t i, int64_t c) {
+    const auto at = static_cast<size_t>(i);
+    wanted[at] = activate(spec.activation, z(i, c), spec.parameter);
+    bits[at] = is_upper(i, c);
+  });
+  if (spec.mask) memset(mask.data(), 0xff, static_cast<size_t>(spec.shape().mask_bytes()));
+  if (!CHECK_OK(cuda::batch_norm_apply(apply_args(), nullptr))) return false;
+  CHECK_OK(cudaDeviceSynchronize());
+  const Array& out = spec.in_place ? x[0] : y;
+  const auto* bytes = static_cast<const uint8_t*>(mask.data());
+  std::vector<uint8_t> expected(static_cast<size_t>(spec.shape().mask_bytes()));
+  bool good = true;
+  for_each(spec, [&](int64_t i, int64_t) {
+    const auto at = static_cast<size_t>(i);
+    const double want = wanted[at];
+    // 6e-8: half of fp16's least number.
+    good = good && CHECK(near(out.get(i), want, 1.001 * unit * std::fabs(want) + 6e-8 + error));
+    expected[static_cast<size_t>(mask_byte(spec, i))] |=
+        static_cast<uint8_t>(bits[at] << mask_bit(spec, i));
+  });
+  for (size_t i = 0; spec.mask && good && i < expected.size(); ++i) {
+    good = CHECK(bytes[i] == expected[i]);
+  }
+  return good;
+}
+
+}  // namespace norm

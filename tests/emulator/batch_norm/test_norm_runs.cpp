@@ -1,0 +1,206 @@
+// The same bits whoever runs first, replays of a graph, failing calls, memory beyond 2^31 elements,
+// and the seeded faults that detectors must find.
+#include <sys/mman.h>
+
+#include <cstring>
+
+#include "intercept.h"
+#include "norm.h"
+
+namespace run_tests {
+
+using namespace harness;
+using namespace norm;
+
+namespace {
+
+Spec joined(DType dtype, bool channels_last) {
+  Spec spec{.n = 3, .c = 40, .spatial = 121, .channels_last = channels_last, .dtype = dtype};
+  spec.activation = Activation::relu;
+  spec.inputs = 2;
+  spec.dy2 = true;
+  return spec;
+}
+
+}  // namespace
+
+TEST(same_bits_in_every_order) {
+  using emulator::Order;
+  const emulator::Schedule present = emulator::schedule();
+  for (const DType dtype : {DType::bf16, DType::f64}) {
+    for (const bool channels_last : {true, false}) {
+      const Spec spec = joined(dtype, channels_last);
+      const Case note("%s", describe(spec));
+      std::vector<char> first;
+      for (const Order order : {Order::inorder, Order::reverse, Order::random, Order::pct}) {
+        for (uint64_t k = 0; k < (order == Order::random || order == Order::pct ? 3 : 1); ++k) {
+          if (small() && k > 0) continue;
+          emulator::set_schedule({order, seed() + k, 0.05});
+          Problem p(spec);
+          p.check_all();
+          if (first.empty()) first = p.results();
+          CHECK(p.results() == first);
+        }
+      }
+      emulator::set_schedule(present);
+    }
+  }
+}
+
+// On a device with one multiprocessor: few blocks, of several rows, columns and splits each.
+TEST(few_blocks) {
+  const OnDevice one(1);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const bool channels_last : {true, false}) {
+      Spec spec = joined(dtype, channels_last);
+      spec.c = channels_last ? 24 : 2;
+      const Case note("%s", describe(spec));
+      Problem(spec).check_all();
+      spec.inputs = 1;
+      spec.mask = true;
+      Problem(spec).check_all();
+    }
+  }
+}
+
+// A graph keeps its tickets from replay to replay.
+TEST(replays) {
+  Stream stream;
+  Spec spec = joined(DType::bf16, true);
+  spec.inputs = 1;
+  Problem captured(spec), eager(spec);
+  const StatisticsArgs statistics = captured.statistics_args(0);
+  const ApplyArgs apply = captured.apply_args();
+  const BackwardArgs backward = captured.backward_args();
+  const Memory forward_memory = memory_for(statistics), backward_memory = memory_for(backward);
+  CHECK_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  CHECK_OK(cuda::batch_norm_statistics(statistics, forward_memory.scratch, stream));
+  CHECK_OK(cuda::batch_norm_apply(apply, stream));
+  CHECK_OK(cuda::batch_norm_reduce(backward, backward_memory.scratch, stream));
+  CHECK_OK(cuda::batch_norm_apply_grad(backward, stream));
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  CHECK_OK(cudaStreamEndCapture(stream, &graph));
+  CHECK_OK(cudaGraphInstantiate(&executable, graph, 0));
+  CHECK_OK(cudaGraphDestroy(graph));
+  for (int replay = 0; replay < 3; ++replay) {
+    CHECK_OK(cudaGraphLaunch(executable, stream));
+    CHECK_OK(cudaStreamSynchronize(stream));
+    eager.check_all();
+    *static_cast<int64_t*>(eager.tracked[0].data()) = 4 + replay;
+    CHECK(captured.results() == eager.results());
+    // Else check_all would count from a number it does not expect.
+    *static_cast<int64_t*>(eager.tracked[0].data()) = 3;
+  }
+  CHECK_OK(cudaGraphExecDestroy(executable));
+}
+
+// Whichever call fails, the launch says so and nothing is written.
+TEST(failing_calls) {
+  Spec spec = joined(DType::f32, true);
+  // On a device of its own: occupancies are asked for once.
+  for (int k = 0; k < 20; ++k) {
+    Problem p(spec);
+    const std::vector<char> before = p.results();
+    const StatisticsArgs statistics = p.statistics_args(0);
+    const BackwardArgs backward = p.backward_args();
+    const Memory forward_memory = memory_for(statistics), backward_memory = memory_for(backward);
+    const std::function<cudaError_t()> launches[] = {
+        [&] { return cuda::batch_norm_statistics(statistics, forward_memory.scratch, nullptr); },
+        [&] { return cuda::batch_norm_apply(p.apply_args(), nullptr); },
+        [&] { return cuda::batch_norm_reduce(backward, backward_memory.scratch, nullptr); },
+        [&] { return cuda::batch_norm_apply_grad(backward, nullptr); }};
+    bool happened = false;
+    for (const auto& launch : launches) {
+      intercept::fail_call(k);
+      const cudaError_t error = launch();
+      const bool failed = intercept::failure_happened();
+      intercept::fail_call(-1);
+      CHECK((error != cudaSuccess) == failed);
+      (void)cudaGetLastError();
+      happened = happened || failed;
+      if (!failed) return;  // and so the others, which would write
+    }
+    CHECK(p.results() == before);
+    if (!happened) break;
+  }
+}
+
+// Address space of which only the pages that are touched exist.
+class Sparse {
+ public:
+  explicit Sparse(size_t bytes) : bytes_(bytes) {
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(memory_ != MAP_FAILED);
+  }
+  ~Sparse() { munmap(memory_, bytes_); }
+  Sparse(const Sparse&) = delete;
+  uint16_t* data() const { return static_cast<uint16_t*>(memory_); }
+
+ private:
+  size_t bytes_;
+  void* memory_ = nullptr;
+};
+
+// y = x + 1 at the end of a tensor with more than 2^32 elements, by the blocks that have it. Only
+// these run: the others' pages would fill the memory.
+TEST(beyond_32_bits) {
+  for (const bool channels_last : {true, false}) {
+    // Many channels, so that few blocks have the end.
+    const int64_t c = channels_last ? int64_t{1} << 24 : 70000, spatial = channels_last ? 1 : 30750;
+    const int64_t n = channels_last ? 257 : 2;
+    const Spec spec{
+        .n = n, .c = c, .spatial = spatial, .channels_last = channels_last, .dtype = DType::bf16};
+    const Case note("%s", describe(spec));
+    const int64_t numel = n * c * spatial;
+    CHECK(numel > (int64_t{1} << 32));
+    const Sparse x(static_cast<size_t>(numel) * 2), y(static_cast<size_t>(numel) * 2);
+    const Sparse stats(static_cast<size_t>(c) * kStatsRows * 4);
+    auto* const numbers = reinterpret_cast<float*>(stats.data());
+    const int64_t channels = channels_last ? 128 : 1;
+    for (int64_t i = c - channels; i < c; ++i) {
+      numbers[kScale * c + i] = 1;
+      numbers[kShift * c + i] = 1;
+    }
+    const int64_t last = numel - 1;
+    x.data()[last] = 0x4040;  // 3
+    ApplyArgs args;
+    args.shape = spec.shape();
+    args.input[0] = {x.data(), stats.data()};
+    args.y = y.data();
+    // The pass goes backwards: its first blocks have the end.
+    emulator::set_block_range(0, 1);
+    CHECK_OK(cuda::batch_norm_apply(args, nullptr));
+    CHECK_OK(cudaDeviceSynchronize());
+    emulator::clear_block_range();
+    CHECK(y.data()[last] == 0x4080);  // 4
+    CHECK(y.data()[last - 1] == 0x3f80);
+    CHECK(y.data()[last - channels * (channels_last ? 1 : spatial)] == 0);
+  }
+}
+
+TEST(seeded_short_buffer) {
+  Spec spec;
+  spec.channels_last = false;
+  Problem p(spec);
+  p.x[0] = Array(spec.dtype, spec.n * spec.c * spec.spatial - 1);
+  p.x[0].zero();
+  const StatisticsArgs args = p.statistics_args(0);
+  const Memory memory = memory_for(args);
+  CHECK_OK(cuda::batch_norm_statistics(args, memory.scratch, nullptr));
+  CHECK_OK(cudaDeviceSynchronize());
+}
+
+TEST(seeded_fresh_buffer) {
+  Spec spec;
+  Problem p(spec);
+  p.x[0] = Array(spec.dtype, spec.n * spec.c * spec.spatial);
+  const StatisticsArgs args = p.statistics_args(0);
+  const Memory memory = memory_for(args);
+  CHECK_OK(cuda::batch_norm_statistics(args, memory.scratch, nullptr));
+  CHECK_OK(cudaDeviceSynchronize());
+  CHECK(p.stats[0].get(0) != 12345);
+}
+
+}  // namespace run_tests

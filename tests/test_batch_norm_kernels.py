@@ -1,0 +1,68 @@
+"""The batch-norm kernels, run on the CPU under every schedule and sanitizer, against a reference in double.
+
+The programs are in tests/emulator/batch_norm; BRAZE_EMULATOR_SEED chooses their data and schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import emulator_build as build
+import pytest
+from test_emulated_kernels import FLAGS, KERNELS, expect_silence, run
+
+NORM = build.EMULATOR / "batch_norm"
+CUDA = build.ROOT / "csrc" / "cuda"
+
+
+def norm_program(
+    variant: str, cuda: Path = CUDA, name: str = "batch_norm", include: Sequence[Path] = ()
+) -> Path:
+    if (reason := build.have(variant)) is not None:
+        pytest.skip(reason)
+    sources = [*sorted(NORM.glob("*.cpp")), KERNELS / "harness.cpp", KERNELS / "intercept.cpp"]
+    sources += sorted(cuda.glob("batch_norm_*.cu"))
+    return build.build_program(
+        name, sources, variant, include=(*include, NORM, KERNELS), flags=FLAGS
+    )
+
+
+# Few blocks, so that TSan can tell all threads of a launch apart.
+FEW_BLOCKS = ("few_blocks", "empty", "coefficients", "not_finite", "wanted_in_part")
+
+
+def test_every_schedule() -> None:
+    output = expect_silence(norm_program("native"), "--all-schedules")
+    assert "10 schedules" in output
+
+
+def test_other_compiler() -> None:
+    expect_silence(norm_program("clang"), "--small", BRAZE_EMULATOR_ORDER="pct")
+
+
+def test_asan() -> None:
+    program = norm_program("asan")
+    expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="random")
+    status, output = run(program, "seeded_short_buffer")
+    assert status != 0 and "AddressSanitizer: heap-buffer-overflow" in output, output
+    assert "batch_norm_units.cuh" in output, output
+
+
+def test_msan() -> None:
+    program = norm_program("msan")
+    expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="reverse")
+    status, output = run(program, "seeded_fresh_buffer")
+    assert status != 0 and "MemorySanitizer: use-of-uninitialized-value" in output, output
+
+
+@pytest.mark.parametrize("mode", ["A", "B"])
+def test_tsan(mode: str) -> None:
+    program = norm_program("tsan")
+    env = {"BRAZE_EMULATOR_TSAN_MODE": mode}
+    output = expect_silence(program, "--small", "--barriers", *FEW_BLOCKS, **env)
+    sites = [line.split()[1] for line in output.splitlines() if line.startswith("barrier")]
+    status, output = run(
+        program, "--small", *FEW_BLOCKS, BRAZE_EMULATOR_DROP_BARRIER=sites[0], **env
+    )
+    assert status != 0 and "WARNING: ThreadSanitizer: data race" in output, output
