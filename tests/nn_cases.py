@@ -97,15 +97,17 @@ def in_double(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).double()
 
 
-def assert_near(actual: Tensor, truth: Tensor, what: str, factor: float = 1.0) -> None:
-    """`truth` is in double; differences count relative to its largest value."""
+def assert_near(
+    actual: Tensor, truth: Tensor, what: str, factor: float = 1.0, least: float = 1e-3
+) -> None:
+    """`truth` is in double; differences count relative to its largest value, or to `least`."""
     assert actual.shape == truth.shape, what
     if truth.numel() == 0:
         return
     assert bool(torch.isfinite(actual).all()), f"{what} is not finite"
     actual, truth = actual.detach(), truth.detach()
     error = float((actual.double() - truth).abs().max())
-    allowed = factor * TOLERANCE[actual.dtype] * max(float(truth.abs().max()), 1e-3)
+    allowed = factor * TOLERANCE[actual.dtype] * max(float(truth.abs().max()), least)
     assert error <= allowed, f"{what}: off by {error:.3g}, {allowed:.3g} allowed"
 
 

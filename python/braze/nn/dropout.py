@@ -127,7 +127,7 @@ class DropoutAdd(nn.modules.dropout._DropoutNd):
     def __init__(self, p: float = 0.5) -> None:
         super().__init__(p)
 
-    def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
         return functional.dropout_add(input, residual, self.p, self.training)
 
     def extra_repr(self) -> str:
