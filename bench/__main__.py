@@ -7,21 +7,13 @@ import sys
 
 USAGE = """usage: python -m braze bench NAME [options]
 
-<<<<<<< HEAD
   optim       one optimizer step, against every mode of torch.optim (python -m braze bench optim --help)
   batch_norm  batch norm + activation over ResNet-50's layers, against torch eager
+  dropout     dropout, alone and fused, against torch's (python -m braze bench dropout --help)
   host        host time of a CUDA step, measured without a GPU on the emulated device (source checkout)
   debt        kernels whose GPU results are missing or older than the sources (source checkout)
 """
-NAMES = ("optim", "batch_norm", "host", "debt")
-=======
-  optim   one optimizer step, against every mode of torch.optim (python -m braze bench optim --help)
-  dropout dropout, alone and fused, against torch's (python -m braze bench dropout --help)
-  host    host time of a CUDA step, measured without a GPU on the emulated device (source checkout)
-  debt    kernels whose GPU results are missing or older than the sources (source checkout)
-"""
-NAMES = ("optim", "dropout", "host", "debt")
->>>>>>> wt-dropout
+NAMES = ("optim", "batch_norm", "dropout", "host", "debt")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -228,20 +228,19 @@ def bench(context: Context, record: Record) -> None:
     run_rows(command, context, record, "optim.log")
 
 
-<<<<<<< HEAD
 def batch_norm(context: Context, record: Record) -> None:
     """The batch-norm benchmark. Its time is per layer, of which a row has up to twelve."""
     command = [sys.executable, "-m", "bench.batch_norm_cuda", "--device", context.device]
     command += ["--seconds", str(0.3 * context.seconds), "--only", context.only]
     command += ["--quick", "--batch", "2"] if context.device == "cpu" else []
     run_rows(command, context, record, "batch_norm.log")
-=======
+
+
 def dropout(context: Context, record: Record) -> None:
     """The dropout benchmark."""
     command = [sys.executable, "-m", "bench.dropout", "--device", context.device]
     command += ["--seconds", str(context.seconds), "--only", context.only]
     run_rows(command, context, record, "dropout.log")
->>>>>>> wt-dropout
 
 
 # ---------------------------------------------------------------- sanitize
@@ -336,14 +335,11 @@ PARTS: dict[str, Part] = {
     "golden": Part("golden", golden, (*GOLDEN, "bench/goldens.json")),
     "sanitize": Part("sanitize", sanitize, (*GOLDEN, "tests/sanitizer_controls/*")),
     "bench": Part("optim", bench, (*BUILT, "bench/cells.py", "bench/optim_*.py")),
-<<<<<<< HEAD
     "batch_norm": Part(
         "batch_norm",
         batch_norm,
         (*BUILT, "bench/batch_norm*.py", "bench/optim_device.py"),
         "batch_norm",
     ),
-=======
     "dropout": Part("dropout", dropout, (*BUILT, "bench/dropout.py")),
->>>>>>> wt-dropout
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import batch_norm_reference as reference
+import braze  # noqa: F401  (registers the operators)
 import pytest
 import torch
 from batch_norm_reference import Config, act_args
