@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Our error may be half as much again as torch's, or a few units in the last place of the largest element. In
 # fp64 the truth is itself no better than that, so that there it is many units.
-FACTOR, ULPS, ULPS_FP64 = 1.5, 4.0, 200.0
+FACTOR, ULPS, ULPS_FP64 = 1.5, 8.0, 200.0
 # What has no larger element is a difference that vanishes.
 SMALL = 1e-3
 THREADS = (1, 2, 3, 5)
@@ -210,7 +210,11 @@ def check_opcheck(op: Op, sample: Sample, dtype: torch.dtype) -> None:
 
 
 def metadata(tensors: Sequence[Tensor]) -> list[Any]:
-    return [(tuple(t.shape), t.stride(), t.dtype, t.device.type, t.requires_grad) for t in tensors]
+    """Strides of no elements say nothing."""
+    return [
+        (tuple(t.shape), t.stride() if t.numel() else None, t.dtype, t.device.type, t.requires_grad)
+        for t in tensors
+    ]
 
 
 def check_fake(op: Op, args: Args, what: str) -> None:

@@ -114,7 +114,8 @@ def test_one_bad_value_stays_in_its_channel(activation: str, bad: float, last: b
     x.requires_grad_()
     y = ops.batch_norm_act(x, *[None] * 5, *rest)
     keep = [0, 1, 2, 4]
-    assert same_bits(y.detach()[:, keep], good[:, keep])
+    # Not the same bits: sums of squares beyond fp32 are taken again in double, for all of a block.
+    torch.testing.assert_close(y.detach()[:, keep], good[:, keep], rtol=1e-6, atol=1e-6)
     assert y.detach()[:, 3].isnan().all()
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert dx[:, keep].isfinite().all() and dx[:, 3].isnan().any()

@@ -50,7 +50,7 @@ def test_curves_coincide(arch: str, tmp_path: Path) -> None:
     result = run_demo(tmp_path, *arguments)
     losses = [result[side]["curves"]["losses"] for side in ("torch", "braze")]
     assert losses[1][:3] == pytest.approx(losses[0][:3], abs=1e-4)
-    assert sum(losses[1][-5:]) < 0.9 * sum(losses[1][:5])
+    assert sum(losses[1][-5:]) < 0.96 * sum(losses[1][:5])
 
 
 def test_accuracy_is_the_same_and_the_report_tells_the_parts(
