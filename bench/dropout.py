@@ -27,7 +27,7 @@ Call = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Operation:
-    """``forward``, ``backward``: the fewest tensors read or written; ``goals``: CPU ratios, forward and both."""
+    """``forward``, ``backward``: the fewest tensors read or written; ``goals``: CPU ratios."""
 
     torch: Call
     braze: Call

@@ -183,23 +183,32 @@ BRAZE_TARGET void scale_tile(const T* x, const T*, T* out, const uint16_t* lanes
   for (int64_t i = 0; i < n; ++i) out[i] = drop(is_kept(lanes[i], threshold), x[i], terms);
 }
 
-// The same for 16-bit types, block by block, so that the fp32 values stay in registers.
+// The same for 16-bit types, so that the fp32 values stay in registers.
 template <class S>
 BRAZE_TARGET void scale_narrow(const S* x, S* out, const uint16_t* lanes, int64_t n,
                                const DropoutArgs& args) {
   const DropoutTerms<float> terms = round_terms<float>(args.terms);
   const uint32_t threshold = args.threshold;
-  for (int64_t i = 0; i + kBlock <= n; i += kBlock) {
-    alignas(64) float value[kBlock];
-    load_block(x + i, value);
+  int64_t i = 0;
+#if defined(BRAZE_AVX512)
+  constexpr bool kBlocks = true;
+#else
+  constexpr bool kBlocks = std::is_same_v<S, F16>;  // bf16 is integer operations, as lanes are
+#endif
+  if constexpr (kBlocks) {
+    for (; i + kBlock <= n; i += kBlock) {
+      alignas(64) float value[kBlock];
+      load_block(x + i, value);
 #pragma omp simd
-    for (int64_t k = 0; k < kBlock; ++k) {
-      value[k] = drop(is_kept(lanes[i + k], threshold), value[k], terms);
+      for (int64_t k = 0; k < kBlock; ++k) {
+        value[k] = drop(is_kept(lanes[i + k], threshold), value[k], terms);
+      }
+      store_block(value, out + i);
     }
-    store_block(value, out + i);
   }
-  for (int64_t i = n / kBlock * kBlock; i < n; ++i) {
-    to_storage(drop(is_kept(lanes[i], threshold), from_storage(x[i]), terms), out[i]);
+#pragma omp simd
+  for (int64_t k = i; k < n; ++k) {
+    to_storage(drop(is_kept(lanes[k], threshold), from_storage(x[k]), terms), out[k]);
   }
 }
 
