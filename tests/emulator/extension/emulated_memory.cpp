@@ -3,8 +3,8 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
-#include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -22,7 +22,8 @@ struct State {
   std::mutex mutex;
   bool installed = false, deferred = false, capturing = false;
   int graphs = 0;
-  std::vector<std::unique_ptr<Block>> until_run, until_destroyed;
+  std::unordered_map<void*, Block> blocks;  // in use, by address
+  std::vector<Block> until_run, until_destroyed;
 };
 
 // Never destroyed: tensors may outlive the module.
@@ -31,11 +32,14 @@ State& state() {
   return *instance;
 }
 
-void release(void* context) {
-  std::unique_ptr<Block> block(static_cast<Block*>(context));
+void release(void* address) {
+  if (address == nullptr) return;
   State& s = state();
   const std::lock_guard lock(s.mutex);
-  if (block->of_graph && s.graphs > 0) {
+  const auto found = s.blocks.find(address);
+  Block block = std::move(found->second);
+  s.blocks.erase(found);
+  if (block.of_graph && s.graphs > 0) {
     s.until_destroyed.push_back(std::move(block));
   } else if (s.deferred && emulator::pending_work() > 0) {
     s.until_run.push_back(std::move(block));
@@ -45,15 +49,17 @@ void release(void* context) {
 class KeepingAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    auto block =
-        std::make_unique<Block>(Block{c10::GetDefaultCPUAllocator()->allocate(bytes), false});
-    {
-      const std::lock_guard lock(state().mutex);
-      block->of_graph = state().capturing;
+    c10::DataPtr memory = c10::GetDefaultCPUAllocator()->allocate(bytes);
+    void* const data = memory.get();
+    if (data != nullptr) {
+      State& s = state();
+      const std::lock_guard lock(s.mutex);
+      s.blocks.emplace(data, Block{std::move(memory), s.capturing});
     }
-    void* const data = block->memory.get();
-    return {data, block.release(), &release, c10::Device(c10::DeviceType::CPU)};
+    // The address is the context: raw allocations keep nothing else.
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override {
     default_copy_data(to, from, bytes);
   }
@@ -73,7 +79,7 @@ void set_deferred(bool deferred) {
 }
 
 void work_has_run() {
-  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Block> blocks;
   const std::lock_guard lock(state().mutex);
   blocks.swap(state().until_run);
 }
@@ -87,7 +93,7 @@ void begin_capture() {
 void end_capture() { state().capturing = false; }
 
 void graph_destroyed() {
-  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Block> blocks;
   const std::lock_guard lock(state().mutex);
   if (--state().graphs == 0) blocks.swap(state().until_destroyed);
 }
