@@ -8,7 +8,6 @@ import pytest
 import torch
 from batch_norm_reference import Config, act_args
 from op_table import BF16, FP16, FP32, FP64, values
-from reference import same_bits
 from torch import Tensor
 
 ops = torch.ops.braze

@@ -4,7 +4,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <mutex>
-#include <unordered_set>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -13,12 +13,17 @@
 namespace emulated_memory {
 namespace {
 
+struct Block {
+  c10::DataPtr memory;
+  bool of_graph;
+};
+
 struct State {
   std::mutex mutex;
   bool installed = false, deferred = false, capturing = false;
   int graphs = 0;
-  std::unordered_set<void*> of_graphs;
-  std::vector<void*> until_run, until_destroyed;
+  std::unordered_map<void*, Block> blocks;  // in use, by address
+  std::vector<Block> until_run, until_destroyed;
 };
 
 // Never destroyed: tensors may outlive the module.
@@ -27,39 +32,31 @@ State& state() {
   return *instance;
 }
 
-void release(void* data) {
-  if (data == nullptr) return;
-  {
-    State& s = state();
-    const std::lock_guard lock(s.mutex);
-    if (s.of_graphs.erase(data) != 0 && s.graphs > 0) {
-      s.until_destroyed.push_back(data);
-      return;
-    }
-    if (s.deferred && emulator::pending_work() > 0) {
-      s.until_run.push_back(data);
-      return;
-    }
+void release(void* address) {
+  if (address == nullptr) return;
+  State& s = state();
+  const std::lock_guard lock(s.mutex);
+  const auto found = s.blocks.find(address);
+  Block block = std::move(found->second);
+  s.blocks.erase(found);
+  if (block.of_graph && s.graphs > 0) {
+    s.until_destroyed.push_back(std::move(block));
+  } else if (s.deferred && emulator::pending_work() > 0) {
+    s.until_run.push_back(std::move(block));
   }
-  c10::GetDefaultCPUAllocator()->raw_deallocate(data);
 }
 
-void give_back(std::vector<void*>& kept) {
-  std::vector<void*> blocks;
-  {
-    const std::lock_guard lock(state().mutex);
-    blocks.swap(kept);
-  }
-  for (void* data : blocks) c10::GetDefaultCPUAllocator()->raw_deallocate(data);
-}
-
-// A block's context is its address, as in torch's own: oneDNN allocates without a DataPtr.
 class KeepingAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    void* const data = c10::GetDefaultCPUAllocator()->raw_allocate(bytes);
-    const std::lock_guard lock(state().mutex);
-    if (state().capturing && data != nullptr) state().of_graphs.insert(data);
+    c10::DataPtr memory = c10::GetDefaultCPUAllocator()->allocate(bytes);
+    void* const data = memory.get();
+    if (data != nullptr) {
+      State& s = state();
+      const std::lock_guard lock(s.mutex);
+      s.blocks.emplace(data, Block{std::move(memory), s.capturing});
+    }
+    // The address is the context: raw allocations keep nothing else.
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -81,7 +78,11 @@ void set_deferred(bool deferred) {
   if (!deferred) work_has_run();
 }
 
-void work_has_run() { give_back(state().until_run); }
+void work_has_run() {
+  std::vector<Block> blocks;
+  const std::lock_guard lock(state().mutex);
+  blocks.swap(state().until_run);
+}
 
 void begin_capture() {
   install();
@@ -92,7 +93,9 @@ void begin_capture() {
 void end_capture() { state().capturing = false; }
 
 void graph_destroyed() {
-  if (--state().graphs == 0) give_back(state().until_destroyed);
+  std::vector<Block> blocks;
+  const std::lock_guard lock(state().mutex);
+  if (--state().graphs == 0) blocks.swap(state().until_destroyed);
 }
 
 }  // namespace emulated_memory
