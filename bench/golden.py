@@ -171,9 +171,10 @@ def _row(case: Case | Mask, device: str, goldens: dict[str, str], compare: bool)
 def select(only: str, short: bool, skip: Iterable[str]) -> list[Case | Mask]:
     """Cases whose name contains ``only``, without those to skip."""
     left_out = set(skip)
+    every: tuple[Case | Mask, ...] = (*CASES, *MASKS)
     return [
         c
-        for c in (*CASES, *MASKS)
+        for c in every
         if only in c.name and c.name not in left_out and (c.short or not short)
     ]
 
