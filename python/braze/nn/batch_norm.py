@@ -41,7 +41,10 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
         return result
 
     def _arguments(self, input: Tensor) -> BatchNormArguments:
-        running_mean, running_var = self.running_mean, self.running_var
+        # Straight from where they usually are: six times nn.Module.__getattr__ takes as long as a small kernel.
+        parameters, buffers = self._parameters, self._buffers
+        running_mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
+        running_var = buffers["running_var"] if "running_var" in buffers else self.running_var
         num_batches_tracked = None
         training = self.training
         if not training:
@@ -55,8 +58,8 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
             momentum = 0.0
         return (
             input,
-            self.weight,
-            self.bias,
+            parameters["weight"] if "weight" in parameters else self.weight,
+            parameters["bias"] if "bias" in parameters else self.bias,
             running_mean,
             running_var,
             num_batches_tracked,
