@@ -307,8 +307,11 @@ void promote(Variables& v, Variable other) {
   const c10::ScalarType dtype = c10::promoteTypes(v[kInput]->scalar_type(), second->scalar_type());
   v[kInput] = v[kInput]->to(dtype);
   v[other] = second->to(dtype);
+  // Kernels take parameters in fp32 beside 16-bit tensors, else in the tensors' own dtype.
   for (const Variable vector : {kWeight, kBias, kWeight2, kBias2}) {
-    if (v[vector] && v[vector]->scalar_type() != c10::kFloat) v[vector] = v[vector]->to(dtype);
+    if (v[vector] && (v[vector]->scalar_type() != c10::kFloat || dtype == c10::kDouble)) {
+      v[vector] = v[vector]->to(dtype);
+    }
   }
 }
 
