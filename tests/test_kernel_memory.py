@@ -143,9 +143,13 @@ NORM_LAYOUTS = ("last_bf16", "last_f32", "last_f64", "planes_bf16", "planes_f32"
 def test_activations_are_read_in_full_sectors(step: str, layout: str) -> None:
     """16 bytes a lane, full warps, and each activation once per pass."""
     places = counted()[f"norm_{step}_{layout}"]
-    wide = [c for p, c in places.items() if p.startswith("global") and "units.cuh" in p and " 16 " in p]
+    wide = [
+        c for p, c in places.items() if p.startswith("global") and "units.cuh" in p and " 16 " in p
+    ]
     elements = 2 * 64 * 16 * int(16 / SIZES[layout.split("_")[1]])
-    assert sum(c[1] for c in wide) * 16 == elements * SIZES[layout.split("_")[1]] * NORM_PASSES[step]
+    assert (
+        sum(c[1] for c in wide) * 16 == elements * SIZES[layout.split("_")[1]] * NORM_PASSES[step]
+    )
     for requests, lanes, sectors in wide:
         assert lanes == 32 * requests and sectors == 16 * requests
 
