@@ -193,8 +193,8 @@ BRAZE_TARGET void add_gradients_of_channel(const BackwardArgs& a, const Matrix& 
       a.activation == Activation::relu
           ? add_gradients_of_planes<true>(d, x, m.stride, m.rows, m.columns, k.input[0], sums.grad,
                                           sums.input[0])
-          : add_gradients_of_planes<false>(d, x, m.stride, m.rows, m.columns, k.input[0],
-                                           sums.grad, sums.input[0]);
+          : add_gradients_of_planes<false>(d, x, m.stride, m.rows, m.columns, k.input[0], sums.grad,
+                                           sums.input[0]);
       return;
     }
   }
