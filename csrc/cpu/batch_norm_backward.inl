@@ -55,7 +55,7 @@ BRAZE_TARGET void input_gradient_rows(const D* d, const S* x, O* dx, int64_t str
 
 // Rows at a time, so that constants stay in registers. They are far apart: the hardware prefetches
 // long streams, not many short ones.
-constexpr int kStreams = 4;
+constexpr int kStreams = 2;
 
 template <bool kPlane, bool kRelu, bool kFrozen, class S, class T>
 BRAZE_TARGET void apply_grad_directly(const BackwardArgs& a, const Matrix& m,

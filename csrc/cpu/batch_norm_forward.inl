@@ -92,19 +92,20 @@ template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const Constants<T>& k,
                                 const Constants<T>& k2) {
   T z[kSegment];
-  normalize_segment<kPlane, false>(static_cast<const S*>(a.input[0].x) + e, k, n, z);
-  if (a.input[1].x != nullptr) {
-    normalize_segment<kPlane, true>(static_cast<const S*>(a.input[1].x) + e, k2, n, z);
-  }
-  if (a.residual != nullptr) add_segment(static_cast<const S*>(a.residual) + e, n, z);
+  normalize_inputs<kPlane, S>(a.input, a.residual, e, n, k, k2, z);
   const ActivationSegments<T>& segments = segments_of<T>(a.activation);
   if (a.mask != nullptr) {
     const int64_t row = a.shape.row();
     const int64_t begin = e / row * ((row + kByte - 1) / kByte) + e % row / kByte;
     segments.mask(z, n, a.mask + begin);
   }
+  S* y = static_cast<S*>(a.y) + e;
+  if (a.activation == Activation::relu) {
+    store_relu_segment(z, n, y);
+    return;
+  }
   if (a.activation != Activation::identity) segments.activate(z, n, static_cast<T>(a.parameter));
-  store_segment(z, n, static_cast<S*>(a.y) + e);
+  store_segment(z, n, y);
 }
 
 template <bool kPlane, class S, class T>

@@ -46,8 +46,12 @@ bool is_direct_apply(const BackwardArgs& a) {
 template <bool kPlane, class S, class T>
 BRAZE_TARGET void gradient_segment(const BackwardArgs& a, int64_t e, int64_t n,
                                    const BackwardConstants<T>& k, T* d) {
-  load_segment(static_cast<const S*>(a.dy) + e, n, d);
-  if (a.dy2 != nullptr) add_segment(static_cast<const S*>(a.dy2) + e, n, d);
+  const S* dy = static_cast<const S*>(a.dy) + e;
+  if (a.dy2 != nullptr) {
+    add_segments(dy, static_cast<const S*>(a.dy2) + e, n, d);
+  } else {
+    load_segment(dy, n, d);
+  }
   if (a.activation == Activation::identity) return;
   const ActivationSegments<T>& segments = segments_of<T>(a.activation);
   const T parameter = static_cast<T>(a.parameter);
@@ -56,11 +60,7 @@ BRAZE_TARGET void gradient_segment(const BackwardArgs& a, int64_t e, int64_t n,
     return;
   }
   T z[kSegment];
-  normalize_segment<kPlane, false>(static_cast<const S*>(a.input[0].x) + e, k.input[0], n, z);
-  if (a.input[1].x != nullptr) {
-    normalize_segment<kPlane, true>(static_cast<const S*>(a.input[1].x) + e, k.input[1], n, z);
-  }
-  if (a.residual != nullptr) add_segment(static_cast<const S*>(a.residual) + e, n, z);
+  normalize_inputs<kPlane, S>(a.input, a.residual, e, n, k.input[0], k.input[1], z);
   segments.differentiate(z, d, n, parameter);
 }
 

@@ -5,7 +5,7 @@
 
 namespace BRAZE_ISA {
 
-constexpr int kRows = 8;         // rows whose sums are formed in registers
+constexpr int kRows = 4;         // rows whose sums are formed in registers
 constexpr int64_t kChunk = 128;  // columns of a tile of d
 
 template <class T>
@@ -147,33 +147,34 @@ BRAZE_TARGET inline void add_gradient_lane(const D* d, const S* x, int64_t k, T 
   }
 }
 
-// Element j goes to a lane that depends on j % kLanes.
+// Element j of each plane goes to a lane that depends on j % kLanes.
 template <bool kRelu, class D, class S, class T>
-BRAZE_TARGET void add_gradients_of_segment(const D* d, const S* x, int64_t n, const Constants<T>& c,
-                                           T* grads, T* grad_inputs) {
+BRAZE_TARGET void add_gradients_of_planes(const D* d, const S* x, int64_t stride, int64_t planes,
+                                          int64_t n, const Constants<T>& c, T* grads,
+                                          T* grad_inputs) {
   constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
-  constexpr int64_t kStep = kLanes / kP;
   const T mean = *c.mean, scale = *c.scale, shift = *c.shift;
   T grad[kLanes], grad_input[kLanes];
   for (int64_t k = 0; k < kLanes; ++k) {
     grad[k] = grads[k];
     grad_input[k] = grad_inputs[k];
   }
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    for (int64_t k = 0; k < kStep; ++k) {
+  for (int64_t r = 0; r < planes; ++r, x += stride, d += stride) {
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+      for (int64_t k = 0; k < kLanes / kP; ++k) {
+        add_gradient_lane<kRelu, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
+                                     grad_input);
+      }
+    }
+    for (int64_t k = 0; k < (n - j) / kP; ++k) {
       add_gradient_lane<kRelu, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
                                    grad_input);
     }
-  }
-  const int64_t rest = n - j;
-  for (int64_t k = 0; k < rest / kP; ++k) {
-    add_gradient_lane<kRelu, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
-                                 grad_input);
-  }
-  if (rest % kP != 0) {
-    add_gradient_lane<kRelu, 1>(d + n - 1, x + n - 1, rest / kP, mean, scale, shift, grad,
-                                grad_input);
+    if (n % kP != 0) {
+      add_gradient_lane<kRelu, 1>(d + n - 1, x + n - 1, (n - j) / kP, mean, scale, shift, grad,
+                                  grad_input);
+    }
   }
   for (int64_t k = 0; k < kLanes; ++k) {
     grads[k] = grad[k];
@@ -182,28 +183,32 @@ BRAZE_TARGET void add_gradients_of_segment(const D* d, const S* x, int64_t n, co
 }
 
 template <class S, class T>
-BRAZE_TARGET void add_gradients_of_plane(const BackwardArgs& a, int64_t e, int64_t n,
-                                         const BackwardConstants<T>& k,
-                                         const GradientSums<T>& sums) {
-  const S* x = static_cast<const S*>(a.input[0].x);
+BRAZE_TARGET void add_gradients_of_channel(const BackwardArgs& a, const Matrix& m,
+                                           const BackwardConstants<T>& k,
+                                           const GradientSums<T>& sums) {
   if constexpr (!std::is_same_v<S, F16>) {
     if (is_direct_reduce<S>(a)) {
-      const S* d = static_cast<const S*>(a.dy);
+      const S* d = static_cast<const S*>(a.dy) + m.offset;
+      const S* x = static_cast<const S*>(a.input[0].x) + m.offset;
       a.activation == Activation::relu
-          ? add_gradients_of_segment<true>(d + e, x + e, n, k.input[0], sums.grad, sums.input[0])
-          : add_gradients_of_segment<false>(d + e, x + e, n, k.input[0], sums.grad, sums.input[0]);
+          ? add_gradients_of_planes<true>(d, x, m.stride, m.rows, m.columns, k.input[0], sums.grad,
+                                          sums.input[0])
+          : add_gradients_of_planes<false>(d, x, m.stride, m.rows, m.columns, k.input[0], sums.grad,
+                                           sums.input[0]);
       return;
     }
   }
   T d[kSegment], buffer[kSegment], unused[kLanes] = {};
-  for (const int64_t end = e + n; e < end; e += kSegment) {
-    const int64_t length = std::min(kSegment, end - e);
-    gradient_segment<true, S>(a, e, length, k, d);
-    for (int side = 0; side < 2; ++side) {
-      if (a.input[side].x == nullptr) continue;
-      const S* in = static_cast<const S*>(a.input[side].x) + e;
-      add_gradients_of_segment<false>(d, readable(in, length, buffer), length, k.input[side],
-                                      side == 0 ? sums.grad : unused, sums.input[side]);
+  for (int64_t r = 0; r < m.rows; ++r) {
+    for (int64_t j = 0; j < m.columns; j += kSegment) {
+      const int64_t e = m.offset + r * m.stride + j, n = std::min(kSegment, m.columns - j);
+      gradient_segment<true, S>(a, e, n, k, d);
+      for (int side = 0; side < 2; ++side) {
+        if (a.input[side].x == nullptr) continue;
+        const S* x = static_cast<const S*>(a.input[side].x) + e;
+        add_gradients_of_planes<false>(d, readable(x, n, buffer), 0, 1, n, k.input[side],
+                                       side == 0 ? sums.grad : unused, sums.input[side]);
+      }
     }
   }
 }
@@ -232,9 +237,7 @@ BRAZE_TARGET void reduce_in_order(const BackwardArgs& a, const Geometry& g, int6
       const GradientSums<T> to = {sums[0], {sums[1], sums[2]}};
       if (planes) {
         for (int s = 0; s < used; ++s) std::fill_n(sums[s], kLanes, T(0));
-        for (int64_t r = 0; r < m.rows; ++r) {
-          add_gradients_of_plane<S>(a, m.offset + r * m.stride, m.columns, k, to);
-        }
+        add_gradients_of_channel<S>(a, m, k, to);
         for (int s = 0; s < used; ++s) into[s * g.row()] += sum_of_lanes(sums[s]);
         continue;
       }

@@ -109,38 +109,68 @@ BRAZE_TARGET void store_segment(const T* in, int64_t n, S* out) {
   }
 }
 
+// out = a + b.
 template <class T, class S>
-BRAZE_TARGET void add_segment(const S* in, int64_t n, T* out) {
-  T buffer[kSegment];
-  const auto* a = readable(in, n, buffer);
+BRAZE_TARGET void add_segments(const S* a, const S* b, int64_t n, T* out) {
+  T a_buffer[kSegment], b_buffer[kSegment];
+  const auto* first = readable(a, n, a_buffer);
+  const auto* second = readable(b, n, b_buffer);
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] += from_storage(a[j]);
+  for (int64_t j = 0; j < n; ++j) out[j] = T(from_storage(first[j])) + from_storage(second[j]);
 }
 
-template <bool kPlane, bool kAdd, class T, class S>
-BRAZE_TARGET void normalize_segment(const S* in, const Constants<T>& k, int64_t n, T* z) {
-  T buffer[kSegment];
-  const auto* x = readable(in, n, buffer);
+enum class Add { nothing, residual, itself };
+
+// z = the normalised x, plus the residual or what z holds.
+template <bool kPlane, Add kAdd, class T, class S>
+BRAZE_TARGET void normalize_segment(const S* in, const S* residual, const Constants<T>& k,
+                                    int64_t n, T* z) {
+  T x_buffer[kSegment], r_buffer[kSegment];
+  const auto* x = readable(in, n, x_buffer);
+  const auto* r = kAdd == Add::residual ? readable(residual, n, r_buffer) : x;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const int64_t c = kPlane ? 0 : j;
-    const T value = normalize(T(from_storage(x[j])), k.mean[c], k.scale[c], k.shift[c]);
-    z[j] = kAdd ? z[j] + value : value;
+    T value = normalize(T(from_storage(x[j])), k.mean[c], k.scale[c], k.shift[c]);
+    if constexpr (kAdd == Add::residual) value += T(from_storage(r[j]));
+    if constexpr (kAdd == Add::itself) value += z[j];
+    z[j] = value;
   }
 }
 
-template <class T, class S>
-BRAZE_TARGET void frozen_gradient_segment(const T* d, const T* on_grad, bool plane, int64_t n,
-                                          S* dx) {
-  T out[kSegment];
-  for (int64_t j = 0; j < n; ++j) out[j] = input_gradient(d[j], on_grad[plane ? 0 : j]);
-  store_segment(out, n, dx);
+// z1, z1 + z2 or z1 + residual of elements [e, e + n).
+template <bool kPlane, class S, class T>
+BRAZE_TARGET void normalize_inputs(const NormalizedInput* input, const void* residual, int64_t e,
+                                   int64_t n, const Constants<T>& k, const Constants<T>& k2, T* z) {
+  const S* x = static_cast<const S*>(input[0].x) + e;
+  if (residual != nullptr) {
+    const S* added = static_cast<const S*>(residual) + e;
+    normalize_segment<kPlane, Add::residual>(x, added, k, n, z);
+    return;
+  }
+  normalize_segment<kPlane, Add::nothing>(x, x, k, n, z);
+  if (input[1].x == nullptr) return;
+  const S* x2 = static_cast<const S*>(input[1].x) + e;
+  normalize_segment<kPlane, Add::itself>(x2, x2, k2, n, z);
 }
 
 template <Activation kA, class T>
 BRAZE_TARGET void activate_segment(T* z, int64_t n, T parameter) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) z[j] = activate<kA>(z[j], parameter);
+}
+
+// y = relu(z), the commonest activation, stored at once.
+template <class T, class S>
+BRAZE_TARGET void store_relu_segment(const T* z, int64_t n, S* y) {
+  if constexpr (std::is_same_v<S, F16>) {
+    T out[kSegment];
+    for (int64_t j = 0; j < n; ++j) out[j] = activate<Activation::relu>(z[j], T(0));
+    narrow(out, y, n);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) to_storage(activate<Activation::relu>(z[j], T(0)), y[j]);
+  }
 }
 
 // d holds dy before and dy * activation'(z) after.
@@ -246,12 +276,16 @@ constexpr int64_t kLanes = 32;
 
 template <class T>
 BRAZE_TARGET double sum_of_lanes(const T* in) {
-  double tree[kLanes];
-  for (int64_t k = 0; k < kLanes; ++k) tree[k] = static_cast<double>(in[k]);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t k = 0; k < width; ++k) tree[k] += tree[k + width];
+  constexpr int64_t kTree = 8;
+  T lanes[kTree];
+  for (int64_t k = 0; k < kTree; ++k) {
+    lanes[k] = (in[k] + in[k + kTree]) + (in[k + 2 * kTree] + in[k + 3 * kTree]);
   }
-  return tree[0];
+  double pairs[kTree / 2];
+  for (int64_t k = 0; k < kTree / 2; ++k) {
+    pairs[k] = static_cast<double>(lanes[k]) + static_cast<double>(lanes[k + kTree / 2]);
+  }
+  return (pairs[0] + pairs[2]) + (pairs[1] + pairs[3]);
 }
 
 template <class S, class T>

@@ -80,37 +80,34 @@ BRAZE_TARGET inline void add_moment_lane(const S* x, int64_t k, T shift, T* sum,
   }
 }
 
-// Element j goes to a lane that depends on j % kLanes.
+// Element j of each plane goes to a lane that depends on j % kLanes.
 template <class S, class T>
-BRAZE_TARGET void add_moments_of_plane(const S* x, int64_t n, T shift, T* sums, T* squares) {
-  if constexpr (std::is_same_v<S, F16>) {
-    alignas(64) T tile[kChunk];
-    for (int64_t j = 0; j < n; j += kChunk) {
-      const int64_t length = std::min(kChunk, n - j);
-      widen(x + j, tile, length);
-      add_moments_of_plane(tile, length, shift, sums, squares);
-    }
-  } else {
-    constexpr int kP = kPack<S>;
-    constexpr int64_t kStep = kLanes / kP;
-    T sum[kLanes], square[kLanes];
-    for (int64_t k = 0; k < kLanes; ++k) {
-      sum[k] = sums[k];
-      square[k] = squares[k];
-    }
+BRAZE_TARGET void add_moments_of_planes(const S* x, int64_t stride, int64_t planes, int64_t n,
+                                        T shift, T* sums, T* squares) {
+  constexpr int kP = kPack<S>;
+  T sum[kLanes], square[kLanes];
+  for (int64_t k = 0; k < kLanes; ++k) {
+    sum[k] = sums[k];
+    square[k] = squares[k];
+  }
+  for (int64_t r = 0; r < planes; ++r, x += stride) {
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes) {
-      for (int64_t k = 0; k < kStep; ++k) add_moment_lane(x + j + k * kP, k, shift, sum, square);
+      for (int64_t k = 0; k < kLanes / kP; ++k) {
+        add_moment_lane(x + j + k * kP, k, shift, sum, square);
+      }
     }
-    const int64_t rest = n - j;
-    for (int64_t k = 0; k < rest / kP; ++k) add_moment_lane(x + j + k * kP, k, shift, sum, square);
-    for (int64_t k = 0; k < kLanes; ++k) {
-      sums[k] = sum[k];
-      squares[k] = square[k];
+    for (int64_t k = 0; k < (n - j) / kP; ++k) {
+      add_moment_lane(x + j + k * kP, k, shift, sum, square);
     }
-    if (rest % kP != 0) {
-      add_moment(T(from_storage(x[n - 1])), shift, sums[rest / kP], squares[rest / kP]);
+    if (n % kP != 0) {
+      const int64_t k = (n - j) / kP;
+      add_moment(T(from_storage(x[n - 1])), shift, sum[k], square[k]);
     }
+  }
+  for (int64_t k = 0; k < kLanes; ++k) {
+    sums[k] = sum[k];
+    squares[k] = square[k];
   }
 }
 
@@ -185,8 +182,17 @@ BRAZE_TARGET void sum_block_of_planes(const S* x, const Matrix& m, BlockMoments<
   x += m.offset;
   const T shift = shift_of_plane(x, m.columns);
   alignas(64) T sum[kLanes] = {}, square[kLanes] = {};
-  for (int64_t r = 0; r < m.rows; ++r) {
-    add_moments_of_plane(x + r * m.stride, m.columns, shift, sum, square);
+  if constexpr (std::is_same_v<S, F16>) {
+    alignas(64) T tile[kSegment];
+    for (int64_t r = 0; r < m.rows; ++r) {
+      for (int64_t j = 0; j < m.columns; j += kSegment) {
+        const int64_t n = std::min(kSegment, m.columns - j);
+        widen(x + r * m.stride + j, tile, n);
+        add_moments_of_planes(tile, 0, 1, n, shift, sum, square);
+      }
+    }
+  } else {
+    add_moments_of_planes(x, m.stride, m.rows, m.columns, shift, sum, square);
   }
   out.count = static_cast<double>(m.rows * m.columns);
   out.shifts[0] = static_cast<double>(shift);
