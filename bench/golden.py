@@ -173,9 +173,7 @@ def select(only: str, short: bool, skip: Iterable[str]) -> list[Case | Mask]:
     left_out = set(skip)
     every: tuple[Case | Mask, ...] = (*CASES, *MASKS)
     return [
-        c
-        for c in every
-        if only in c.name and c.name not in left_out and (c.short or not short)
+        c for c in every if only in c.name and c.name not in left_out and (c.short or not short)
     ]
 
 

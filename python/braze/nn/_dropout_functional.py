@@ -1,20 +1,20 @@
-"""Dropout as functions, and the fake implementations of its operators.
+"""Dropout as functions.
 
-Mask index ``i`` belongs to lane ``i % 8`` of the Philox4x32-7 block whose counter is (``i // 8``, ``offset``) and
-whose key is ``seed``, each as two 32-bit words, low word first; the eight 16-bit lanes are the halves of its four
-words, low half first. Index ``i`` is kept iff its lane is at least ``t = round(p * 65536)`` (halves to even). So
-``p`` acts as ``t / 65536``, at most 7.7e-6 away, and the scale of what is kept, ``65536 / (65536 - t)``, is that of
-the ``p`` that acts: the mean is exact. ``t = 65536`` (``p`` from 1 - 7.6e-6 on) drops everything.
+Mask index ``i`` belongs to lane ``i % 8`` of the Philox4x32-7 block whose counter is (``i // 8``,
+``offset``) and whose key is ``seed``, each as two 32-bit words, low word first; the eight 16-bit lanes are
+the halves of its four words, low half first. Index ``i`` is kept iff its lane is at least ``t = round(p *
+65536)`` (halves to even). So ``p`` acts as ``t / 65536``, at most 7.7e-6 away, and the scale of what is
+kept, ``65536 / (65536 - t)``, is that of the ``p`` that acts: the mean is exact. ``t = 65536`` (``p`` from
+1 - 7.6e-6 on) drops everything.
 
-``i`` counts elements in the order of memory, ``n * C + c`` where whole channels are dropped. Seed and offset are one
-draw per call from torch's generator: on the CPU 64 random bits and 0, on CUDA its Philox state.
+``i`` counts elements in the order of memory, ``n * C + c`` where whole channels are dropped. Seed and
+offset are one draw per call from torch's generator: on the CPU 64 random bits and 0, on CUDA its Philox
+state.
 
 Source of the generator: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -26,6 +26,13 @@ from torch.overrides import (
 )
 
 from braze._native import _C
+from braze.nn import _dropout_fake  # noqa: F401  (registers)
+from braze.nn._composite import ACTIVATIONS
+from braze.nn._dropout_channels import dropout1d as dropout1d
+from braze.nn._dropout_channels import dropout2d as dropout2d
+from braze.nn._dropout_channels import dropout3d as dropout3d
+from braze.nn._dropout_channels import feature_alpha_dropout as feature_alpha_dropout
+from braze.nn._dropout_route import OPS, check_p, distinct, drop, taken
 
 __all__ = [
     "act_dropout",
@@ -39,96 +46,6 @@ __all__ = [
     "feature_alpha_dropout",
 ]
 
-_OPS = torch.ops.braze
-
-
-def _check_p(p: float) -> None:
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-
-
-# ------------------------------------------------------- by torch's operations
-
-
-def _keep(input: Tensor, p: float, feature: bool, generator: Generator | None) -> Tensor:
-    """A mask by torch's own random numbers, as functorch's transforms need them."""
-    shape = list(input.shape)
-    if feature:
-        shape[2:] = [1] * (len(shape) - 2)
-    keep = 1 - round(p * 65536) / 65536
-    return input.new_empty(shape).bernoulli_(keep, generator=generator) != 0
-
-
-def _composite(
-    input: Tensor, p: float, alpha: bool, feature: bool, generator: Generator | None
-) -> Tensor:
-    scale, shift, dropped = _C.dropout_terms(p, alpha)
-    scaled = input * scale
-    if alpha:
-        scaled = scaled + shift
-    return torch.where(_keep(input, p, feature, generator), scaled, dropped)
-
-
-# ---------------------------------------------------------------- dispatching
-
-
-def _distinct(input: Tensor) -> Tensor:
-    """Compilers merge equal calls, but never two ``empty``."""
-    return torch.empty(0, device=input.device)
-
-
-def _drop(
-    input: Tensor,
-    p: float,
-    inplace: bool,
-    alpha: bool,
-    feature: bool,
-    generator: Generator | None,
-    torch_function: Callable[..., Tensor],
-) -> Tensor:
-    if torch.compiler.is_compiling():
-        if not _compilable(input):
-            return torch_function(input, p, True, inplace)
-        output: Tensor = _OPS.dropout(
-            input, p, alpha, feature, generator=generator, distinct=_distinct(input)
-        )[0]
-        return input.copy_(output) if inplace else output
-    if _C.dropout_takes(input):
-        if not inplace:
-            return _C.dropout(input, p, alpha, feature, generator, None)[0]
-        _C.dropout_(input, p, alpha, feature, generator)
-        return input
-    if not _is_composite(input):
-        if generator is not None:
-            raise ValueError(
-                f"generator: torch's own dropout takes none, and braze has no kernels for "
-                f"{input.dtype} on {input.device} ({input.layout}); seed the default generator"
-            )
-        return torch_function(input, p, True, inplace)
-    output = _composite(input, p, alpha, feature, generator)
-    return input.copy_(output) if inplace else output
-
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _compilable(input: Tensor) -> bool:
-    return (
-        input.dtype in _DTYPES
-        and input.layout is torch.strided
-        and (
-            input.device.type == "cpu" or (input.device.type == "cuda" and "cuda" in _C.backends())
-        )
-    )
-
-
-def _is_composite(input: Tensor) -> bool:
-    """Kept from the kernels by a transform alone."""
-    return input.dtype in _DTYPES and input.layout is torch.strided and not input.is_meta
-
-
-# ------------------------------------------------------------------ functions
-
 
 def dropout(
     input: Tensor,
@@ -138,11 +55,12 @@ def dropout(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``y = x * scale`` where the element is kept, else 0, with ``scale = 1 / (1 - p)`` for the ``p`` that acts.
+    """``y = x * scale`` where the element is kept, else 0, with ``scale = 1 / (1 - p)`` for the ``p`` that
+    acts.
 
-    As ``torch.nn.functional.dropout``, of any shape. float32, float64, bfloat16 and float16 (computed in float32,
-    rounded once); all else is handed to torch. Only the seed and the offset of the mask are kept for the backward
-    pass, which makes the mask again; ``dropout_mask`` is the mask.
+    As ``torch.nn.functional.dropout``, of any shape. float32, float64, bfloat16 and float16 (computed in
+    float32, rounded once); all else is handed to torch. Only the seed and the offset of the mask are kept
+    for the backward pass, which makes the mask again; ``dropout_mask`` is the mask.
 
     Args:
         input: a tensor of any shape. Dense ones keep their strides; of others the mask runs over a copy
@@ -156,19 +74,19 @@ def dropout(
         ValueError: ``p`` is not in [0, 1]; nan too (torch: RuntimeError).
         RuntimeError: ``inplace`` on a leaf that requires grad, or on overlapping elements.
 
-    Differences from torch: other masks for the same seed, the same on every device and for any number of threads;
-    a dropped element is +0 whatever it was (torch multiplies with 0, which keeps nan, makes inf nan and negative
-    numbers -0). Under functorch's transforms and forward-mode AD the mask is torch's.
+    Differences from torch: other masks for the same seed, the same on every device and for any number of
+    threads; a dropped element is +0 whatever it was (torch multiplies with 0, which keeps nan, makes inf
+    nan and negative numbers -0). Under functorch's transforms and forward-mode AD the mask is torch's.
     """
     if has_torch_function_unary(input):
         result: Tensor = handle_torch_function(
             F.dropout, (input,), input, p=p, training=training, inplace=inplace
         )
         return result
-    _check_p(p)
+    check_p(p)
     if not training or p == 0 or input.numel() == 0:
         return F.dropout(input, p, training, inplace)
-    return _drop(input, p, inplace, False, False, generator, F.dropout)
+    return drop(input, p, inplace, False, False, generator, F.dropout)
 
 
 def alpha_dropout(
@@ -179,155 +97,28 @@ def alpha_dropout(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``y = a * x + b`` where the element is kept, else ``b - a * l``, with SELU's limit ``l = 1.7580993408473766``,
-    ``a = 1 / sqrt((l**2 * p + 1) * (1 - p))`` and ``b = a * l * p``: zero mean and unit variance stay.
+    """``y = a * x + b`` where the element is kept, else ``b - a * l``, with SELU's limit ``l =
+    1.7580993408473766``, ``a = 1 / sqrt((l**2 * p + 1) * (1 - p))`` and ``b = a * l * p``: zero mean and
+    unit variance stay.
 
-    As ``torch.nn.functional.alpha_dropout``; arguments, dtypes, errors and differences are those of ``dropout``.
-    ``p = 1`` gives zeros, as in torch. Source: Klambauer et al., Self-normalizing neural networks (2017).
+    As ``torch.nn.functional.alpha_dropout``; arguments, dtypes, errors and differences are those of
+    ``dropout``. ``p = 1`` gives zeros, as in torch. Source: Klambauer et al., Self-normalizing neural
+    networks (2017).
     """
     if has_torch_function_unary(input):
         result: Tensor = handle_torch_function(
             F.alpha_dropout, (input,), input, p=p, training=training, inplace=inplace
         )
         return result
-    _check_p(p)
+    check_p(p)
     if not training or p == 0 or input.numel() == 0:
         return F.alpha_dropout(input, p, training, inplace)
-    return _drop(input, p, inplace, True, False, generator, F.alpha_dropout)
-
-
-def feature_alpha_dropout(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = False,
-    inplace: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    """``alpha_dropout`` of whole channels: ``input`` is (N, C, ...), and channel (n, c) has mask index n * C + c.
-
-    As ``torch.nn.functional.feature_alpha_dropout``; everything else as in ``alpha_dropout``.
-
-    Raises:
-        RuntimeError: also if ``input`` has fewer than two dimensions.
-    """
-    if has_torch_function_unary(input):
-        result: Tensor = handle_torch_function(
-            F.feature_alpha_dropout, (input,), input, p=p, training=training, inplace=inplace
-        )
-        return result
-    _check_p(p)
-    if not training or p == 0 or input.numel() == 0:
-        return F.feature_alpha_dropout(input, p, training, inplace)
-    return _drop(input, p, inplace, True, True, generator, F.feature_alpha_dropout)
-
-
-def _torch_feature_dropout(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-    return (torch.feature_dropout_ if inplace else torch.feature_dropout)(input, p, training)
-
-
-def _drop_channels(
-    torch_function: Callable[..., Tensor],
-    ndim: int,
-    input: Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-    generator: Generator | None,
-) -> Tensor:
-    """``ndim``: dimensions of a batch; with one less it is a single sample, except for 2d, where torch reads
-    (C, H, W) as (N, C, L). What torch warns of or refuses is left to it."""
-    if has_torch_function_unary(input):
-        result: Tensor = handle_torch_function(
-            torch_function, (input,), input, p=p, training=training, inplace=inplace
-        )
-        return result
-    _check_p(p)
-    single = input.dim() == ndim - 1 and ndim != 4
-    if not training or p == 0 or input.numel() == 0 or not (single or input.dim() == ndim):
-        return torch_function(input, p, training, inplace)
-    batch = input.unsqueeze(0) if single else input
-    output = _drop(batch, p, inplace, False, True, generator, _torch_feature_dropout)
-    if inplace:
-        return input
-    return output.squeeze(0) if single else output
-
-
-def dropout1d(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    """``dropout`` of whole channels: (N, C, L), or (C, L) as a single sample. Channel (n, c) has mask index
-    n * C + c, in any memory format; the mask is never spread out in memory.
-
-    As ``torch.nn.functional.dropout1d``; arguments, dtypes, errors and differences are those of ``dropout``.
-
-    Raises:
-        RuntimeError: also if ``input`` has neither 2 nor 3 dimensions.
-    """
-    return _drop_channels(F.dropout1d, 3, input, p, training, inplace, generator)
-
-
-def dropout2d(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    """``dropout`` of whole channels: (N, C, H, W). Channel (n, c) has mask index n * C + c, in any memory format.
-
-    As ``torch.nn.functional.dropout2d``; arguments, dtypes, errors and differences are those of ``dropout``. Other
-    numbers of dimensions are handed to torch, which warns of them and reads (C, H, W) as (N, C, L).
-
-    Raises:
-        RuntimeError: also if ``input`` has fewer than 2 dimensions.
-    """
-    return _drop_channels(F.dropout2d, 4, input, p, training, inplace, generator)
-
-
-def dropout3d(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    """``dropout`` of whole channels: (N, C, D, H, W), or (C, D, H, W) as a single sample. Channel (n, c) has mask
-    index n * C + c, in any memory format.
-
-    As ``torch.nn.functional.dropout3d``; arguments, dtypes, errors and differences are those of ``dropout``. Other
-    numbers of dimensions are handed to torch, which warns of them.
-    """
-    return _drop_channels(F.dropout3d, 5, input, p, training, inplace, generator)
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda x, _: x,
-    "relu": lambda x, _: F.relu(x),
-    "relu6": lambda x, _: F.relu6(x),
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "sigmoid": lambda x, _: torch.sigmoid(x),
-    "tanh": lambda x, _: torch.tanh(x),
-    "silu": lambda x, _: F.silu(x),
-    "gelu": lambda x, _: F.gelu(x),
-    "gelu_tanh": lambda x, _: F.gelu(x, approximate="tanh"),
-    "hardswish": lambda x, _: F.hardswish(x),
-    "hardsigmoid": lambda x, _: F.hardsigmoid(x),
-    "mish": lambda x, _: F.mish(x),
-}
+    return drop(input, p, inplace, True, False, generator, F.alpha_dropout)
 
 
 def check_activation(activation: str) -> None:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
 
 
 def act_dropout(
@@ -343,8 +134,9 @@ def act_dropout(
 ) -> Tensor:
     """``dropout(activation(input), p)`` in one pass forward and one backward.
 
-    For the backward pass it keeps the mask's seed and offset, and of relu the output, of any other activation the
-    input; the two in separate calls keep the input, the activation's output and torch's mask.
+    For the backward pass it keeps the mask's seed and offset, and of relu the output, of any other
+    activation the input; the two in separate calls keep the input, the activation's output and torch's
+    mask.
 
     Args:
         activation: identity, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, gelu_tanh, hardswish,
@@ -353,41 +145,35 @@ def act_dropout(
         negative_slope: of leaky_relu.
         alpha: of elu.
 
-    Everything else is as in ``dropout``. With ``training=False`` or ``p`` = 0 it is torch's activation. 16-bit types
-    are rounded once, after the scale.
+    Everything else is as in ``dropout``. With ``training=False`` or ``p`` = 0 it is torch's activation.
+    16-bit types are rounded once, after the scale.
 
     Raises:
         ValueError: also if there is no such activation.
     """
     check_activation(activation)
     parameter = {"leaky_relu": negative_slope, "elu": alpha}.get(activation, 0.0)
-    _check_p(p)
+    check_p(p)
     if (
         has_torch_function_unary(input)
         or not training
         or p == 0
-        or not _taken(input)
+        or not taken(input)
         or (inplace and torch.compiler.is_compiling())
     ):
         output = dropout(
-            _ACTIVATIONS[activation](input, parameter), p, training, generator=generator
+            ACTIVATIONS[activation](input, parameter), p, training, generator=generator
         )
         return input.copy_(output) if inplace else output
     if torch.compiler.is_compiling():
-        result: Tensor = _OPS.act_dropout(
-            input, p, activation, parameter, generator=generator, distinct=_distinct(input)
+        result: Tensor = OPS.act_dropout(
+            input, p, activation, parameter, generator=generator, distinct=distinct(input)
         )[0]
         return result
     if not inplace:
         return _C.act_dropout(input, p, activation, parameter, generator, None)[0]
     _C.act_dropout_(input, p, activation, parameter, generator)
     return input
-
-
-def _taken(input: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return _compilable(input)
-    return _C.dropout_takes(input)
 
 
 def dropout_add(
@@ -400,23 +186,23 @@ def dropout_add(
 ) -> Tensor:
     """``dropout(input, p) + residual`` in one pass, rounded once.
 
-    A residual of another shape, dtype or device is added as torch adds it, in a pass of its own. Everything else is
-    as in ``dropout``; nothing but the mask's seed and offset is kept for the backward pass.
+    A residual of another shape, dtype or device is added as torch adds it, in a pass of its own. Everything
+    else is as in ``dropout``; nothing but the mask's seed and offset is kept for the backward pass.
     """
-    _check_p(p)
+    check_p(p)
     if (
         has_torch_function_variadic(input, residual)
         or not training
         or p == 0
-        or not (_taken(input) and _taken(residual))
+        or not (taken(input) and taken(residual))
         or residual.shape != input.shape
         or residual.dtype != input.dtype
         or residual.device != input.device
     ):
         return dropout(input, p, training, generator=generator) + residual
     if torch.compiler.is_compiling():
-        result: Tensor = _OPS.dropout_add(
-            input, residual, p, generator=generator, distinct=_distinct(input)
+        result: Tensor = OPS.dropout_add(
+            input, residual, p, generator=generator, distinct=distinct(input)
         )[0]
         return result
     return _C.dropout_add(input, residual, p, generator, None)[0]
@@ -436,9 +222,10 @@ def dropout_mask(
         offset: 64 bits; 0 on the CPU.
 
     Raises:
-        ValueError: ``p`` is not in [0, 1], ``numel`` is negative, or ``seed`` or ``offset`` has more than 64 bits.
+        ValueError: ``p`` is not in [0, 1], ``numel`` is negative, or ``seed`` or ``offset`` has more than
+            64 bits.
     """
-    _check_p(p)
+    check_p(p)
     if numel < 0:
         raise ValueError(f"numel must not be negative, got {numel}")
     for name, value in (("seed", seed), ("offset", offset)):
@@ -448,102 +235,3 @@ def dropout_mask(
     state = torch.tensor(words, dtype=torch.int64, device=device)
     ones = torch.ones(numel, dtype=torch.bfloat16, device=state.device)
     return _C.dropout_apply(ones, state, p, False, False, False) != 0
-
-
-# ----------------------------------------------------------- fake operators
-
-
-def _fake_state(input: Tensor) -> Tensor:
-    return input.new_empty(2, dtype=torch.int64)
-
-
-def _fake_output(input: Tensor, feature: bool) -> Tensor:
-    if feature and not (input.is_contiguous() or input.movedim(1, -1).is_contiguous()):
-        return torch.empty_like(input, memory_format=torch.contiguous_format)
-    return torch.empty_like(input)
-
-
-@torch.library.register_fake("braze::dropout")
-def _(
-    input: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _fake_output(input, feature), _fake_state(input)
-
-
-@torch.library.register_fake("braze::dropout_")
-def _(
-    input: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    return _fake_state(input)
-
-
-@torch.library.register_fake("braze::dropout_apply")
-def _(
-    input: Tensor,
-    rng_state: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    gradient: bool = False,
-) -> Tensor:
-    return _fake_output(input, feature)
-
-
-@torch.library.register_fake("braze::dropout_add")
-def _(
-    input: Tensor,
-    residual: Tensor,
-    p: float,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), _fake_state(input)
-
-
-@torch.library.register_fake("braze::act_dropout")
-def _(
-    input: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), _fake_state(input)
-
-
-@torch.library.register_fake("braze::act_dropout_")
-def _(
-    input: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    return _fake_state(input)
-
-
-@torch.library.register_fake("braze::act_dropout_backward")
-def _(
-    grad: Tensor,
-    saved: Tensor,
-    rng_state: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-) -> Tensor:
-    return torch.empty_like(saved)

@@ -1,0 +1,129 @@
+"""Dropout of whole channels: index ``n * C + c`` of the mask that ``_dropout_functional`` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from braze.nn._dropout_route import check_p, drop
+
+__all__ = ["dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]
+
+
+def feature_alpha_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """``alpha_dropout`` of whole channels: ``input`` is (N, C, ...), and channel (n, c) has mask index n *
+    C + c.
+
+    As ``torch.nn.functional.feature_alpha_dropout``; everything else as in ``alpha_dropout``.
+
+    Raises:
+        RuntimeError: also if ``input`` has fewer than two dimensions.
+    """
+    if has_torch_function_unary(input):
+        result: Tensor = handle_torch_function(
+            F.feature_alpha_dropout, (input,), input, p=p, training=training, inplace=inplace
+        )
+        return result
+    check_p(p)
+    if not training or p == 0 or input.numel() == 0:
+        return F.feature_alpha_dropout(input, p, training, inplace)
+    return drop(input, p, inplace, True, True, generator, F.feature_alpha_dropout)
+
+
+def _torch_feature_dropout(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    return (torch.feature_dropout_ if inplace else torch.feature_dropout)(input, p, training)
+
+
+def _drop_channels(
+    torch_function: Callable[..., Tensor],
+    ndim: int,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    generator: Generator | None,
+) -> Tensor:
+    """``ndim``: dimensions of a batch; with one less it is a single sample, except for 2d, where torch reads
+    (C, H, W) as (N, C, L). What torch warns of or refuses is left to it."""
+    if has_torch_function_unary(input):
+        result: Tensor = handle_torch_function(
+            torch_function, (input,), input, p=p, training=training, inplace=inplace
+        )
+        return result
+    check_p(p)
+    single = input.dim() == ndim - 1 and ndim != 4
+    if not training or p == 0 or input.numel() == 0 or not (single or input.dim() == ndim):
+        return torch_function(input, p, training, inplace)
+    batch = input.unsqueeze(0) if single else input
+    output = drop(batch, p, inplace, False, True, generator, _torch_feature_dropout)
+    if inplace:
+        return input
+    return output.squeeze(0) if single else output
+
+
+def dropout1d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """``dropout`` of whole channels: (N, C, L), or (C, L) as a single sample. Channel (n, c) has mask index
+    n * C + c, in any memory format; the mask is never spread out in memory.
+
+    As ``torch.nn.functional.dropout1d``; arguments, dtypes, errors and differences are those of ``dropout``.
+
+    Raises:
+        RuntimeError: also if ``input`` has neither 2 nor 3 dimensions.
+    """
+    return _drop_channels(F.dropout1d, 3, input, p, training, inplace, generator)
+
+
+def dropout2d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """``dropout`` of whole channels: (N, C, H, W). Channel (n, c) has mask index n * C + c, in any memory
+    format.
+
+    As ``torch.nn.functional.dropout2d``; arguments, dtypes, errors and differences are those of
+    ``dropout``. Other numbers of dimensions are handed to torch, which warns of them and reads (C, H, W) as
+    (N, C, L).
+
+    Raises:
+        RuntimeError: also if ``input`` has fewer than 2 dimensions.
+    """
+    return _drop_channels(F.dropout2d, 4, input, p, training, inplace, generator)
+
+
+def dropout3d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """``dropout`` of whole channels: (N, C, D, H, W), or (C, D, H, W) as a single sample. Channel (n, c)
+    has mask index n * C + c, in any memory format.
+
+    As ``torch.nn.functional.dropout3d``; arguments, dtypes, errors and differences are those of
+    ``dropout``. Other numbers of dimensions are handed to torch, which warns of them.
+    """
+    return _drop_channels(F.dropout3d, 5, input, p, training, inplace, generator)
