@@ -119,7 +119,7 @@ def test_alpha(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", functional._ACTIVATIONS)
+@pytest.mark.parametrize("activation", functional.ACTIVATIONS)
 def test_activations(activation: str, dtype: torch.dtype) -> None:
     parameter = {"leaky_relu": 0.2, "elu": 0.7}.get(activation, 0.0)
     values = [0.0, -0.0, math.inf, -math.inf, 3.0, -3.0, 6.0, 1e-6, -1e-6, 30.0, -30.0]
@@ -128,7 +128,7 @@ def test_activations(activation: str, dtype: torch.dtype) -> None:
         lambda: functional.act_dropout(x, activation, 0.4, negative_slope=0.2, alpha=0.7)
     )
     keep = reference.mask(x.numel(), 0.4, *state)
-    act = functional._ACTIVATIONS[activation]
+    act = functional.ACTIVATIONS[activation]
     want = torch.where(keep, act(x.cpu().double(), parameter) * reference.scale(0.4), 0.0).to(dtype)
     torch.testing.assert_close(y.cpu(), want, equal_nan=True)
     assert bool((y.cpu()[~keep] == 0).all())

@@ -31,7 +31,7 @@ CALLS: dict[str, Call] = {
                 x * 1 if inplace else x, name, 0.4, inplace=inplace
             )
         )
-        for name in functional._ACTIVATIONS
+        for name in functional.ACTIVATIONS
         for inplace in (False, True)
     },
 }
@@ -99,7 +99,7 @@ def test_gradients_in_any_layout(layout: str, dtype: torch.dtype) -> None:
             (got,) = torch.autograd.grad(y, x, grad)
             keep = reference.element_mask(torch.empty_like(x).cpu(), 0.4, *state)
             wide = x.detach().cpu().double().requires_grad_()
-            z = functional._ACTIVATIONS[activation](wide, 0.0)
+            z = functional.ACTIVATIONS[activation](wide, 0.0)
             (slope,) = torch.autograd.grad(z.sum(), wide)
             want = torch.where(keep, grad.cpu().double() * slope * reference.scale(0.4), 0.0)
             torch.testing.assert_close(

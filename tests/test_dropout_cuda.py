@@ -44,7 +44,7 @@ def outputs(place: torch.device, dtype: torch.dtype) -> list[Tensor]:
             apply(t, feature=True)
             apply(t, alpha=True, feature=True)
     saved, grad = values((3001,), 2, dtype).to(place), values((3001,), 3, dtype).to(place)
-    for name in functional._ACTIVATIONS:
+    for name in functional.ACTIVATIONS:
         # Functions of double are each machine's own.
         if dtype != torch.float64 or name in (
             "identity",
