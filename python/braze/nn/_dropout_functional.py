@@ -1,13 +1,15 @@
-"""Dropout as functions, and the fake implementations of its operators.
+"""Dropout as functions.
 
-Mask index ``i`` belongs to lane ``i % 8`` of the Philox4x32-7 block whose counter is (``i // 8``, ``offset``) and
-whose key is ``seed``, each as two 32-bit words, low word first; the eight 16-bit lanes are the halves of its four
-words, low half first. Index ``i`` is kept iff its lane is at least ``t = round(p * 65536)`` (halves to even). So
-``p`` acts as ``t / 65536``, at most 7.7e-6 away, and the scale of what is kept, ``65536 / (65536 - t)``, is that of
-the ``p`` that acts: the mean is exact. ``t = 65536`` (``p`` from 1 - 7.6e-6 on) drops everything.
+Mask index ``i`` belongs to lane ``i % 8`` of the Philox4x32-7 block whose counter is (``i // 8``,
+``offset``) and whose key is ``seed``, each as two 32-bit words, low word first; the eight 16-bit lanes are
+the halves of its four words, low half first. Index ``i`` is kept iff its lane is at least ``t = round(p *
+65536)`` (halves to even). So ``p`` acts as ``t / 65536``, at most 7.7e-6 away, and the scale of what is
+kept, ``65536 / (65536 - t)``, is that of the ``p`` that acts: the mean is exact. ``t = 65536`` (``p`` from
+1 - 7.6e-6 on) drops everything.
 
-``i`` counts elements in the order of memory, ``n * C + c`` where whole channels are dropped. Seed and offset are one
-draw per call from torch's generator: on the CPU 64 random bits and 0, on CUDA its Philox state.
+``i`` counts elements in the order of memory, ``n * C + c`` where whole channels are dropped. Seed and
+offset are one draw per call from torch's generator: on the CPU 64 random bits and 0, on CUDA its Philox
+state.
 
 Source of the generator: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
 """
@@ -26,6 +28,8 @@ from torch.overrides import (
 )
 
 from braze._native import _C
+from braze.nn import _dropout_fake as _dropout_fake  # registers them
+from braze.nn._dropout_route import OPS, drop, fresh, taken
 
 __all__ = [
     "act_dropout",
@@ -39,96 +43,10 @@ __all__ = [
     "feature_alpha_dropout",
 ]
 
-_OPS = torch.ops.braze
-
 
 def _check_p(p: float) -> None:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-
-
-# ------------------------------------------------------- by torch's operations
-
-
-def _keep(input: Tensor, p: float, feature: bool, generator: Generator | None) -> Tensor:
-    """A mask by torch's own random numbers, as functorch's transforms need them."""
-    shape = list(input.shape)
-    if feature:
-        shape[2:] = [1] * (len(shape) - 2)
-    keep = 1 - round(p * 65536) / 65536
-    return input.new_empty(shape).bernoulli_(keep, generator=generator) != 0
-
-
-def _composite(
-    input: Tensor, p: float, alpha: bool, feature: bool, generator: Generator | None
-) -> Tensor:
-    scale, shift, dropped = _C.dropout_terms(p, alpha)
-    scaled = input * scale
-    if alpha:
-        scaled = scaled + shift
-    return torch.where(_keep(input, p, feature, generator), scaled, dropped)
-
-
-# ---------------------------------------------------------------- dispatching
-
-
-def _distinct(input: Tensor) -> Tensor:
-    """Compilers merge equal calls, but never two ``empty``."""
-    return torch.empty(0, device=input.device)
-
-
-def _drop(
-    input: Tensor,
-    p: float,
-    inplace: bool,
-    alpha: bool,
-    feature: bool,
-    generator: Generator | None,
-    torch_function: Callable[..., Tensor],
-) -> Tensor:
-    if torch.compiler.is_compiling():
-        if not _compilable(input):
-            return torch_function(input, p, True, inplace)
-        output: Tensor = _OPS.dropout(
-            input, p, alpha, feature, generator=generator, distinct=_distinct(input)
-        )[0]
-        return input.copy_(output) if inplace else output
-    if _C.dropout_takes(input):
-        if not inplace:
-            return _C.dropout(input, p, alpha, feature, generator, None)[0]
-        _C.dropout_(input, p, alpha, feature, generator)
-        return input
-    if not _is_composite(input):
-        if generator is not None:
-            raise ValueError(
-                f"generator: torch's own dropout takes none, and braze has no kernels for "
-                f"{input.dtype} on {input.device} ({input.layout}); seed the default generator"
-            )
-        return torch_function(input, p, True, inplace)
-    output = _composite(input, p, alpha, feature, generator)
-    return input.copy_(output) if inplace else output
-
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _compilable(input: Tensor) -> bool:
-    return (
-        input.dtype in _DTYPES
-        and input.layout is torch.strided
-        and (
-            input.device.type == "cpu"
-            or (input.device.type == "cuda" and "cuda" in _C.backends())
-        )
-    )
-
-
-def _is_composite(input: Tensor) -> bool:
-    """Kept from the kernels by a transform alone."""
-    return input.dtype in _DTYPES and input.layout is torch.strided and not input.is_meta
-
-
-# ------------------------------------------------------------------ functions
 
 
 def dropout(
@@ -139,11 +57,12 @@ def dropout(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``y = x * scale`` where the element is kept, else 0, with ``scale = 1 / (1 - p)`` for the ``p`` that acts.
+    """``y = x * scale`` where the element is kept, else 0, with ``scale = 1 / (1 - p)`` for the ``p`` that
+    acts.
 
-    As ``torch.nn.functional.dropout``, of any shape. float32, float64, bfloat16 and float16 (computed in float32,
-    rounded once); all else is handed to torch. Only the seed and the offset of the mask are kept for the backward
-    pass, which makes the mask again; ``dropout_mask`` is the mask.
+    As ``torch.nn.functional.dropout``, of any shape. float32, float64, bfloat16 and float16 (computed in
+    float32, rounded once); all else is handed to torch. Only the seed and the offset of the mask are kept
+    for the backward pass, which makes the mask again; ``dropout_mask`` is the mask.
 
     Args:
         input: a tensor of any shape. Dense ones keep their strides; of others the mask runs over a copy
@@ -157,9 +76,9 @@ def dropout(
         ValueError: ``p`` is not in [0, 1]; nan too (torch: RuntimeError).
         RuntimeError: ``inplace`` on a leaf that requires grad, or on overlapping elements.
 
-    Differences from torch: other masks for the same seed, the same on every device and for any number of threads;
-    a dropped element is +0 whatever it was (torch multiplies with 0, which keeps nan, makes inf nan and negative
-    numbers -0). Under functorch's transforms and forward-mode AD the mask is torch's.
+    Differences from torch: other masks for the same seed, the same on every device and for any number of
+    threads; a dropped element is +0 whatever it was (torch multiplies with 0, which keeps nan, makes inf
+    nan and negative numbers -0). Under functorch's transforms and forward-mode AD the mask is torch's.
     """
     if has_torch_function_unary(input):
         result: Tensor = handle_torch_function(
@@ -169,7 +88,7 @@ def dropout(
     _check_p(p)
     if not training or p == 0 or input.numel() == 0:
         return F.dropout(input, p, training, inplace)
-    return _drop(input, p, inplace, False, False, generator, F.dropout)
+    return drop(input, p, inplace, False, False, generator, F.dropout)
 
 
 def alpha_dropout(
@@ -180,11 +99,13 @@ def alpha_dropout(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``y = a * x + b`` where the element is kept, else ``b - a * l``, with SELU's limit ``l = 1.7580993408473766``,
-    ``a = 1 / sqrt((l**2 * p + 1) * (1 - p))`` and ``b = a * l * p``: zero mean and unit variance stay.
+    """``y = a * x + b`` where the element is kept, else ``b - a * l``, with SELU's limit ``l =
+    1.7580993408473766``, ``a = 1 / sqrt((l**2 * p + 1) * (1 - p))`` and ``b = a * l * p``: zero mean and
+    unit variance stay.
 
-    As ``torch.nn.functional.alpha_dropout``; arguments, dtypes, errors and differences are those of ``dropout``.
-    ``p = 1`` gives zeros, as in torch. Source: Klambauer et al., Self-normalizing neural networks (2017).
+    As ``torch.nn.functional.alpha_dropout``; arguments, dtypes, errors and differences are those of
+    ``dropout``. ``p = 1`` gives zeros, as in torch. Source: Klambauer et al., Self-normalizing neural
+    networks (2017).
     """
     if has_torch_function_unary(input):
         result: Tensor = handle_torch_function(
@@ -194,7 +115,7 @@ def alpha_dropout(
     _check_p(p)
     if not training or p == 0 or input.numel() == 0:
         return F.alpha_dropout(input, p, training, inplace)
-    return _drop(input, p, inplace, True, False, generator, F.alpha_dropout)
+    return drop(input, p, inplace, True, False, generator, F.alpha_dropout)
 
 
 def feature_alpha_dropout(
@@ -205,7 +126,8 @@ def feature_alpha_dropout(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``alpha_dropout`` of whole channels: ``input`` is (N, C, ...), and channel (n, c) has mask index n * C + c.
+    """``alpha_dropout`` of whole channels: ``input`` is (N, C, ...), and channel (n, c) has mask index n *
+    C + c.
 
     As ``torch.nn.functional.feature_alpha_dropout``; everything else as in ``alpha_dropout``.
 
@@ -220,7 +142,7 @@ def feature_alpha_dropout(
     _check_p(p)
     if not training or p == 0 or input.numel() == 0:
         return F.feature_alpha_dropout(input, p, training, inplace)
-    return _drop(input, p, inplace, True, True, generator, F.feature_alpha_dropout)
+    return drop(input, p, inplace, True, True, generator, F.feature_alpha_dropout)
 
 
 def _torch_feature_dropout(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
@@ -248,7 +170,7 @@ def _drop_channels(
     if not training or p == 0 or input.numel() == 0 or not (single or input.dim() == ndim):
         return torch_function(input, p, training, inplace)
     batch = input.unsqueeze(0) if single else input
-    output = _drop(batch, p, inplace, False, True, generator, _torch_feature_dropout)
+    output = drop(batch, p, inplace, False, True, generator, _torch_feature_dropout)
     if inplace:
         return input
     return output.squeeze(0) if single else output
@@ -281,10 +203,12 @@ def dropout2d(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``dropout`` of whole channels: (N, C, H, W). Channel (n, c) has mask index n * C + c, in any memory format.
+    """``dropout`` of whole channels: (N, C, H, W). Channel (n, c) has mask index n * C + c, in any memory
+    format.
 
-    As ``torch.nn.functional.dropout2d``; arguments, dtypes, errors and differences are those of ``dropout``. Other
-    numbers of dimensions are handed to torch, which warns of them and reads (C, H, W) as (N, C, L).
+    As ``torch.nn.functional.dropout2d``; arguments, dtypes, errors and differences are those of
+    ``dropout``. Other numbers of dimensions are handed to torch, which warns of them and reads (C, H, W) as
+    (N, C, L).
 
     Raises:
         RuntimeError: also if ``input`` has fewer than 2 dimensions.
@@ -300,11 +224,11 @@ def dropout3d(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``dropout`` of whole channels: (N, C, D, H, W), or (C, D, H, W) as a single sample. Channel (n, c) has mask
-    index n * C + c, in any memory format.
+    """``dropout`` of whole channels: (N, C, D, H, W), or (C, D, H, W) as a single sample. Channel (n, c)
+    has mask index n * C + c, in any memory format.
 
-    As ``torch.nn.functional.dropout3d``; arguments, dtypes, errors and differences are those of ``dropout``. Other
-    numbers of dimensions are handed to torch, which warns of them.
+    As ``torch.nn.functional.dropout3d``; arguments, dtypes, errors and differences are those of
+    ``dropout``. Other numbers of dimensions are handed to torch, which warns of them.
     """
     return _drop_channels(F.dropout3d, 5, input, p, training, inplace, generator)
 
@@ -328,9 +252,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def check_activation(activation: str) -> None:
     if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}"
-        )
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
 
 
 def act_dropout(
@@ -346,8 +268,9 @@ def act_dropout(
 ) -> Tensor:
     """``dropout(activation(input), p)`` in one pass forward and one backward.
 
-    For the backward pass it keeps the mask's seed and offset, and of relu the output, of any other activation the
-    input; the two in separate calls keep the input, the activation's output and torch's mask.
+    For the backward pass it keeps the mask's seed and offset, and of relu the output, of any other
+    activation the input; the two in separate calls keep the input, the activation's output and torch's
+    mask.
 
     Args:
         activation: identity, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, gelu_tanh, hardswish,
@@ -356,8 +279,8 @@ def act_dropout(
         negative_slope: of leaky_relu.
         alpha: of elu.
 
-    Everything else is as in ``dropout``. With ``training=False`` or ``p`` = 0 it is torch's activation. 16-bit types
-    are rounded once, after the scale.
+    Everything else is as in ``dropout``. With ``training=False`` or ``p`` = 0 it is torch's activation.
+    16-bit types are rounded once, after the scale.
 
     Raises:
         ValueError: also if there is no such activation.
@@ -369,7 +292,7 @@ def act_dropout(
         has_torch_function_unary(input)
         or not training
         or p == 0
-        or not _taken(input)
+        or not taken(input)
         or (inplace and torch.compiler.is_compiling())
     ):
         output = dropout(
@@ -377,20 +300,14 @@ def act_dropout(
         )
         return input.copy_(output) if inplace else output
     if torch.compiler.is_compiling():
-        result: Tensor = _OPS.act_dropout(
-            input, p, activation, parameter, generator=generator, distinct=_distinct(input)
+        result: Tensor = OPS.act_dropout(
+            input, p, activation, parameter, generator=generator, distinct=fresh(input)
         )[0]
         return result
     if not inplace:
         return _C.act_dropout(input, p, activation, parameter, generator, None)[0]
     _C.act_dropout_(input, p, activation, parameter, generator)
     return input
-
-
-def _taken(input: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return _compilable(input)
-    return _C.dropout_takes(input)
 
 
 def dropout_add(
@@ -403,23 +320,23 @@ def dropout_add(
 ) -> Tensor:
     """``dropout(input, p) + residual`` in one pass, rounded once.
 
-    A residual of another shape, dtype or device is added as torch adds it, in a pass of its own. Everything else is
-    as in ``dropout``; nothing but the mask's seed and offset is kept for the backward pass.
+    A residual of another shape, dtype or device is added as torch adds it, in a pass of its own. Everything
+    else is as in ``dropout``; nothing but the mask's seed and offset is kept for the backward pass.
     """
     _check_p(p)
     if (
         has_torch_function_variadic(input, residual)
         or not training
         or p == 0
-        or not (_taken(input) and _taken(residual))
+        or not (taken(input) and taken(residual))
         or residual.shape != input.shape
         or residual.dtype != input.dtype
         or residual.device != input.device
     ):
         return dropout(input, p, training, generator=generator) + residual
     if torch.compiler.is_compiling():
-        result: Tensor = _OPS.dropout_add(
-            input, residual, p, generator=generator, distinct=_distinct(input)
+        result: Tensor = OPS.dropout_add(
+            input, residual, p, generator=generator, distinct=fresh(input)
         )[0]
         return result
     return _C.dropout_add(input, residual, p, generator, None)[0]
@@ -439,7 +356,8 @@ def dropout_mask(
         offset: 64 bits; 0 on the CPU.
 
     Raises:
-        ValueError: ``p`` is not in [0, 1], ``numel`` is negative, or ``seed`` or ``offset`` has more than 64 bits.
+        ValueError: ``p`` is not in [0, 1], ``numel`` is negative, or ``seed`` or ``offset`` has more than
+        64 bits.
     """
     _check_p(p)
     if numel < 0:
@@ -451,102 +369,3 @@ def dropout_mask(
     state = torch.tensor(words, dtype=torch.int64, device=device)
     ones = torch.ones(numel, dtype=torch.bfloat16, device=state.device)
     return _C.dropout_apply(ones, state, p, False, False, False) != 0
-
-
-# ----------------------------------------------------------- fake operators
-
-
-def _fake_state(input: Tensor) -> Tensor:
-    return input.new_empty(2, dtype=torch.int64)
-
-
-def _fake_output(input: Tensor, feature: bool) -> Tensor:
-    if feature and not (input.is_contiguous() or input.movedim(1, -1).is_contiguous()):
-        return torch.empty_like(input, memory_format=torch.contiguous_format)
-    return torch.empty_like(input)
-
-
-@torch.library.register_fake("braze::dropout")
-def _(
-    input: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _fake_output(input, feature), _fake_state(input)
-
-
-@torch.library.register_fake("braze::dropout_")
-def _(
-    input: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    return _fake_state(input)
-
-
-@torch.library.register_fake("braze::dropout_apply")
-def _(
-    input: Tensor,
-    rng_state: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    gradient: bool = False,
-) -> Tensor:
-    return _fake_output(input, feature)
-
-
-@torch.library.register_fake("braze::dropout_add")
-def _(
-    input: Tensor,
-    residual: Tensor,
-    p: float,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), _fake_state(input)
-
-
-@torch.library.register_fake("braze::act_dropout")
-def _(
-    input: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), _fake_state(input)
-
-
-@torch.library.register_fake("braze::act_dropout_")
-def _(
-    input: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    return _fake_state(input)
-
-
-@torch.library.register_fake("braze::act_dropout_backward")
-def _(
-    grad: Tensor,
-    saved: Tensor,
-    rng_state: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-) -> Tensor:
-    return torch.empty_like(saved)

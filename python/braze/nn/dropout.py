@@ -19,7 +19,8 @@ __all__ = [
 
 
 class Dropout(nn.Dropout):
-    """``torch.nn.Dropout`` with ``braze.nn.functional.dropout``: the mask is made again in the backward pass, not kept.
+    """``torch.nn.Dropout`` with ``braze.nn.functional.dropout``: the mask is made again in the backward
+    pass, not kept.
 
     Args, errors and state are torch's; ``p`` may not be nan (ValueError).
     """
