@@ -61,7 +61,10 @@ def source_lines(path: Path, addresses: list[str]) -> dict[str, str]:
 
 
 def count() -> Counts:
-    path = program()
+    return count_program(program())
+
+
+def count_program(path: Path) -> Counts:
     done = build.run(path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("memory ")]

@@ -24,9 +24,9 @@ struct OneCounter {
 // Turns a counter, low word first, into random words.
 template <int kRounds, class Counters>
 BRAZE_INLINE void philox4x32(typename Counters::Word (&c)[4], uint32_t key0, uint32_t key1) {
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < kRounds; ++round) {
