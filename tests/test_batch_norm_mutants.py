@@ -84,7 +84,7 @@ EXPRESSIONS = [
     (BACKWARD_LAUNCH, "if (@curved && args.mask != nullptr@)", "false"),
     (GRID, "@divide_up(grid.length, 8)@;", "grid.length / 8"),
     (GRID, "grid.aligned && @(grid.phase == -1 || grid.phase == phase)@;", "true"),
-    (GRID, "grid.aligned && @!demand.mask@ &&", "true"),
+    (GRID, "grid.aligned && @!demand.mask@;", "true"),
     (GRID, "lost = @grid.moves_to_phase && !in_phase@ ?", "false"),
     (GRID, "in_phase = @grid.phase == 0@ &&", "true"),
     (GRID, "&& @shape.spatial % vector == 0@;", "true"),

@@ -17,7 +17,7 @@ ELEMENTS = 12288
 def counted() -> Counts:
     if (reason := build.have(VARIANT)) is not None:
         pytest.skip(reason)
-    sources = [KERNELS / "memory_dropout.cpp", build.ROOT / "csrc/cuda/dropout_launch.cu"]
+    sources = [KERNELS / "dropout_memory.cpp", build.ROOT / "csrc/cuda/dropout_launch.cu"]
     return count_program(build.build_program("memory_dropout", sources, VARIANT, include=[KERNELS]))
 
 

@@ -46,9 +46,7 @@ FAULTS = [
     (KERNELS, "reinterpret_cast<uint64_t>(a.x) | @reinterpret_cast<uint64_t>(a.out)@", "0"),
     (KERNELS, "int tile = warp; tile < @kTilesPerChunk@;", "kTilesPerChunk - 1"),
     (KERNELS, "base = @chunk * kDropoutChunk@ + tile", "static_cast<int>(chunk * kDropoutChunk)"),
-    (KERNELS, "if (@base >= a.numel@) break;", "base > a.numel + 300"),
     (KERNELS, "wide = aligned && @base + kTileElements <= a.numel@;", "base <= a.numel"),
-    (KERNELS, "wide = @aligned && base + kTileElements <= a.numel@;", "false"),
     (KERNELS, "if (@a.needs_mask()@)", "a.step != DropoutStep::add"),
     (LAUNCH, "(args.numel + @kDropoutChunk - 1@) / kDropoutChunk", "0"),
     (LAUNCH, "std::max<int64_t>(@chunks@, 1)", "chunks - 1"),
@@ -58,8 +56,6 @@ FAULTS = [
     (PLAN, "@offset + static_cast<uint64_t>(*offset_pointer)@;",
      "static_cast<uint64_t>(*offset_pointer)"),
 ]  # fmt: skip
-# No result can show these: they cost time only; test_dropout_memory.py counts accesses.
-SLOWER = {"wide = @aligned && base + kTileElements <= a.numel@;"}
 
 
 def mutated_sources() -> Path:
@@ -119,4 +115,4 @@ def test_mutants() -> None:
     survivors = [
         f"{p} -> {n}" for (_, p, n), how in zip(FAULTS, killers, strict=True) if how is None
     ]
-    assert sorted(s.split(" -> ")[0] for s in survivors) == sorted(SLOWER), "\n".join(survivors)
+    assert not survivors, "\n".join(survivors)

@@ -149,7 +149,7 @@ def test_activations_are_read_in_full_sectors(step: str, layout: str) -> None:
     wide = [
         c for p, c in places.items() if p.startswith("global") and "units.cuh" in p and " 16 " in p
     ]
-    elements = 2 * 64 * 16 * int(16 / SIZES[layout.split("_")[1]])
+    elements = 2 * 64 * 32 * int(16 / SIZES[layout.split("_")[1]])
     assert (
         sum(c[1] for c in wide) * 16 == elements * SIZES[layout.split("_")[1]] * NORM_PASSES[step]
     )

@@ -98,6 +98,7 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
     active = std::clamp<int64_t>(divide_up(grid.rows * grid.words, kMinUnits), 1, kNormThreads);
     grid.width = 1;
   }
+  if (shape.numel() == 0) grid.rows = 0;  // no channels: a group, but nothing to read
   const int64_t threads = divide_up(active, 32) * 32;
   // Small blocks run in greater numbers.
   const int64_t resident = demand.resident * (kNormThreads / threads);

@@ -8,6 +8,10 @@
 #include "math/activation.h"
 #include "math/batch_norm.h"
 
+#if defined(BRAZE_EMULATOR_MSAN)
+#include <sanitizer/msan_interface.h>
+#endif
+
 namespace norm {
 
 using namespace harness;
@@ -68,7 +72,11 @@ void Array::set(int64_t i, double value) {
 }
 void Array::zero() { memset(data_, 0, static_cast<size_t>(count_) * size_of(dtype_)); }
 std::vector<char> Array::bytes() const {
-  return {data_, data_ + static_cast<size_t>(count_) * size_of(dtype_)};
+  std::vector<char> copy(data_, data_ + static_cast<size_t>(count_) * size_of(dtype_));
+#if defined(BRAZE_EMULATOR_MSAN)
+  __msan_unpoison(copy.data(), copy.size());  // that rubbish has stayed is compared, too
+#endif
+  return copy;
 }
 
 const char* describe(const Spec& s) {
