@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "../cuda/dropout_launch.h"
+#include "launch_cuda.h"
 
 namespace braze {
 namespace {
@@ -38,13 +39,8 @@ class CudaDropout final : public DropoutDevice {
   void run(int device, const DropoutArgs& args) const override {
     const auto index = static_cast<c10::DeviceIndex>(device);
     const c10::cuda::CUDAGuard guard(index);
-    const cudaError_t error = cuda::dropout(args, c10::cuda::getCurrentCUDAStream(index).stream());
-    TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction,
-                "dropout: braze's CUDA kernels were not built for the GPU cuda:", device,
-                ". `python -m braze info` lists what they were built for; rebuild with ",
-                "TORCH_CUDA_ARCH_LIST set to this GPU's compute capability");
-    TORCH_CHECK(error == cudaSuccess, "dropout: launching it on cuda:", device,
-                " failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(index).stream();
+    check_launch(cuda::dropout(args, stream), "dropout", "a kernel", device);
   }
 };
 
