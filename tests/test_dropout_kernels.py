@@ -10,7 +10,7 @@ import emulator_build as build
 import pytest
 from test_emulated_kernels import CUDA, FLAGS, KERNELS, expect_silence, run
 
-SOURCE = KERNELS / "test_dropout.cpp"
+SOURCE = KERNELS / "dropout_tests.cpp"
 TESTS = tuple(re.findall(r"^TEST\((dropout_\w+)\)", SOURCE.read_text(), re.MULTILINE))
 
 

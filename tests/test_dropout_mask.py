@@ -38,7 +38,7 @@ KNOWN = (
 def test_known_answers_of_the_reference(
     counter: tuple[int, ...], key: tuple[int, ...], seven: str, ten: str
 ) -> None:
-    """The C++ formula has the same test in tests/emulator/kernels/test_dropout.cpp."""
+    """The C++ formula has the same test in tests/emulator/kernels/dropout_tests.cpp."""
     for rounds, words in ((7, seven), (10, ten)):
         got = " ".join(f"{word:08x}" for word in reference.philox4x32(counter, key, rounds))
         assert got == words

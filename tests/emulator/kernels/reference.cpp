@@ -16,4 +16,5 @@
 
 namespace braze::cpu {
 int usable_threads(int) { return 1; }
+int active_instruction_set() { return 0; }
 }  // namespace braze::cpu
