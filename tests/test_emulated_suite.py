@@ -1,4 +1,4 @@
-"""The optimizers' whole test suite on the emulated CUDA device, and part of it under ASan and UBSan."""
+"""The whole test suite on the emulated CUDA device, and part of it under ASan and UBSan."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import emulator_build
 import pytest
 
 TESTS = Path(__file__).parent
-# Of the rest these already run on the emulated device, in every mode.
-OWN = re.compile(r"test_(cuda|emulat)")
+# Of the rest these already run on the emulated device, in every mode, or, as test_nn, are about the
+# Python around operators that test_ops_generic compares on it.
+OWN = re.compile(r"test_(cuda|emulat|ops_|dropout|nn_|formulas|batch_norm_(kernels|mutants))")
 TIMEOUT = 600
 
 pytestmark = pytest.mark.skipif(devices.MODE != "cpu", reason="runs the suite itself")
