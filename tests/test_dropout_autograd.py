@@ -195,7 +195,7 @@ def test_errors_of_the_operators() -> None:
     x, rng = torch.randn(6), torch.get_rng_state()
     op = torch.ops.braze
     for call, error, text in (
-        (lambda: op.dropout(x.long(), 0.5), TypeError, "`input` must be float32"),
+        (lambda: op.dropout(x.long(), 0.5), TypeError, "input must be float32"),
         (lambda: op.dropout(x.to_sparse(), 0.5), Exception, "braze::dropout|strided"),
         (lambda: op.dropout(x, 2.0), ValueError, "between 0 and 1"),
         (lambda: op.dropout(x, 0.5, feature=True), RuntimeError, "at least 2 dimensions"),

@@ -6,7 +6,7 @@ namespace BRAZE_ISA {
 
 // ------------------------------------------------------------------ apply_grad
 
-template <int kCount, int kP, bool kPlane, bool kRelu, bool kFrozen, class D, class S, class O,
+template <int kCount, int kP, bool kPlane, Activation kA, bool kFrozen, class D, class S, class O,
           class T>
 BRAZE_TARGET inline void input_gradient_columns(const D* d, const S* x, O* dx, int64_t stride,
                                                 int64_t n, const BackwardConstants<T>& k,
@@ -20,13 +20,13 @@ BRAZE_TARGET inline void input_gradient_columns(const D* d, const S* x, O* dx, i
       const int64_t e = r * stride + j * kP;
       T gradient[kP], value[kP] = {}, out[kP];
       load_elements<kP>(d + e, gradient);
-      if constexpr (kRelu || !kFrozen) load_elements<kP>(x + e, value);
+      if constexpr (kCurved<kA> || !kFrozen) load_elements<kP>(x + e, value);
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) {
         const int64_t c = kPlane ? 0 : p * kHalf + j;
-        if constexpr (kRelu) {
+        if constexpr (kCurved<kA>) {
           const T z = normalize(value[p], mean[c], scale[c], shift[c]);
-          gradient[p] = activation_gradient<Activation::relu>(gradient[p], z, T(0));
+          gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
         }
         if constexpr (kFrozen) {
           out[p] = input_gradient(gradient[p], on_grad[c]);
@@ -40,16 +40,16 @@ BRAZE_TARGET inline void input_gradient_columns(const D* d, const S* x, O* dx, i
   }
 }
 
-template <int kCount, bool kPlane, bool kRelu, bool kFrozen, class D, class S, class O, class T>
+template <int kCount, bool kPlane, Activation kA, bool kFrozen, class D, class S, class O, class T>
 BRAZE_TARGET void input_gradient_rows(const D* d, const S* x, O* dx, int64_t stride,
                                       int64_t columns, const BackwardConstants<T>& k, int side) {
   constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
   const int64_t n = columns / kP;
-  input_gradient_columns<kCount, kP, kPlane, kRelu, kFrozen>(d, x, dx, stride, n, k, side);
+  input_gradient_columns<kCount, kP, kPlane, kA, kFrozen>(d, x, dx, stride, n, k, side);
   if (columns % kP != 0) {
     const int64_t e = n * kP;
-    input_gradient_columns<kCount, 1, kPlane, kRelu, kFrozen>(d + e, x + e, dx + e, stride, 1,
-                                                              k.at(kPlane ? 0 : n), side);
+    input_gradient_columns<kCount, 1, kPlane, kA, kFrozen>(d + e, x + e, dx + e, stride, 1,
+                                                           k.at(kPlane ? 0 : n), side);
   }
 }
 
@@ -57,7 +57,7 @@ BRAZE_TARGET void input_gradient_rows(const D* d, const S* x, O* dx, int64_t str
 // long streams, not many short ones.
 constexpr int kStreams = 2;
 
-template <bool kPlane, bool kRelu, bool kFrozen, class S, class T>
+template <bool kPlane, Activation kA, bool kFrozen, class S, class T>
 BRAZE_TARGET void apply_grad_directly(const BackwardArgs& a, const Matrix& m,
                                       const BackwardConstants<T>& k) {
   const S* dy = static_cast<const S*>(a.dy) + m.offset;
@@ -68,21 +68,42 @@ BRAZE_TARGET void apply_grad_directly(const BackwardArgs& a, const Matrix& m,
     const int64_t part = m.rows / kStreams;
     for (; r < part; ++r) {
       const int64_t e = r * m.stride;
-      input_gradient_rows<kStreams, kPlane, kRelu, kFrozen>(dy + e, x + e, dx + e, part * m.stride,
-                                                            m.columns, k, 0);
+      input_gradient_rows<kStreams, kPlane, kA, kFrozen>(dy + e, x + e, dx + e, part * m.stride,
+                                                         m.columns, k, 0);
     }
     r *= kStreams;
   }
   for (; r < m.rows + (m.tail > 0); ++r) {
     const int64_t e = r * m.stride;
-    input_gradient_rows<1, kPlane, kRelu, kFrozen>(dy + e, x + e, dx + e, m.stride,
-                                                   r < m.rows ? m.columns : m.tail, k, 0);
+    input_gradient_rows<1, kPlane, kA, kFrozen>(dy + e, x + e, dx + e, m.stride,
+                                                r < m.rows ? m.columns : m.tail, k, 0);
+  }
+}
+
+template <bool kPlane, Activation kA, class S, class T>
+BRAZE_TARGET void apply_grad_of_either(const BackwardArgs& a, const Matrix& m,
+                                       const BackwardConstants<T>& k) {
+  a.batch_statistics ? apply_grad_directly<kPlane, kA, false, S>(a, m, k)
+                     : apply_grad_directly<kPlane, kA, true, S>(a, m, k);
+}
+
+template <bool kPlane, class S, class T>
+BRAZE_TARGET void apply_grad_direct_matrix(const BackwardArgs& a, const Matrix& m,
+                                           const BackwardConstants<T>& k) {
+  switch (a.activation) {
+    case Activation::relu: return apply_grad_of_either<kPlane, Activation::relu, S>(a, m, k);
+    case Activation::relu6: return apply_grad_of_either<kPlane, Activation::relu6, S>(a, m, k);
+    case Activation::silu: return apply_grad_of_either<kPlane, Activation::silu, S>(a, m, k);
+    case Activation::hardswish:
+      return apply_grad_of_either<kPlane, Activation::hardswish, S>(a, m, k);
+    default: return apply_grad_of_either<kPlane, Activation::identity, S>(a, m, k);
   }
 }
 
 template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_grad_segment(const BackwardArgs& a, int64_t e, int64_t n,
                                      const BackwardConstants<T>& k) {
+  constexpr Activation kLinear = Activation::identity;
   T d[kSegment];
   gradient_segment<kPlane, S>(a, e, n, k, d);
   T buffer[2][kSegment];
@@ -96,12 +117,12 @@ BRAZE_TARGET void apply_grad_segment(const BackwardArgs& a, int64_t e, int64_t n
     S* dx = static_cast<S*>(a.grad[side].dx) + e;
     if constexpr (std::is_same_v<S, F16>) {
       T out[kSegment];
-      a.batch_statistics ? input_gradient_rows<1, kPlane, false, false>(d, x, out, 0, n, k, side)
-                         : input_gradient_rows<1, kPlane, false, true>(d, x, out, 0, n, k, side);
+      a.batch_statistics ? input_gradient_rows<1, kPlane, kLinear, false>(d, x, out, 0, n, k, side)
+                         : input_gradient_rows<1, kPlane, kLinear, true>(d, x, out, 0, n, k, side);
       narrow(out, dx, n);
     } else {
-      a.batch_statistics ? input_gradient_rows<1, kPlane, false, false>(d, x, dx, 0, n, k, side)
-                         : input_gradient_rows<1, kPlane, false, true>(d, x, dx, 0, n, k, side);
+      a.batch_statistics ? input_gradient_rows<1, kPlane, kLinear, false>(d, x, dx, 0, n, k, side)
+                         : input_gradient_rows<1, kPlane, kLinear, true>(d, x, dx, 0, n, k, side);
     }
   }
   if (a.grad_residual != nullptr) store_segment(d, n, static_cast<S*>(a.grad_residual) + e);
@@ -111,14 +132,7 @@ template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_grad_matrix(const BackwardArgs& a, const Matrix& m,
                                     const BackwardConstants<T>& k) {
   if constexpr (!std::is_same_v<S, F16>) {
-    if (is_direct_apply<S>(a)) {
-      if (a.activation == Activation::relu) {
-        return a.batch_statistics ? apply_grad_directly<kPlane, true, false, S>(a, m, k)
-                                  : apply_grad_directly<kPlane, true, true, S>(a, m, k);
-      }
-      return a.batch_statistics ? apply_grad_directly<kPlane, false, false, S>(a, m, k)
-                                : apply_grad_directly<kPlane, false, true, S>(a, m, k);
-    }
+    if (is_direct_apply<S>(a)) return apply_grad_direct_matrix<kPlane, S>(a, m, k);
   }
   for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
     const int64_t columns = r < m.rows ? m.columns : m.tail;
@@ -164,12 +178,12 @@ BRAZE_TARGET void apply_grad_of(const BackwardArgs& a, const Tiles& tiles, int64
 // What batch_norm_backward_cpu.cpp calls, for every type.
 
 inline void reduce(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t end,
-                   double* parts) {
+                   double* parts, void* kept) {
   switch (a.shape.dtype) {
-    case DType::f32: return reduce_of<float>(a, g, begin, end, parts);
-    case DType::f64: return reduce_of<double>(a, g, begin, end, parts);
-    case DType::bf16: return reduce_of<Bf16>(a, g, begin, end, parts);
-    case DType::f16: return reduce_of<F16>(a, g, begin, end, parts);
+    case DType::f32: return reduce_of<float>(a, g, begin, end, parts, kept);
+    case DType::f64: return reduce_of<double>(a, g, begin, end, parts, kept);
+    case DType::bf16: return reduce_of<Bf16>(a, g, begin, end, parts, kept);
+    case DType::f16: return reduce_of<F16>(a, g, begin, end, parts, kept);
   }
 }
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -22,7 +23,7 @@ namespace {
 #include "instruction_sets.inl"
 
 struct Kernels {
-  void (*reduce)(const BackwardArgs&, const Geometry&, int64_t, int64_t, double*);
+  void (*reduce)(const BackwardArgs&, const Geometry&, int64_t, int64_t, double*, void*);
   void (*finish)(const BackwardArgs&, const Geometry&, const double*, int64_t, int64_t);
   void (*coefficients)(const CoefficientsArgs&);
   void (*apply_grad)(const BackwardArgs&, const Tiles&, int64_t, int64_t);
@@ -41,17 +42,58 @@ bool needs_sums(const BackwardArgs& a) {
   return needed;
 }
 
-}  // namespace
+// Where reduce leaves d, the gradient of the normalised value, for apply_grad; null: nowhere,
+// because d is dy, or as cheap to compute again as to read. Memory of bf16 rounds d, as it does
+// where activation and normalisation are two operations; that of fp16 might overflow.
+void* place_to_keep(const BackwardArgs& a) {
+  const Activation act = a.activation;
+  if ((act == Activation::identity && a.dy2 == nullptr) || !needs_sums(a)) return nullptr;
+  if (a.grad_residual != nullptr) return a.grad_residual;
+  const bool alone =
+      a.dy2 == nullptr && a.input[1].x == nullptr && a.residual == nullptr && a.mask == nullptr;
+  const bool cheap =
+      act == Activation::relu || act == Activation::relu6 || act == Activation::hardswish;
+  if ((alone && cheap) || a.shape.dtype == DType::f16) return nullptr;
+  return a.grad[0].dx != nullptr ? a.grad[0].dx : a.grad[1].dx;
+}
 
-void reduce(const BackwardArgs& args, void* workspace, int threads) {
+// The arguments of apply_grad where d has been kept.
+BackwardArgs from_kept(BackwardArgs a, const void* kept) {
+  a.dy = kept;
+  a.dy2 = a.residual = nullptr;
+  a.mask = nullptr;
+  a.grad_residual = nullptr;
+  a.activation = Activation::identity;
+  return a;
+}
+
+bool writes_elements(const BackwardArgs& a) {
+  return a.grad[0].dx != nullptr || a.grad[1].dx != nullptr || a.grad_residual != nullptr;
+}
+
+void reduce_and_keep(const BackwardArgs& args, void* workspace, int threads, void* kept) {
   const Geometry g(args.shape);
   const Kernels& kernels = active();
   double* parts = needs_sums(args) ? static_cast<double*>(workspace) : nullptr;
   const int64_t units = parts != nullptr ? g.units() : 0;
   in_parallel(
       threads_for(args.shape.numel(), units, threads), units,
-      [&](int64_t begin, int64_t end) { kernels.reduce(args, g, begin, end, parts); }, args.shape.c,
+      [&](int64_t begin, int64_t end) { kernels.reduce(args, g, begin, end, parts, kept); },
+      args.shape.c,
       [&](int64_t begin, int64_t end) { kernels.finish(args, g, parts, begin, end); });
+}
+
+}  // namespace
+
+void reduce(const BackwardArgs& args, void* workspace, int threads) {
+  reduce_and_keep(args, workspace, threads, nullptr);
+}
+
+void backward(const BackwardArgs& args, void* workspace, int threads) {
+  void* kept = place_to_keep(args);
+  reduce_and_keep(args, workspace, threads, kept);
+  const BackwardArgs rest = kept != nullptr ? from_kept(args, kept) : args;
+  if (writes_elements(rest)) apply_grad(rest, threads);
 }
 
 void coefficients(const CoefficientsArgs& args) { active().coefficients(args); }

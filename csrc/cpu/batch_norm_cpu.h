@@ -5,7 +5,7 @@
 
 namespace braze::cpu {
 
-// Bytes of scratch memory that statistics() and reduce() need, aligned to 64.
+// Bytes of scratch memory that statistics(), reduce() and backward() need, aligned to 64.
 size_t batch_norm_workspace(const ActivationShape& shape);
 
 void statistics(const StatisticsArgs& args, void* workspace, int threads);
@@ -15,5 +15,7 @@ void apply(const ApplyArgs& args, int threads);
 void reduce(const BackwardArgs& args, void* workspace, int threads);
 void coefficients(const CoefficientsArgs& args);
 void apply_grad(const BackwardArgs& args, int threads);
+// reduce() and apply_grad(), faster: what both need is not always computed twice.
+void backward(const BackwardArgs& args, void* workspace, int threads);
 
 }  // namespace braze::cpu

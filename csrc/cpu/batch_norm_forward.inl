@@ -81,11 +81,28 @@ BRAZE_TARGET void apply_directly(const ApplyArgs& a, const Matrix& m, const Cons
   }
 }
 
+template <bool kPlane, Activation kA, class S, class T>
+BRAZE_TARGET void apply_added(const ApplyArgs& a, const Matrix& m, const Constants<T>& k) {
+  a.residual != nullptr ? apply_directly<kPlane, kA, true, S>(a, m, k)
+                        : apply_directly<kPlane, kA, false, S>(a, m, k);
+}
+
 // Whether apply_rows can do it.
 template <class S>
 bool is_direct(const ApplyArgs& a) {
-  const bool simple = a.activation == Activation::identity || a.activation == Activation::relu;
-  return simple && a.input[1].x == nullptr && a.mask == nullptr && !std::is_same_v<S, F16>;
+  return is_direct_activation(a.activation) && a.input[1].x == nullptr && a.mask == nullptr &&
+         !std::is_same_v<S, F16>;
+}
+
+template <bool kPlane, class S, class T>
+BRAZE_TARGET void apply_direct_matrix(const ApplyArgs& a, const Matrix& m, const Constants<T>& k) {
+  switch (a.activation) {
+    case Activation::relu: return apply_added<kPlane, Activation::relu, S>(a, m, k);
+    case Activation::relu6: return apply_added<kPlane, Activation::relu6, S>(a, m, k);
+    case Activation::silu: return apply_added<kPlane, Activation::silu, S>(a, m, k);
+    case Activation::hardswish: return apply_added<kPlane, Activation::hardswish, S>(a, m, k);
+    default: return apply_added<kPlane, Activation::identity, S>(a, m, k);
+  }
 }
 
 template <bool kPlane, class S, class T>
@@ -112,13 +129,7 @@ template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_matrix(const ApplyArgs& a, const Matrix& m, const Constants<T>& k,
                                const Constants<T>& k2) {
   if constexpr (!std::is_same_v<S, F16>) {
-    if (is_direct<S>(a)) {
-      const bool relu = a.activation == Activation::relu, residual = a.residual != nullptr;
-      if (relu && residual) return apply_directly<kPlane, Activation::relu, true, S>(a, m, k);
-      if (relu) return apply_directly<kPlane, Activation::relu, false, S>(a, m, k);
-      if (residual) return apply_directly<kPlane, Activation::identity, true, S>(a, m, k);
-      return apply_directly<kPlane, Activation::identity, false, S>(a, m, k);
-    }
+    if (is_direct<S>(a)) return apply_direct_matrix<kPlane, S>(a, m, k);
   }
   for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
     const int64_t columns = r < m.rows ? m.columns : m.tail;

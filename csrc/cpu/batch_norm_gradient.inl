@@ -27,7 +27,7 @@ template <class S>
 bool is_direct(const BackwardArgs& a) {
   if (a.dy2 != nullptr || std::is_same_v<S, F16>) return false;
   return a.activation == Activation::identity ||
-         (a.activation == Activation::relu && a.mask == nullptr && a.residual == nullptr &&
+         (is_direct_activation(a.activation) && a.mask == nullptr && a.residual == nullptr &&
           a.input[1].x == nullptr);
 }
 

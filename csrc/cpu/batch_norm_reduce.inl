@@ -15,7 +15,7 @@ struct GradientSums {
 };
 
 // D is what memory holds of d: dy, or a tile. Only where both are dy's type are columns planar.
-template <int kCount, int kP, bool kRelu, class D, class S, class T>
+template <int kCount, int kP, Activation kA, class D, class S, class T>
 BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_stride,
                                               const S* __restrict x, int64_t stride, int64_t n,
                                               const Constants<T>& k, T* __restrict grad,
@@ -32,9 +32,9 @@ BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_s
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) {
         const int64_t c = p * kHalf + j;
-        if constexpr (kRelu) {
+        if constexpr (kCurved<kA>) {
           const T z = normalize(value[p], mean[c], scale[c], shift[c]);
-          gradient[p] = activation_gradient<Activation::relu>(gradient[p], z, T(0));
+          gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
         }
         add_gradient(gradient[p], value[p], mean[c], g[p], i[p]);
       }
@@ -47,30 +47,31 @@ BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_s
   }
 }
 
-template <int kCount, bool kRelu, class D, class S, class T>
+template <int kCount, Activation kA, class D, class S, class T>
 BRAZE_TARGET void add_gradient_rows(const D* d, int64_t d_stride, const S* x, int64_t stride,
                                     int64_t columns, const Constants<T>& k, T* grad,
                                     T* grad_input) {
   constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
   const int64_t n = columns / kP;
-  add_gradient_columns<kCount, kP, kRelu>(d, d_stride, x, stride, n, k, grad, grad_input);
+  add_gradient_columns<kCount, kP, kA>(d, d_stride, x, stride, n, k, grad, grad_input);
   if (columns % kP != 0) {
-    add_gradient_columns<kCount, 1, kRelu>(d + n * kP, d_stride, x + n * kP, stride, 1, k.at(n),
-                                           grad + n, grad_input + n);
+    add_gradient_columns<kCount, 1, kA>(d + n * kP, d_stride, x + n * kP, stride, 1, k.at(n),
+                                        grad + n, grad_input + n);
   }
 }
 
-// `count` rows from element e, where d is not direct.
+// `count` rows from element e, where d is not direct, or kept.
 template <int kCount, class S, class T>
 BRAZE_TARGET void add_tiles_of_rows(const BackwardArgs& a, int64_t e, int64_t stride,
                                     int64_t columns, const BackwardConstants<T>& k,
-                                    const GradientSums<T>& sums) {
+                                    const GradientSums<T>& sums, S* kept) {
   alignas(64) T d[kCount * kChunk];
   for (int64_t c = 0; c < columns; c += kChunk) {
     const int64_t n = std::min(kChunk, columns - c);
     const BackwardConstants<T> at = k.at(c);
     for (int r = 0; r < kCount; ++r) {
       gradient_segment<false, S>(a, e + r * stride + c, n, at, d + r * kChunk);
+      if (kept != nullptr) store_segment(d + r * kChunk, n, kept + e + r * stride + c);
     }
     T unused[kChunk];
     for (int side = 0; side < 2; ++side) {
@@ -84,53 +85,63 @@ BRAZE_TARGET void add_tiles_of_rows(const BackwardArgs& a, int64_t e, int64_t st
       if constexpr (std::is_same_v<S, F16>) {
         alignas(64) T tile[kCount * kChunk];
         for (int r = 0; r < kCount; ++r) widen(x + r * stride, tile + r * kChunk, n);
-        add_gradient_rows<kCount, false>(d, kChunk, tile, kChunk, n, at.input[side], grad,
-                                         sums.input[side] + c);
+        add_gradient_rows<kCount, Activation::identity>(d, kChunk, tile, kChunk, n, at.input[side],
+                                                        grad, sums.input[side] + c);
       } else {
-        add_gradient_rows<kCount, false>(d, kChunk, x, stride, n, at.input[side], grad,
-                                         sums.input[side] + c);
+        add_gradient_rows<kCount, Activation::identity>(d, kChunk, x, stride, n, at.input[side],
+                                                        grad, sums.input[side] + c);
       }
     }
   }
 }
 
 template <int kCount, class S, class T>
+BRAZE_TARGET void add_direct_rows(const BackwardArgs& a, const S* d, const S* x, int64_t stride,
+                                  int64_t columns, const Constants<T>& k,
+                                  const GradientSums<T>& sums) {
+  const auto add = [&]<Activation kA>() {
+    add_gradient_rows<kCount, kA>(d, stride, x, stride, columns, k, sums.grad, sums.input[0]);
+  };
+  switch (a.activation) {
+    case Activation::relu: return add.template operator()<Activation::relu>();
+    case Activation::relu6: return add.template operator()<Activation::relu6>();
+    case Activation::silu: return add.template operator()<Activation::silu>();
+    case Activation::hardswish: return add.template operator()<Activation::hardswish>();
+    default: return add.template operator()<Activation::identity>();
+  }
+}
+
+template <int kCount, class S, class T>
 BRAZE_TARGET void add_gradients_of_rows(const BackwardArgs& a, int64_t e, int64_t stride,
                                         int64_t columns, const BackwardConstants<T>& k,
-                                        const GradientSums<T>& sums) {
+                                        const GradientSums<T>& sums, S* kept) {
   if constexpr (!std::is_same_v<S, F16>) {
-    if (is_direct_reduce<S>(a)) {
-      const S* d = static_cast<const S*>(a.dy) + e;
-      const S* x = static_cast<const S*>(a.input[0].x) + e;
-      if (a.activation == Activation::relu) {
-        add_gradient_rows<kCount, true>(d, stride, x, stride, columns, k.input[0], sums.grad,
-                                        sums.input[0]);
-      } else {
-        add_gradient_rows<kCount, false>(d, stride, x, stride, columns, k.input[0], sums.grad,
-                                         sums.input[0]);
-      }
+    if (kept == nullptr && is_direct_reduce<S>(a)) {
+      add_direct_rows<kCount>(a, static_cast<const S*>(a.dy) + e,
+                              static_cast<const S*>(a.input[0].x) + e, stride, columns, k.input[0],
+                              sums);
       return;
     }
   }
-  add_tiles_of_rows<kCount, S>(a, e, stride, columns, k, sums);
+  add_tiles_of_rows<kCount>(a, e, stride, columns, k, sums, kept);
 }
 
 template <class S, class T>
 BRAZE_TARGET void add_gradients_of_matrix(const BackwardArgs& a, const Matrix& m,
                                           const BackwardConstants<T>& k,
-                                          const GradientSums<T>& sums) {
+                                          const GradientSums<T>& sums, S* kept) {
   const int64_t part = m.rows / kRows;
   for (int64_t r = 0; r < part; ++r) {
-    add_gradients_of_rows<kRows, S>(a, m.offset + r * m.stride, part * m.stride, m.columns, k,
-                                    sums);
+    add_gradients_of_rows<kRows>(a, m.offset + r * m.stride, part * m.stride, m.columns, k, sums,
+                                 kept);
   }
   for (int64_t r = part * kRows; r < m.rows + (m.tail > 0); ++r) {
-    add_gradients_of_rows<1, S>(a, m.offset + r * m.stride, m.stride,
-                                r < m.rows ? m.columns : m.tail, k, sums);
+    add_gradients_of_rows<1>(a, m.offset + r * m.stride, m.stride, r < m.rows ? m.columns : m.tail,
+                             k, sums, kept);
   }
 }
 
-template <bool kRelu, int kP, class D, class S, class T>
+template <Activation kA, int kP, class D, class S, class T>
 BRAZE_TARGET inline void add_gradient_lane(const D* d, const S* x, int64_t k, T mean, T scale,
                                            T shift, T* grad, T* grad_input) {
   T value[kP], gradient[kP];
@@ -139,16 +150,16 @@ BRAZE_TARGET inline void add_gradient_lane(const D* d, const S* x, int64_t k, T 
 #pragma GCC unroll 2
   for (int p = 0; p < kP; ++p) {
     const int64_t lane = p * (kLanes / kP) + k;
-    if constexpr (kRelu) {
+    if constexpr (kCurved<kA>) {
       const T z = normalize(value[p], mean, scale, shift);
-      gradient[p] = activation_gradient<Activation::relu>(gradient[p], z, T(0));
+      gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
     }
     add_gradient(gradient[p], value[p], mean, grad[lane], grad_input[lane]);
   }
 }
 
 // Element j of each plane goes to a lane that depends on j % kLanes.
-template <bool kRelu, class D, class S, class T>
+template <Activation kA, class D, class S, class T>
 BRAZE_TARGET void add_gradients_of_planes(const D* d, const S* x, int64_t stride, int64_t planes,
                                           int64_t n, const Constants<T>& c, T* grads,
                                           T* grad_inputs) {
@@ -163,17 +174,17 @@ BRAZE_TARGET void add_gradients_of_planes(const D* d, const S* x, int64_t stride
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes) {
       for (int64_t k = 0; k < kLanes / kP; ++k) {
-        add_gradient_lane<kRelu, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
-                                     grad_input);
+        add_gradient_lane<kA, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
+                                  grad_input);
       }
     }
     for (int64_t k = 0; k < (n - j) / kP; ++k) {
-      add_gradient_lane<kRelu, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
-                                   grad_input);
+      add_gradient_lane<kA, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
+                                grad_input);
     }
     if (n % kP != 0) {
-      add_gradient_lane<kRelu, 1>(d + n - 1, x + n - 1, (n - j) / kP, mean, scale, shift, grad,
-                                  grad_input);
+      add_gradient_lane<kA, 1>(d + n - 1, x + n - 1, (n - j) / kP, mean, scale, shift, grad,
+                               grad_input);
     }
   }
   for (int64_t k = 0; k < kLanes; ++k) {
@@ -183,18 +194,28 @@ BRAZE_TARGET void add_gradients_of_planes(const D* d, const S* x, int64_t stride
 }
 
 template <class S, class T>
+BRAZE_TARGET void add_direct_planes(const BackwardArgs& a, const S* d, const S* x, const Matrix& m,
+                                    const Constants<T>& k, const GradientSums<T>& sums) {
+  const auto add = [&]<Activation kA>() {
+    add_gradients_of_planes<kA>(d, x, m.stride, m.rows, m.columns, k, sums.grad, sums.input[0]);
+  };
+  switch (a.activation) {
+    case Activation::relu: return add.template operator()<Activation::relu>();
+    case Activation::relu6: return add.template operator()<Activation::relu6>();
+    case Activation::silu: return add.template operator()<Activation::silu>();
+    case Activation::hardswish: return add.template operator()<Activation::hardswish>();
+    default: return add.template operator()<Activation::identity>();
+  }
+}
+
+template <class S, class T>
 BRAZE_TARGET void add_gradients_of_channel(const BackwardArgs& a, const Matrix& m,
                                            const BackwardConstants<T>& k,
-                                           const GradientSums<T>& sums) {
+                                           const GradientSums<T>& sums, S* kept) {
   if constexpr (!std::is_same_v<S, F16>) {
-    if (is_direct_reduce<S>(a)) {
-      const S* d = static_cast<const S*>(a.dy) + m.offset;
-      const S* x = static_cast<const S*>(a.input[0].x) + m.offset;
-      a.activation == Activation::relu
-          ? add_gradients_of_planes<true>(d, x, m.stride, m.rows, m.columns, k.input[0], sums.grad,
-                                          sums.input[0])
-          : add_gradients_of_planes<false>(d, x, m.stride, m.rows, m.columns, k.input[0], sums.grad,
-                                           sums.input[0]);
+    if (kept == nullptr && is_direct_reduce<S>(a)) {
+      add_direct_planes(a, static_cast<const S*>(a.dy) + m.offset,
+                        static_cast<const S*>(a.input[0].x) + m.offset, m, k.input[0], sums);
       return;
     }
   }
@@ -203,20 +224,22 @@ BRAZE_TARGET void add_gradients_of_channel(const BackwardArgs& a, const Matrix& 
     for (int64_t j = 0; j < m.columns; j += kSegment) {
       const int64_t e = m.offset + r * m.stride + j, n = std::min(kSegment, m.columns - j);
       gradient_segment<true, S>(a, e, n, k, d);
+      if (kept != nullptr) store_segment(d, n, kept + e);
       for (int side = 0; side < 2; ++side) {
         if (a.input[side].x == nullptr) continue;
         const S* x = static_cast<const S*>(a.input[side].x) + e;
-        add_gradients_of_planes<false>(d, readable(x, n, buffer), 0, 1, n, k.input[side],
-                                       side == 0 ? sums.grad : unused, sums.input[side]);
+        add_gradients_of_planes<Activation::identity>(d, readable(x, n, buffer), 0, 1, n,
+                                                      k.input[side], side == 0 ? sums.grad : unused,
+                                                      sums.input[side]);
       }
     }
   }
 }
 
-// P: the type in whose order the columns are.
+// P: the type in whose order the columns are. kept: where d is left; null: nowhere.
 template <class P, class S>
 BRAZE_TARGET void reduce_in_order(const BackwardArgs& a, const Geometry& g, int64_t begin,
-                                  int64_t end, double* parts) {
+                                  int64_t end, double* parts, S* kept) {
   using T = Arithmetic<S>;
   const int used = a.input[1].x != nullptr ? 3 : 2;
   BackwardColumns<T> constants;
@@ -237,13 +260,13 @@ BRAZE_TARGET void reduce_in_order(const BackwardArgs& a, const Geometry& g, int6
       const GradientSums<T> to = {sums[0], {sums[1], sums[2]}};
       if (planes) {
         for (int s = 0; s < used; ++s) std::fill_n(sums[s], kLanes, T(0));
-        add_gradients_of_channel<S>(a, m, k, to);
+        add_gradients_of_channel(a, m, k, to, kept);
         for (int s = 0; s < used; ++s) into[s * g.row()] += sum_of_lanes(sums[s]);
         continue;
       }
       const int64_t columns = std::max(m.columns, m.tail);
       for (int s = 0; s < used; ++s) clear_columns<P>(columns, sums[s]);
-      add_gradients_of_matrix<S>(a, m, k, to);
+      add_gradients_of_matrix(a, m, k, to, kept);
       for (int s = 0; s < used; ++s) {
         sum_of_pixels<P>(sums[s], width, columns, block);
         for (int64_t j = 0; j < width; ++j) into[s * g.row() + j] += block[j];
@@ -254,9 +277,11 @@ BRAZE_TARGET void reduce_in_order(const BackwardArgs& a, const Geometry& g, int6
 
 template <class S>
 BRAZE_TARGET void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t end,
-                            double* parts) {
-  is_direct_reduce<S>(a) ? reduce_in_order<S, S>(a, g, begin, end, parts)
-                         : reduce_in_order<Arithmetic<S>, S>(a, g, begin, end, parts);
+                            double* parts, void* kept) {
+  S* d = static_cast<S*>(kept);
+  d == nullptr&& is_direct_reduce<S>(a)
+      ? reduce_in_order<S>(a, g, begin, end, parts, d)
+      : reduce_in_order<Arithmetic<S>>(a, g, begin, end, parts, d);
 }
 
 }  // namespace BRAZE_ISA

@@ -8,6 +8,15 @@ namespace BRAZE_ISA {
 
 constexpr int64_t kSegment = 512;
 
+// Those that loops of their own know, because they follow batch norm most often. No parameter.
+inline bool is_direct_activation(Activation a) {
+  return a == Activation::identity || a == Activation::relu || a == Activation::relu6 ||
+         a == Activation::silu || a == Activation::hardswish;
+}
+
+template <Activation kA>
+constexpr bool kCurved = kA != Activation::identity;  // its derivative depends on z
+
 // The constants of a segment: one each for a plane, else one for each element.
 template <class T>
 struct Constants {
@@ -186,6 +195,14 @@ template <Activation kA, class T>
 BRAZE_TARGET void mask_segment(const T* z, int64_t n, uint8_t* mask) {
   if constexpr (has_two_slopes(kA)) {
     int64_t j = 0;
+#if defined(BRAZE_AVX512)
+    for (; j + 2 * kByte <= n; j += 2 * kByte) {
+      alignas(64) int32_t upper[2 * kByte];
+      for (int64_t k = 0; k < 2 * kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
+      const uint16_t bits = _mm512_movepi32_mask(_mm512_load_si512(upper));
+      std::memcpy(mask + j / kByte, &bits, sizeof bits);
+    }
+#endif
     for (; j + kByte <= n; j += kByte) {
       alignas(32) int32_t upper[kByte];
       for (int64_t k = 0; k < kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
@@ -241,6 +258,18 @@ const ActivationSegments<T>& segments_of(Activation a) {
   return kActivations<T>[static_cast<size_t>(a)];
 }
 
+#if defined(BRAZE_AVX512)
+// As two_slope_gradient, where the upper slope is not 0.
+BRAZE_TARGET inline void masked_vector(const uint8_t* bits, __m512 upper, __m512 lower, bool flat,
+                                       float* d) {
+  uint16_t bytes;
+  std::memcpy(&bytes, bits, sizeof bytes);
+  const __m512 value = _mm512_loadu_ps(d);
+  const __m512 on_lower = flat ? _mm512_setzero_ps() : _mm512_mul_ps(value, lower);
+  _mm512_storeu_ps(d, _mm512_mask_mul_ps(on_lower, bytes, value, upper));
+}
+#endif
+
 // d = dy where the mask says upper, ..., for `n` elements from element `e` of the activation.
 template <class T>
 BRAZE_TARGET void masked_segment(const uint8_t* mask, int64_t row, int64_t e, int64_t n, T upper,
@@ -253,6 +282,14 @@ BRAZE_TARGET void masked_segment(const uint8_t* mask, int64_t row, int64_t e, in
     const int64_t length = whole ? n : std::min(n, row - column);
     int64_t j = 0;
     if (column % kByte == 0) {
+#if defined(BRAZE_AVX512)
+      if constexpr (std::is_same_v<T, float>) {
+        const __m512 on_upper = _mm512_set1_ps(upper), on_lower = _mm512_set1_ps(lower);
+        for (; j + 2 * kByte <= length; j += 2 * kByte) {
+          masked_vector(bytes + (column + j) / kByte, on_upper, on_lower, lower == 0, d + j);
+        }
+      }
+#endif
       for (; j + kByte <= length; j += kByte) {
         const uint32_t byte = bytes[(column + j) / kByte];
 #pragma omp simd

@@ -60,7 +60,7 @@ struct Logistic {
 
 template <class T>
 BRAZE_INLINE Logistic<T> logistic(T z) {
-  const T e = exponential(z < T(0) ? z : -z);
+  const T e = exponential(negative_magnitude(z));
   const T r = T(1) / (T(1) + e);
   const T smaller = e * r;
   return {z < T(0) ? smaller : r, smaller * r};

@@ -15,6 +15,11 @@ BRAZE_INLINE double fused_multiply_add(double a, double b, double c) { return ::
 BRAZE_INLINE float square_root(float a) { return ::sqrtf(a); }
 BRAZE_INLINE double square_root(double a) { return ::sqrt(a); }
 
+BRAZE_INLINE float negative_magnitude(float a) {
+  return float_from_bits(bits_from_float(a) | 0x80000000u);
+}
+BRAZE_INLINE double negative_magnitude(double a) { return a < 0 ? a : -a; }
+
 // 2^n for -126 <= n <= 127.
 BRAZE_INLINE float power_of_two(int32_t n) {
   return float_from_bits(static_cast<uint32_t>(n + 127) << 23);
@@ -44,13 +49,11 @@ BRAZE_INLINE float small_exponential_minus_1(float r) {
   return fused_multiply_add(p * r, r, r);
 }
 
-// e^x within 1.5 units in the last place; overflow gives inf, underflow denormals and 0.
+// e^x within 1.5 units in the last place, for x <= 40; underflow gives denormals and 0.
 BRAZE_INLINE float exponential(float x) {
-  const float low = x < -104.0f ? -104.0f : x;
-  const float clamped = low > 89.0f ? 89.0f : low;  // a NaN passes both comparisons
-  const ReducedExponent e = reduce_exponent(clamped);
-  const int32_t half = e.n >> 1;
-  return (1.0f + small_exponential_minus_1(e.r)) * power_of_two(half) * power_of_two(e.n - half);
+  const ReducedExponent e = reduce_exponent(x < -104.0f ? -104.0f : x);
+  // Two factors: 2^n alone may be below the normal numbers.
+  return (1.0f + small_exponential_minus_1(e.r)) * power_of_two(e.n + 64) * 0x1p-64f;
 }
 BRAZE_INLINE double exponential(double x) { return ::exp(x); }
 

@@ -129,13 +129,7 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
     added = checked_like(op, "residual", *residual, x);
     args.residual = added.const_data_ptr();
   }
-  if (mask && mask->numel() != 0) {
-    TORCH_CHECK_VALUE(mask->scalar_type() == c10::kByte && mask->is_contiguous() &&
-                          mask->numel() == args.shape.mask_bytes() && mask->device() == x.device(),
-                      op, ": mask must be the ", args.shape.mask_bytes(),
-                      " bytes that the forward made");
-    args.mask = mask->const_data_ptr<uint8_t>();
-  }
+  args.mask = checked_mask(op, mask, args.shape, x);
 
   BackwardResult result;
   const auto array_like = [&](bool wanted, const OptionalTensor& parameter_of) {
@@ -157,21 +151,18 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
   const auto pointer = [](bool wanted, const at::Tensor& tensor) {
     return wanted ? tensor.mutable_data_ptr() : nullptr;
   };
-  const auto fill = [&](InputGradient& g, const OptionalTensor& w, bool x_wanted,
-                        const at::Tensor& dx, bool w_wanted, const at::Tensor& dw, bool b_wanted,
-                        const at::Tensor& db) {
-    g.weight = nullptr;
+  const auto fill = [&](InputGradient& g, bool x_wanted, const at::Tensor& dx, bool w_wanted,
+                        const at::Tensor& dw, bool b_wanted, const at::Tensor& db) {
     g.param_dtype = DType::f32;
     if (w_wanted || b_wanted) g.param_dtype = *real_dtype(dw.scalar_type());
-    if (w) g.weight = w->const_data_ptr();
     g.grad_weight = pointer(w_wanted, dw);
     g.grad_bias = pointer(b_wanted, db);
     g.dx = pointer(x_wanted, dx);
   };
-  fill(args.grad[0], weight, want_x, std::get<0>(result), want_weight, std::get<1>(result),
-       want_bias, std::get<2>(result));
-  fill(args.grad[1], weight2, want_x2, std::get<3>(result), want_weight2, std::get<4>(result),
-       want_bias2, std::get<5>(result));
+  fill(args.grad[0], want_x, std::get<0>(result), want_weight, std::get<1>(result), want_bias,
+       std::get<2>(result));
+  fill(args.grad[1], want_x2, std::get<3>(result), want_weight2, std::get<4>(result), want_bias2,
+       std::get<5>(result));
   args.grad_residual = pointer(want_residual, std::get<6>(result));
 
   at::Tensor coefficients;
@@ -181,8 +172,7 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
     if (input2) args.grad[1].coefficients = coefficients[1].mutable_data_ptr();
   }
   // Constant statistics and no gradient of a parameter: nothing to sum, but coefficients to make.
-  run_reduce(x, args);
-  if (want_x || want_x2 || want_residual) run_apply_grad(x, args);
+  run_backward(x, args);
   return result;
 }
 

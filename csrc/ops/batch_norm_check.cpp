@@ -118,15 +118,17 @@ at::Tensor checked_input(const char* op, const char* name, const at::Tensor& inp
 
 at::Tensor checked_like(const char* op, const char* name, const at::Tensor& tensor,
                         const at::Tensor& like) {
-  check_readable(op, name, tensor);
-  TORCH_CHECK_VALUE(tensor.sizes() == like.sizes(), op, ": ", name, " must have input's shape ",
-                    like.sizes(), ", but its shape is ", tensor.sizes());
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), op, ": ", name, " is on ", tensor.device(),
-                    ", but input is on ", like.device());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), op, ": ", name,
-                   " must have input's dtype ", like.scalar_type(), ", but it is ",
-                   tensor.scalar_type());
+  check_like(op, name, tensor, like, "input");
   return in_order_of(tensor, like);
+}
+
+const uint8_t* checked_mask(const char* op, const OptionalTensor& mask,
+                            const ActivationShape& shape, const at::Tensor& like) {
+  if (!mask || mask->numel() == 0) return nullptr;
+  TORCH_CHECK_VALUE(mask->scalar_type() == c10::kByte && mask->is_contiguous() &&
+                        mask->numel() == shape.mask_bytes() && mask->device() == like.device(),
+                    op, ": mask must be the ", shape.mask_bytes(), " bytes that the forward made");
+  return mask->const_data_ptr<uint8_t>();
 }
 
 c10::ScalarType arithmetic_type(const at::Tensor& tensor) {
@@ -210,6 +212,17 @@ void run_apply_grad(const at::Tensor& like, const BackwardArgs& args) {
   const DeviceBackend* backend = backend_of(like);
   backend ? backend->batch_norm().apply_grad(like, args)
           : cpu::apply_grad(args, threads_for(args.shape.numel()));
+}
+
+void run_backward(const at::Tensor& like, const BackwardArgs& args) {
+  if (backend_of(like) != nullptr) {
+    run_reduce(like, args);
+    const bool wanted = args.grad[0].dx != nullptr || args.grad[1].dx != nullptr;
+    if (wanted || args.grad_residual != nullptr) run_apply_grad(like, args);
+  } else {
+    const at::Tensor workspace = cpu_workspace(args.shape);
+    cpu::backward(args, workspace.mutable_data_ptr(), threads_for(args.shape.numel()));
+  }
 }
 
 }  // namespace braze

@@ -34,6 +34,10 @@ at::Tensor checked_input(const char* op, const char* name, const at::Tensor& inp
 at::Tensor checked_like(const char* op, const char* name, const at::Tensor& tensor,
                         const at::Tensor& like);
 
+// Null if there is none, or an empty one.
+const uint8_t* checked_mask(const char* op, const OptionalTensor& mask,
+                            const ActivationShape& shape, const at::Tensor& like);
+
 // The arithmetic type of a dtype: double for double, else float.
 c10::ScalarType arithmetic_type(const at::Tensor& tensor);
 
@@ -52,6 +56,8 @@ void run_apply(const at::Tensor& like, const ApplyArgs& args);
 void run_reduce(const at::Tensor& like, const BackwardArgs& args);
 void run_coefficients(const at::Tensor& like, const CoefficientsArgs& args);
 void run_apply_grad(const at::Tensor& like, const BackwardArgs& args);
+// run_reduce() and run_apply_grad().
+void run_backward(const at::Tensor& like, const BackwardArgs& args);
 
 // One bit per element is saved where the derivative has two values and z is not x's alone.
 inline bool mask_serves(Activation activation, bool has_residual) {

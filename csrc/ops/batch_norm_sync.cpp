@@ -25,13 +25,8 @@ BackwardArgs backward_args(const char* op, const at::Tensor& grad, const at::Ten
   args.input[0] = {x.const_data_ptr(),
                    checked_array(op, "stats", stats, x, {kStatsRows, args.shape.c})};
   kept = {x, dy};
-  if (mask && mask->numel() != 0) {
-    TORCH_CHECK_VALUE(mask->scalar_type() == c10::kByte && mask->is_contiguous() &&
-                          mask->numel() == args.shape.mask_bytes() && mask->device() == x.device(),
-                      op, ": mask must be the ", args.shape.mask_bytes(),
-                      " bytes that batch_norm_apply made");
-    args.mask = mask->const_data_ptr<uint8_t>();
-  } else if (residual) {
+  args.mask = checked_mask(op, mask, args.shape, x);
+  if (args.mask == nullptr && residual) {
     kept.push_back(checked_like(op, "residual", *residual, x));
     args.residual = kept.back().const_data_ptr();
   }

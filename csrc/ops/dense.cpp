@@ -38,6 +38,18 @@ void check_readable(const char* op, const char* name, const at::Tensor& tensor) 
               ", for which braze has no kernels here; `python -m braze info` says why");
 }
 
+void check_like(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like,
+                const char* like_name) {
+  check_readable(op, name, tensor);
+  TORCH_CHECK_VALUE(tensor.sizes() == like.sizes(), op, ": ", name, " must have ", like_name,
+                    "'s shape ", like.sizes(), ", but its shape is ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), op, ": ", name, " is on ", tensor.device(),
+                    ", but ", like_name, " is on ", like.device());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must have ",
+                   like_name, "'s dtype ", like.scalar_type(), ", but it is ",
+                   tensor.scalar_type());
+}
+
 const DeviceBackend* backend_of(const at::Tensor& tensor) { return device_place(tensor).backend; }
 
 std::optional<ActivationShape> activation_shape(const at::Tensor& tensor) {

@@ -15,6 +15,11 @@ namespace braze {
 // argument's.
 void check_readable(const char* op, const char* name, const at::Tensor& tensor);
 
+// Raises also unless `tensor` has the shape, device and dtype of `like`, which is argument
+// `like_name`.
+void check_like(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like,
+                const char* like_name);
+
 // The backend whose kernels work on the tensor; null: the CPU's.
 const DeviceBackend* backend_of(const at::Tensor& tensor);
 

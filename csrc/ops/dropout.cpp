@@ -6,7 +6,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -14,6 +13,7 @@
 
 #include "../cpu/dropout_cpu.h"
 #include "activation.h"
+#include "dense.h"
 #include "device_backend.h"
 #include "dropout_device.h"
 #include "tensor_work.h"
@@ -24,26 +24,6 @@ namespace {
 uint32_t threshold_of(double p) {
   TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
   return dropout_threshold(p);
-}
-
-void check_tensor(const at::Tensor& tensor, const char* op, const char* name) {
-  TORCH_CHECK_TYPE(real_dtype(tensor.scalar_type()).has_value() && !tensor.is_complex(), op, ": `",
-                   name, "` must be float32, float64, bfloat16 or float16, got ",
-                   tensor.scalar_type(), "; torch.nn.functional.dropout takes other dtypes");
-  TORCH_CHECK_VALUE(is_plain(tensor), op, ": `", name, "` must be a strided tensor with data, got ",
-                    tensor.layout(), " on ", tensor.device());
-}
-
-void check_same(const at::Tensor& like, const at::Tensor& tensor, const char* op,
-                const char* like_name, const char* name) {
-  check_tensor(tensor, op, name);
-  TORCH_CHECK_VALUE(tensor.sizes() == like.sizes(), op, ": `", name, "` must have the shape of `",
-                    like_name, "`, ", like.sizes(), "; got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), op, ": `", name,
-                   "` must have the dtype of `", like_name, "`, ", like.scalar_type(), "; got ",
-                   tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), op, ": `", name, "` must be on ",
-                    like.device(), " as `", like_name, "` is; got ", tensor.device());
 }
 
 void check_state(const at::Tensor& like, const at::Tensor& state, const char* op) {
@@ -65,21 +45,10 @@ at::Tensor dense(const at::Tensor& tensor) {
   return copy;
 }
 
-// `tensor` in the order in memory of `like`, which is dense.
-at::Tensor in_order_of(const at::Tensor& like, const at::Tensor& tensor) {
-  if (same_order(like, tensor) && tensor.is_non_overlapping_and_dense()) return tensor;
-  at::Tensor copy = at::empty_strided(like.sizes(), like.strides(), tensor.options());
-  copy.copy_(tensor);
-  return copy;
-}
-
 // A device with kernels, or the CPU.
 class Place {
  public:
-  Place(const at::Tensor& tensor, const char* op) : place_(device_place(tensor)) {
-    TORCH_CHECK(place_.backend != nullptr || tensor.is_cpu(), op, ": braze has no kernels for ",
-                tensor.device(), " here; `python -m braze info` says why");
-  }
+  explicit Place(const at::Tensor& tensor) : place_(device_place(tensor)) {}
   RandomState draw(const OptionalGenerator& generator) const {
     if (place_.backend != nullptr) return place_.backend->dropout().draw(place_.index, generator);
     auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
@@ -149,8 +118,8 @@ at::Tensor lay_out(const at::Tensor& input, bool feature, DropoutArgs& args) {
 
 DropoutResult dropout_impl(const at::Tensor& input, double p, bool alpha, bool feature,
                            OptionalGenerator generator, const OptionalTensor&) {
-  check_tensor(input, "dropout", "input");
-  const Place place(input, "dropout");
+  check_readable("dropout", "input", input);
+  const Place place(input);
   DropoutArgs args = basic_args(input, p, alpha);
   const at::Tensor x = lay_out(input, feature, args);
   at::Tensor out = at::empty_like(x), state = new_state(x, args);
@@ -162,9 +131,9 @@ DropoutResult dropout_impl(const at::Tensor& input, double p, bool alpha, bool f
 
 at::Tensor dropout_inplace_impl(at::Tensor& input, double p, bool alpha, bool feature,
                                 OptionalGenerator generator) {
-  check_tensor(input, "dropout_", "input");
+  check_readable("dropout_", "input", input);
   at::assert_no_internal_overlap(input);
-  const Place place(input, "dropout_");
+  const Place place(input);
   DropoutArgs args = basic_args(input, p, alpha);
   at::Tensor x = lay_out(input, feature, args), state = new_state(x, args);
   set_pointers(args, x, nullptr, x);
@@ -176,9 +145,9 @@ at::Tensor dropout_inplace_impl(at::Tensor& input, double p, bool alpha, bool fe
 
 at::Tensor dropout_apply_impl(const at::Tensor& input, const at::Tensor& state, double p,
                               bool alpha, bool feature, bool gradient) {
-  check_tensor(input, "dropout_apply", "input");
+  check_readable("dropout_apply", "input", input);
   check_state(input, state, "dropout_apply");
-  const Place place(input, "dropout_apply");
+  const Place place(input);
   DropoutArgs args = basic_args(input, p, alpha);
   if (gradient) args.terms = linear_part(args.terms);
   const at::Tensor x = lay_out(input, feature, args);
@@ -191,12 +160,12 @@ at::Tensor dropout_apply_impl(const at::Tensor& input, const at::Tensor& state, 
 
 DropoutResult dropout_add_impl(const at::Tensor& input, const at::Tensor& residual, double p,
                                OptionalGenerator generator, const OptionalTensor&) {
-  check_tensor(input, "dropout_add", "input");
-  check_same(input, residual, "dropout_add", "input", "residual");
-  const Place place(input, "dropout_add");
+  check_readable("dropout_add", "input", input);
+  check_like("dropout_add", "residual", residual, input, "input");
+  const Place place(input);
   DropoutArgs args = basic_args(input, p, false);
   args.step = DropoutStep::add;
-  const at::Tensor x = dense(input), second = in_order_of(x, residual);
+  const at::Tensor x = dense(input), second = in_order_of(residual, x);
   at::Tensor out = at::empty_like(x), state = new_state(x, args);
   set_pointers(args, x, &second, out);
   args.random = place.draw(generator);
@@ -216,8 +185,8 @@ DropoutArgs activation_args(const at::Tensor& input, double p, std::string_view 
 DropoutResult act_dropout_impl(const at::Tensor& input, double p, std::string_view activation,
                                double parameter, OptionalGenerator generator,
                                const OptionalTensor&) {
-  check_tensor(input, "act_dropout", "input");
-  const Place place(input, "act_dropout");
+  check_readable("act_dropout", "input", input);
+  const Place place(input);
   DropoutArgs args = activation_args(input, p, activation, parameter);
   const at::Tensor x = dense(input);
   at::Tensor out = at::empty_like(x), state = new_state(x, args);
@@ -229,9 +198,9 @@ DropoutResult act_dropout_impl(const at::Tensor& input, double p, std::string_vi
 
 at::Tensor act_dropout_inplace_impl(at::Tensor& input, double p, std::string_view activation,
                                     double parameter, OptionalGenerator generator) {
-  check_tensor(input, "act_dropout_", "input");
+  check_readable("act_dropout_", "input", input);
   at::assert_no_internal_overlap(input);
-  const Place place(input, "act_dropout_");
+  const Place place(input);
   DropoutArgs args = activation_args(input, p, activation, parameter);
   at::Tensor x = dense(input), state = new_state(x, args);
   set_pointers(args, x, nullptr, x);
@@ -244,13 +213,13 @@ at::Tensor act_dropout_inplace_impl(at::Tensor& input, double p, std::string_vie
 at::Tensor act_dropout_backward_impl(const at::Tensor& grad, const at::Tensor& saved,
                                      const at::Tensor& state, double p, std::string_view activation,
                                      double parameter) {
-  check_tensor(saved, "act_dropout_backward", "saved");
-  check_same(saved, grad, "act_dropout_backward", "saved", "grad");
+  check_readable("act_dropout_backward", "saved", saved);
+  check_like("act_dropout_backward", "grad", grad, saved, "saved");
   check_state(saved, state, "act_dropout_backward");
-  const Place place(saved, "act_dropout_backward");
+  const Place place(saved);
   DropoutArgs args = activation_args(saved, p, activation, parameter);
   args.step = DropoutStep::activate_grad;
-  const at::Tensor x = dense(saved), second = in_order_of(x, grad);
+  const at::Tensor x = dense(saved), second = in_order_of(grad, x);
   at::Tensor out = at::empty_like(x);
   set_pointers(args, x, &second, out);
   use_state(state, args);

@@ -96,7 +96,6 @@ struct ApplyArgs {
 };
 
 struct InputGradient {
-  const void* weight = nullptr;
   DType param_dtype = DType::f32;
   void* grad_weight = nullptr;   // [c] of param_dtype; null: not wanted
   void* grad_bias = nullptr;     // [c] of param_dtype; null: not wanted

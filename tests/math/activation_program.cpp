@@ -31,14 +31,13 @@ void elementary() {
   {
     Worst exp_ulps("exponential"), low("exponential_denormal");
     exact::for_floats(110, kStride, [&](float x) {
+      if (x > 40) return;
       const long double want = expl(x);
-      const float rounded = static_cast<float>(want);
-      if (std::isinf(rounded)) return exp_ulps.see(x, exponential(x), INFINITY, 1);
-      Worst& worst = rounded < 0x1p-126f ? low : exp_ulps;
+      Worst& worst = static_cast<float>(want) < 0x1p-126f ? low : exp_ulps;
       worst.see(x, spoil(exponential(x)), want, ulp(want));
     });
-    exp_ulps.see(200, exponential(200.0f), INFINITY, 1);
     low.see(-200, spoil(exponential(-200.0f)), 0, 0x1p-149L);
+    low.see(-INFINITY, spoil(exponential(-INFINITY)), 0, 0x1p-149L);
   }
   {
     Worst relative("small_exponential_minus_1");

@@ -137,7 +137,6 @@ BackwardArgs Problem::backward_args() {
   for (int k = 0; k < spec.inputs; ++k) {
     args.input[k] = {x[k].data(), stats[k].data()};
     InputGradient& g = args.grad[k];
-    if (spec.weight) g.weight = weight[k].data();
     if (spec.weight) g.grad_weight = grad_weight[k].data();
     if (spec.bias) g.grad_bias = grad_bias[k].data();
     g.param_dtype = weight[k].dtype();
