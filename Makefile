@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # WERROR=ON turns compiler warnings into errors.
 WERROR ?= OFF
+# Processes that run tests, a file at a time; JOBS=0: none but one, for a debugger.
+JOBS ?= 2
 ARGS ?=
 
 BIN := .venv/bin
@@ -22,7 +24,7 @@ demo: .venv/built
 	$(RUN) $(BIN)/python -m braze demo $(ARGS)
 
 test: .venv/built
-	$(RUN) $(BIN)/python -m pytest $(ARGS)
+	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: .venv/built
 	$(RUN) $(BIN)/python -m braze bench optim $(ARGS)

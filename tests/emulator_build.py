@@ -53,6 +53,12 @@ _GCC = ("-Wno-unknown-pragmas",)
 _CLANG = ("-Wno-pass-failed",)
 _ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
+
+def symbolizer() -> str | None:
+    """What turns addresses into lines in clang's reports."""
+    return shutil.which("llvm-symbolizer-19") or shutil.which("llvm-symbolizer")
+
+
 VARIANTS = {
     "native": Variant(("g++-12", "g++"), ("-O2", *_GCC)),
     "clang": Variant(("clang++-19", "clang++"), ("-O2", *_CLANG)),
@@ -80,6 +86,8 @@ VARIANTS = {
         ("-O1", "-DBRAZE_EMULATOR_MSAN=1", "-fno-omit-frame-pointer", *_CLANG),
         test_flags=("-fsanitize=memory", "-fno-sanitize-recover=all"),
         link_flags=("-fsanitize=memory",),
+        # Debian's clang looks for one of its own version only, and does not depend on it.
+        environment=(("MSAN_SYMBOLIZER_PATH", symbolizer() or ""),),
     ),
     "aarch64": Variant(
         ("aarch64-linux-gnu-g++",),

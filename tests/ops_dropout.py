@@ -127,7 +127,7 @@ def wrong_p(*rest: object) -> Wrong:
 
 
 INTEGERS = Wrong(
-    "integers", lambda: [torch.ones(3, dtype=torch.int64), 0.5], TypeError, "`input` must be"
+    "integers", lambda: [torch.ones(3, dtype=torch.int64), 0.5], TypeError, "input must be"
 )
 
 DROPOUT_OPS = (

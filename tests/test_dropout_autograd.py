@@ -199,8 +199,8 @@ def test_errors_of_the_operators() -> None:
         (lambda: op.dropout(x.to_sparse(), 0.5), Exception, "braze::dropout|strided"),
         (lambda: op.dropout(x, 2.0), ValueError, "between 0 and 1"),
         (lambda: op.dropout(x, 0.5, feature=True), RuntimeError, "at least 2 dimensions"),
-        (lambda: op.dropout_add(x, x[:3], 0.5), ValueError, "shape of `input`"),
-        (lambda: op.dropout_add(x, x.double(), 0.5), TypeError, "dtype of `input`"),
+        (lambda: op.dropout_add(x, x[:3], 0.5), ValueError, "input's shape"),
+        (lambda: op.dropout_add(x, x.double(), 0.5), TypeError, "input's dtype"),
         (lambda: op.act_dropout(x, 0.5, "rleu"), ValueError, "'rleu'.*one of identity, relu"),
     ):
         with pytest.raises(error, match=text):

@@ -108,7 +108,8 @@ def test_msan(case: str) -> None:
     bug = emulator_build.run(program, [case, "bug"])
     assert bug.returncode not in (0, WRONG_RESULT)
     assert "use-of-uninitialized-value" in bug.stderr
-    assert re.search(r"seeded\.cu:\d+", bug.stderr), bug.stderr
+    if emulator_build.symbolizer() is not None:
+        assert re.search(r"seeded\.cu:\d+", bug.stderr), bug.stderr
     fine = emulator_build.run(program, [case, "ok"])
     assert fine.returncode == 0, fine.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import braze.nn as bnn
@@ -51,7 +52,11 @@ GIVEN: list[tuple[Any, Activation]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "meant"), GIVEN, ids=str)
+def without_address(value: object) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+@pytest.mark.parametrize(("given", "meant"), GIVEN, ids=without_address)
 def test_resolve(given: Any, meant: Activation) -> None:
     assert resolve(given) == meant
 
@@ -90,7 +95,7 @@ def hooked() -> nn.Module:
         functools.partial(F.relu, negative_slope=1.0),
         functools.partial(F.gelu, torch.ones(1)),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_what_cannot_be_fused(given: Any) -> None:
     with pytest.raises(ValueError, match=r"cannot be fused; use one of identity, relu, .*mish"):

@@ -18,7 +18,7 @@ from torch import nn
 REPLACED = {
     "functional",
     *(f"{kind}{d}d" for kind in ("BatchNorm", "Dropout") for d in (1, 2, 3)),
-    *("Dropout", "AlphaDropout", "FeatureAlphaDropout"),
+    *("Dropout", "AlphaDropout", "FeatureAlphaDropout", "SyncBatchNorm"),
 }
 ADDED = {
     *(f"{kind}{d}d" for kind in ("BatchNormAct", "ConvBNAct", "ConvBNReLU") for d in (1, 2, 3)),

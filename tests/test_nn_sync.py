@@ -161,10 +161,11 @@ def test_conversion_keeps_everything_but_the_class() -> None:
     assert torch.equal(model.block(x), plain(x))
 
 
-def test_conversion_by_the_class_and_of_a_batch_norm_itself() -> None:
+@pytest.mark.parametrize("by", [bnn.SyncBatchNormAct, bnn.SyncBatchNorm])
+def test_conversion_by_the_class_and_of_a_batch_norm_itself(by: Any) -> None:
     module = bnn.BatchNormAct2d(4, activation="elu")
     weight = module.weight
-    converted: Any = bnn.SyncBatchNormAct.convert_sync_batchnorm(module)
+    converted: Any = by.convert_sync_batchnorm(module)
     assert type(converted) is bnn.SyncBatchNormAct and converted.weight is weight
     assert converted.activation == "elu" and converted.process_group is None
     assert copy.deepcopy(converted).activation == "elu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import devices
@@ -181,7 +182,7 @@ DEFECTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("values", "layout", "device"),
     ),
     "gradient": ({"backward": wrong_slope}, ("gradients", "gradcheck", "layout", "device")),
-    "unstable": ({"forward": unstable}, ("bits", "inference")),
+    "unstable": ({"forward": unstable}, ("bits", "inference", "compile")),
     "unstable_gradient": ({"backward": unstable_slope}, ("subsets", "bits")),
     "threads": ({"forward": of_threads}, ("bits",)),
     "instruction_set": ({"forward": of_instruction_set}, ("bits",)),
@@ -227,9 +228,24 @@ def test_defect_is_found(
         CHECKS[check](op)
 
 
+def test_a_function_that_is_not_the_operator_is_found(
+    library: torch.library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = define(library, "sound")
+    monkeypatch.setattr(checks, "_C", SimpleNamespace(sound=right))
+    checks.check_python(op, SAMPLE, FP32)
+    monkeypatch.setattr(
+        checks, "_C", SimpleNamespace(sound=lambda x, count: with_first_spoiled(right(x, count)))
+    )
+    with pytest.raises(AssertionError):
+        checks.check_python(op, SAMPLE, FP32)
+    monkeypatch.setattr(checks, "_C", SimpleNamespace())
+    with pytest.raises(AssertionError, match="has no sound"):
+        checks.check_python(op, SAMPLE, FP32)
+
+
 def test_every_check_has_a_control() -> None:
-    # What compiling changes cannot be spoiled in an operator that is one node of the graph either way.
-    found = {check for _, found_by in DEFECTS.values() for check in found_by} | {"compile"}
+    found = {check for _, found_by in DEFECTS.values() for check in found_by}
     assert found == set(CHECKS)
     made = {name for name in vars(checks) if name.startswith("check_")}
     assert made == {

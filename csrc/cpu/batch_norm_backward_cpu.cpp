@@ -43,17 +43,17 @@ bool needs_sums(const BackwardArgs& a) {
 }
 
 // Where reduce leaves d, the gradient of the normalised value, for apply_grad; null: nowhere,
-// because d is dy, or as cheap to compute again as to read. Memory of bf16 rounds d, as it does
-// where activation and normalisation are two operations; that of fp16 might overflow.
+// because d is dy, or as cheap to compute again as to read, or because memory would round it.
 void* place_to_keep(const BackwardArgs& a) {
   const Activation act = a.activation;
-  if ((act == Activation::identity && a.dy2 == nullptr) || !needs_sums(a)) return nullptr;
+  const bool selects = act == Activation::relu || act == Activation::relu6;
+  const bool wide = a.shape.dtype == DType::f32 || a.shape.dtype == DType::f64;
+  const bool exact = wide || (selects && a.dy2 == nullptr);
+  if ((act == Activation::identity && a.dy2 == nullptr) || !exact || !needs_sums(a)) return nullptr;
   if (a.grad_residual != nullptr) return a.grad_residual;
   const bool alone =
       a.dy2 == nullptr && a.input[1].x == nullptr && a.residual == nullptr && a.mask == nullptr;
-  const bool cheap =
-      act == Activation::relu || act == Activation::relu6 || act == Activation::hardswish;
-  if ((alone && cheap) || a.shape.dtype == DType::f16) return nullptr;
+  if (alone && (selects || act == Activation::hardswish)) return nullptr;
   return a.grad[0].dx != nullptr ? a.grad[0].dx : a.grad[1].dx;
 }
 

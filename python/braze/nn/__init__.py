@@ -27,6 +27,7 @@ from braze.nn.dropout import Dropout2d as Dropout2d
 from braze.nn.dropout import Dropout3d as Dropout3d
 from braze.nn.dropout import DropoutAdd as DropoutAdd
 from braze.nn.dropout import FeatureAlphaDropout as FeatureAlphaDropout
+from braze.nn.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 from braze.nn.sync_batch_norm import SyncBatchNormAct as SyncBatchNormAct
 from braze.nn.sync_batch_norm import convert_sync_batchnorm as convert_sync_batchnorm
 

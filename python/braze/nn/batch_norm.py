@@ -180,7 +180,7 @@ class BatchNormAct1d(FusedBatchNormAct, torch.nn.BatchNorm1d):
 
     Differences from torch's three modules: the value between them is not rounded to 16 bits.
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would lose it: use
-    :func:`braze.nn.convert_sync_batchnorm`.
+    :func:`braze.nn.convert_sync_batchnorm`, which is also that of ``braze.nn.SyncBatchNorm``.
     """
 
 

@@ -17,7 +17,7 @@ from braze.nn._composite import ACTIVATIONS
 from braze.nn._route import ops, takes_activation, takes_addend, takes_vectors, transformed
 from braze.nn.batch_norm import FusedBatchNorm, activation_repr
 
-__all__ = ["SyncBatchNormAct", "convert_sync_batchnorm"]
+__all__ = ["SyncBatchNorm", "SyncBatchNormAct", "convert_sync_batchnorm"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -288,3 +288,14 @@ def _synchronized(old: _BatchNorm, process_group: Any) -> SyncBatchNormAct:
         new.__dict__[name] = old.__dict__[name].copy()
     new.process_group = process_group
     return new
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """As :class:`torch.nn.SyncBatchNorm`, but what ``convert_sync_batchnorm`` makes is a
+    :class:`SyncBatchNormAct`, so that a ``BatchNormAct`` keeps its activation.
+    """
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: ModuleT, process_group: Any = None) -> ModuleT:
+        """As :func:`braze.nn.convert_sync_batchnorm`."""
+        return convert_sync_batchnorm(module, process_group)
