@@ -105,6 +105,11 @@ BRAZE_TARGET void apply_direct_matrix(const ApplyArgs& a, const Matrix& m, const
   }
 }
 
+inline bool is_masked_relu(const ApplyArgs& a) {
+  return a.mask != nullptr && a.activation == Activation::relu && a.residual != nullptr &&
+         a.input[1].x == nullptr;
+}
+
 template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const Constants<T>& k,
                                 const Constants<T>& k2) {
@@ -112,9 +117,7 @@ BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const 
   normalize_inputs<kPlane, S>(a.input, a.residual, e, n, k, k2, z);
   const ActivationSegments<T>& segments = segments_of<T>(a.activation);
   if (a.mask != nullptr) {
-    const int64_t row = a.shape.row();
-    const int64_t begin = e / row * ((row + kByte - 1) / kByte) + e % row / kByte;
-    segments.mask(z, n, a.mask + begin);
+    segments.mask(z, n, a.mask + mask_byte(a.shape, e));
   }
   S* y = static_cast<S*>(a.y) + e;
   if (a.activation == Activation::relu) {
@@ -125,6 +128,26 @@ BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const 
   store_segment(z, n, y);
 }
 
+// relu(z1 + residual) and its mask, a block at a time. n: a multiple of kBlock.
+template <bool kPlane, class S>
+BRAZE_TARGET void apply_masked(const S* x, const S* residual, S* y, int64_t n,
+                               const Constants<float>& k, uint8_t* mask) {
+  for (int64_t j = 0; j < n; j += kBlock) {
+    float z[kBlock], added[kBlock];
+    load_block(x + j, z);
+    load_block(residual + j, added);
+#pragma omp simd
+    for (int64_t l = 0; l < kBlock; ++l) {
+      const int64_t c = kPlane ? 0 : j + l;
+      z[l] = normalize(z[l], k.mean[c], k.scale[c], k.shift[c]) + added[l];
+    }
+    mask_segment<Activation::relu>(z, kBlock, mask + j / kByte);
+#pragma omp simd
+    for (int64_t l = 0; l < kBlock; ++l) z[l] = activate<Activation::relu>(z[l], 0.0f);
+    store_block(z, y + j);
+  }
+}
+
 template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_matrix(const ApplyArgs& a, const Matrix& m, const Constants<T>& k,
                                const Constants<T>& k2) {
@@ -132,11 +155,19 @@ BRAZE_TARGET void apply_matrix(const ApplyArgs& a, const Matrix& m, const Consta
     if (is_direct<S>(a)) return apply_direct_matrix<kPlane, S>(a, m, k);
   }
   for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
-    const int64_t columns = r < m.rows ? m.columns : m.tail;
-    for (int64_t j = 0; j < columns; j += kSegment) {
+    const int64_t columns = r < m.rows ? m.columns : m.tail, e = m.offset + r * m.stride;
+    int64_t done = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      if (is_masked_relu(a)) {
+        done = columns / kBlock * kBlock;
+        apply_masked<kPlane>(static_cast<const S*>(a.input[0].x) + e,
+                             static_cast<const S*>(a.residual) + e, static_cast<S*>(a.y) + e, done,
+                             k, a.mask + mask_byte(a.shape, e));
+      }
+    }
+    for (int64_t j = done; j < columns; j += kSegment) {
       const int64_t at = kPlane ? 0 : j;
-      apply_segment<kPlane, S>(a, m.offset + r * m.stride + j, std::min(kSegment, columns - j),
-                               k.at(at), k2.at(at));
+      apply_segment<kPlane, S>(a, e + j, std::min(kSegment, columns - j), k.at(at), k2.at(at));
     }
   }
 }

@@ -31,9 +31,11 @@ bool is_direct(const BackwardArgs& a) {
           a.input[1].x == nullptr);
 }
 
+// kept: where d is to be left; the loops leave that of silu, and only where memory does not round.
 template <class S>
-bool is_direct_reduce(const BackwardArgs& a) {
-  return is_direct<S>(a) && a.input[1].x == nullptr;
+bool is_direct_reduce(const BackwardArgs& a, const S* kept) {
+  const bool keeps = a.activation == Activation::silu && std::is_same_v<S, Arithmetic<S>>;
+  return is_direct<S>(a) && a.input[1].x == nullptr && (kept == nullptr || keeps);
 }
 
 template <class S>

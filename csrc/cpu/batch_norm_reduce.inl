@@ -2,6 +2,7 @@
 
 #include "batch_norm_channels.inl"
 #include "batch_norm_gradient.inl"
+#include "batch_norm_masked.inl"
 
 namespace BRAZE_ISA {
 
@@ -12,14 +13,18 @@ template <class T>
 struct GradientSums {
   T* grad;
   T* input[2];
+  GradientSums at(int64_t column) const {
+    return {grad + column, {input[0] + column, input[1] + column}};
+  }
 };
 
 // D is what memory holds of d: dy, or a tile. Only where both are dy's type are columns planar.
-template <int kCount, int kP, Activation kA, class D, class S, class T>
+// kept: other memory; written if kKeep.
+template <int kCount, int kP, Activation kA, bool kKeep, class D, class S, class T>
 BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_stride,
                                               const S* __restrict x, int64_t stride, int64_t n,
                                               const Constants<T>& k, T* __restrict grad,
-                                              T* __restrict grad_input) {
+                                              T* __restrict grad_input, S* __restrict kept) {
   const T* __restrict mean = k.mean, * __restrict scale = k.scale, * __restrict shift = k.shift;
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
@@ -38,6 +43,7 @@ BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_s
         }
         add_gradient(gradient[p], value[p], mean[c], g[p], i[p]);
       }
+      if constexpr (kKeep) store_elements<kP>(gradient, kept + r * stride + j * kP);
     }
 #pragma GCC unroll 2
     for (int p = 0; p < kP; ++p) {
@@ -47,16 +53,16 @@ BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_s
   }
 }
 
-template <int kCount, Activation kA, class D, class S, class T>
+template <int kCount, Activation kA, bool kKeep = false, class D, class S, class T>
 BRAZE_TARGET void add_gradient_rows(const D* d, int64_t d_stride, const S* x, int64_t stride,
-                                    int64_t columns, const Constants<T>& k, T* grad,
-                                    T* grad_input) {
+                                    int64_t columns, const Constants<T>& k, T* grad, T* grad_input,
+                                    S* kept = nullptr) {
   constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
   const int64_t n = columns / kP;
-  add_gradient_columns<kCount, kP, kA>(d, d_stride, x, stride, n, k, grad, grad_input);
+  add_gradient_columns<kCount, kP, kA, kKeep>(d, d_stride, x, stride, n, k, grad, grad_input, kept);
   if (columns % kP != 0) {
-    add_gradient_columns<kCount, 1, kA>(d + n * kP, d_stride, x + n * kP, stride, 1, k.at(n),
-                                        grad + n, grad_input + n);
+    add_gradient_columns<kCount, 1, kA, kKeep>(d + n * kP, d_stride, x + n * kP, stride, 1, k.at(n),
+                                               grad + n, grad_input + n, moved(kept, n * kP));
   }
 }
 
@@ -95,13 +101,29 @@ BRAZE_TARGET void add_tiles_of_rows(const BackwardArgs& a, int64_t e, int64_t st
   }
 }
 
+template <class S>
+BRAZE_TARGET MaskedGradient<S> masked_gradient(const BackwardArgs& a, S* kept) {
+  const ActivationSegments<float>& segments = segments_of<float>(a.activation);
+  return {static_cast<const S*>(a.dy),
+          static_cast<const S*>(a.dy2),
+          static_cast<const S*>(a.input[0].x),
+          kept,
+          segments.upper(),
+          segments.lower(static_cast<float>(a.parameter))};
+}
+
 template <int kCount, class S, class T>
-BRAZE_TARGET void add_direct_rows(const BackwardArgs& a, const S* d, const S* x, int64_t stride,
-                                  int64_t columns, const Constants<T>& k,
-                                  const GradientSums<T>& sums) {
-  const auto add = [&]<Activation kA>() {
-    add_gradient_rows<kCount, kA>(d, stride, x, stride, columns, k, sums.grad, sums.input[0]);
+BRAZE_TARGET void add_direct_rows(const BackwardArgs& a, int64_t e, int64_t stride, int64_t columns,
+                                  const Constants<T>& k, const GradientSums<T>& sums, S* kept) {
+  const S* d = static_cast<const S*>(a.dy) + e;
+  const S* x = static_cast<const S*>(a.input[0].x) + e;
+  const auto add = [&]<Activation kA, bool kKeep = false>() {
+    add_gradient_rows<kCount, kA, kKeep>(d, stride, x, stride, columns, k, sums.grad, sums.input[0],
+                                         moved(kept, e));
   };
+  if constexpr (std::is_same_v<S, T>) {
+    if (kept != nullptr) return add.template operator()<Activation::silu, true>();
+  }
   switch (a.activation) {
     case Activation::relu: return add.template operator()<Activation::relu>();
     case Activation::relu6: return add.template operator()<Activation::relu6>();
@@ -116,14 +138,20 @@ BRAZE_TARGET void add_gradients_of_rows(const BackwardArgs& a, int64_t e, int64_
                                         int64_t columns, const BackwardConstants<T>& k,
                                         const GradientSums<T>& sums, S* kept) {
   if constexpr (!std::is_same_v<S, F16>) {
-    if (kept == nullptr && is_direct_reduce<S>(a)) {
-      add_direct_rows<kCount>(a, static_cast<const S*>(a.dy) + e,
-                              static_cast<const S*>(a.input[0].x) + e, stride, columns, k.input[0],
-                              sums);
+    if (is_direct_reduce(a, kept)) {
+      add_direct_rows<kCount>(a, e, stride, columns, k.input[0], sums, kept);
       return;
     }
   }
-  add_tiles_of_rows<kCount>(a, e, stride, columns, k, sums, kept);
+  int64_t done = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    if (a.mask != nullptr && a.input[1].x == nullptr && a.shape.c % kByte == 0) {
+      done = columns / kBlock * kBlock;
+      add_masked_columns<kCount>(masked_gradient(a, kept), a.mask, e, stride, done, k.input[0].mean,
+                                 sums.grad, sums.input[0]);
+    }
+  }
+  add_tiles_of_rows<kCount>(a, e + done, stride, columns - done, k.at(done), sums.at(done), kept);
 }
 
 template <class S, class T>
@@ -141,9 +169,9 @@ BRAZE_TARGET void add_gradients_of_matrix(const BackwardArgs& a, const Matrix& m
   }
 }
 
-template <Activation kA, int kP, class D, class S, class T>
+template <Activation kA, int kP, bool kKeep, class D, class S, class T>
 BRAZE_TARGET inline void add_gradient_lane(const D* d, const S* x, int64_t k, T mean, T scale,
-                                           T shift, T* grad, T* grad_input) {
+                                           T shift, T* grad, T* grad_input, S* kept) {
   T value[kP], gradient[kP];
   load_elements<kP>(x, value);
   load_elements<kP>(d, gradient);
@@ -156,13 +184,15 @@ BRAZE_TARGET inline void add_gradient_lane(const D* d, const S* x, int64_t k, T 
     }
     add_gradient(gradient[p], value[p], mean, grad[lane], grad_input[lane]);
   }
+  if constexpr (kKeep) store_elements<kP>(gradient, kept);
 }
 
 // Element j of each plane goes to a lane that depends on j % kLanes.
-template <Activation kA, class D, class S, class T>
-BRAZE_TARGET void add_gradients_of_planes(const D* d, const S* x, int64_t stride, int64_t planes,
-                                          int64_t n, const Constants<T>& c, T* grads,
-                                          T* grad_inputs) {
+template <Activation kA, bool kKeep = false, class D, class S, class T>
+BRAZE_TARGET void add_gradients_of_planes(const D* __restrict d, const S* __restrict x,
+                                          int64_t stride, int64_t planes, int64_t n,
+                                          const Constants<T>& c, T* grads, T* grad_inputs,
+                                          S* __restrict kept = nullptr) {
   constexpr int kP = std::is_same_v<D, S> ? kPack<S> : 1;
   const T mean = *c.mean, scale = *c.scale, shift = *c.shift;
   T grad[kLanes], grad_input[kLanes];
@@ -174,18 +204,21 @@ BRAZE_TARGET void add_gradients_of_planes(const D* d, const S* x, int64_t stride
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes) {
       for (int64_t k = 0; k < kLanes / kP; ++k) {
-        add_gradient_lane<kA, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
-                                  grad_input);
+        const int64_t e = j + k * kP;
+        add_gradient_lane<kA, kP, kKeep>(d + e, x + e, k, mean, scale, shift, grad, grad_input,
+                                         kKeep ? kept + e : kept);
       }
     }
     for (int64_t k = 0; k < (n - j) / kP; ++k) {
-      add_gradient_lane<kA, kP>(d + j + k * kP, x + j + k * kP, k, mean, scale, shift, grad,
-                                grad_input);
+      const int64_t e = j + k * kP;
+      add_gradient_lane<kA, kP, kKeep>(d + e, x + e, k, mean, scale, shift, grad, grad_input,
+                                       kKeep ? kept + e : kept);
     }
     if (n % kP != 0) {
-      add_gradient_lane<kA, 1>(d + n - 1, x + n - 1, (n - j) / kP, mean, scale, shift, grad,
-                               grad_input);
+      add_gradient_lane<kA, 1, kKeep>(d + n - 1, x + n - 1, (n - j) / kP, mean, scale, shift, grad,
+                                      grad_input, moved(kept, n - 1));
     }
+    kept = moved(kept, stride);
   }
   for (int64_t k = 0; k < kLanes; ++k) {
     grads[k] = grad[k];
@@ -194,11 +227,17 @@ BRAZE_TARGET void add_gradients_of_planes(const D* d, const S* x, int64_t stride
 }
 
 template <class S, class T>
-BRAZE_TARGET void add_direct_planes(const BackwardArgs& a, const S* d, const S* x, const Matrix& m,
-                                    const Constants<T>& k, const GradientSums<T>& sums) {
-  const auto add = [&]<Activation kA>() {
-    add_gradients_of_planes<kA>(d, x, m.stride, m.rows, m.columns, k, sums.grad, sums.input[0]);
+BRAZE_TARGET void add_direct_planes(const BackwardArgs& a, const Matrix& m, const Constants<T>& k,
+                                    const GradientSums<T>& sums, S* kept) {
+  const S* d = static_cast<const S*>(a.dy) + m.offset;
+  const S* x = static_cast<const S*>(a.input[0].x) + m.offset;
+  const auto add = [&]<Activation kA, bool kKeep = false>() {
+    add_gradients_of_planes<kA, kKeep>(d, x, m.stride, m.rows, m.columns, k, sums.grad,
+                                       sums.input[0], moved(kept, m.offset));
   };
+  if constexpr (std::is_same_v<S, T>) {
+    if (kept != nullptr) return add.template operator()<Activation::silu, true>();
+  }
   switch (a.activation) {
     case Activation::relu: return add.template operator()<Activation::relu>();
     case Activation::relu6: return add.template operator()<Activation::relu6>();
@@ -213,14 +252,21 @@ BRAZE_TARGET void add_gradients_of_channel(const BackwardArgs& a, const Matrix& 
                                            const BackwardConstants<T>& k,
                                            const GradientSums<T>& sums, S* kept) {
   if constexpr (!std::is_same_v<S, F16>) {
-    if (kept == nullptr && is_direct_reduce<S>(a)) {
-      add_direct_planes(a, static_cast<const S*>(a.dy) + m.offset,
-                        static_cast<const S*>(a.input[0].x) + m.offset, m, k.input[0], sums);
+    if (is_direct_reduce(a, kept)) {
+      add_direct_planes(a, m, k.input[0], sums, kept);
       return;
     }
   }
   T d[kSegment], buffer[kSegment], unused[kLanes] = {};
   for (int64_t r = 0; r < m.rows; ++r) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (a.mask != nullptr && a.input[1].x == nullptr) {
+        const int64_t e = m.offset + r * m.stride;
+        add_masked_plane(masked_gradient(a, kept).at(e), a.mask + mask_byte(a.shape, e), m.columns,
+                         *k.input[0].mean, sums.grad, sums.input[0]);
+        continue;
+      }
+    }
     for (int64_t j = 0; j < m.columns; j += kSegment) {
       const int64_t e = m.offset + r * m.stride + j, n = std::min(kSegment, m.columns - j);
       gradient_segment<true, S>(a, e, n, k, d);
@@ -279,9 +325,9 @@ template <class S>
 BRAZE_TARGET void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t end,
                             double* parts, void* kept) {
   S* d = static_cast<S*>(kept);
-  d == nullptr&& is_direct_reduce<S>(a)
-      ? reduce_in_order<S>(a, g, begin, end, parts, d)
-      : reduce_in_order<Arithmetic<S>>(a, g, begin, end, parts, d);
+  const bool direct = is_direct_reduce(a, d);
+  direct ? reduce_in_order<S>(a, g, begin, end, parts, d)
+         : reduce_in_order<Arithmetic<S>>(a, g, begin, end, parts, d);
 }
 
 }  // namespace BRAZE_ISA

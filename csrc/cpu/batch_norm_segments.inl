@@ -28,6 +28,11 @@ struct Constants {
   }
 };
 
+template <class S>
+S* moved(S* pointer, int64_t elements) {
+  return pointer == nullptr ? pointer : pointer + elements;
+}
+
 // Neighbours that a loop treats in one iteration: bf16 are read and written in pairs. What belongs
 // to the columns of such a loop is in planar order: that of even columns, and kHalf later that of
 // odd ones, so that no lane has to move.
@@ -190,6 +195,12 @@ BRAZE_TARGET void differentiate_segment(const T* z, T* d, int64_t n, T parameter
 }
 
 constexpr int64_t kByte = 8;
+
+// Where the mask has element e, which is the first of its byte.
+inline int64_t mask_byte(const ActivationShape& shape, int64_t e) {
+  const int64_t row = shape.row();
+  return e / row * ((row + kByte - 1) / kByte) + e % row / kByte;
+}
 
 template <Activation kA, class T>
 BRAZE_TARGET void mask_segment(const T* z, int64_t n, uint8_t* mask) {

@@ -6,6 +6,14 @@ namespace BRAZE_ISA {
 // block in registers.
 constexpr int64_t kBlock = 16;
 
+BRAZE_TARGET inline void load_block(const float* in, float* out) {
+  for (int64_t i = 0; i < kBlock; ++i) out[i] = in[i];
+}
+
+BRAZE_TARGET inline void store_block(const float* in, float* out) {
+  for (int64_t i = 0; i < kBlock; ++i) out[i] = in[i];
+}
+
 BRAZE_TARGET inline void load_block(const Bf16* in, float* out) {
 #if defined(BRAZE_AVX512)
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
