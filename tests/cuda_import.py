@@ -34,10 +34,11 @@ assert braze.build_info()["CUDA kernels"].startswith("loaded from"), braze.build
 print(_native.CUDA_FILE)
 """
 MISSING = """
-from braze import _native
+from braze import _build, _native
 assert "cuda" not in _native._C.backends()
 text = _native.cuda_missing()
-assert "which has no CUDA; build them for this torch with" in text, text
+why = _build.CUDA_MISSING or "braze._cuda is not among braze's installed files"
+assert text.startswith(f"{why}; build them for this torch with"), text
 assert text.endswith("-m braze build"), text
 """
 
