@@ -24,7 +24,7 @@ demo: .venv/built
 	$(RUN) $(BIN)/python -m braze demo $(ARGS)
 
 test: .venv/built
-	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: .venv/built
 	$(RUN) $(BIN)/python -m braze bench optim $(ARGS)
