@@ -80,24 +80,13 @@ BRAZE_TARGET void apply_grad_directly(const BackwardArgs& a, const Matrix& m,
   }
 }
 
-template <bool kPlane, Activation kA, class S, class T>
-BRAZE_TARGET void apply_grad_of_either(const BackwardArgs& a, const Matrix& m,
-                                       const BackwardConstants<T>& k) {
-  a.batch_statistics ? apply_grad_directly<kPlane, kA, false, S>(a, m, k)
-                     : apply_grad_directly<kPlane, kA, true, S>(a, m, k);
-}
-
 template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_grad_direct_matrix(const BackwardArgs& a, const Matrix& m,
                                            const BackwardConstants<T>& k) {
-  switch (a.activation) {
-    case Activation::relu: return apply_grad_of_either<kPlane, Activation::relu, S>(a, m, k);
-    case Activation::relu6: return apply_grad_of_either<kPlane, Activation::relu6, S>(a, m, k);
-    case Activation::silu: return apply_grad_of_either<kPlane, Activation::silu, S>(a, m, k);
-    case Activation::hardswish:
-      return apply_grad_of_either<kPlane, Activation::hardswish, S>(a, m, k);
-    default: return apply_grad_of_either<kPlane, Activation::identity, S>(a, m, k);
-  }
+  with_direct_activation(a.activation, [&]<Activation kA>() {
+    a.batch_statistics ? apply_grad_directly<kPlane, kA, false, S>(a, m, k)
+                       : apply_grad_directly<kPlane, kA, true, S>(a, m, k);
+  });
 }
 
 template <bool kPlane, class S, class T>

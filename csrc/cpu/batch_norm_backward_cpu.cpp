@@ -67,10 +67,6 @@ BackwardArgs from_kept(BackwardArgs a, const void* kept) {
   return a;
 }
 
-bool writes_elements(const BackwardArgs& a) {
-  return a.grad[0].dx != nullptr || a.grad[1].dx != nullptr || a.grad_residual != nullptr;
-}
-
 void reduce_and_keep(const BackwardArgs& args, void* workspace, int threads, void* kept) {
   const Geometry g(args.shape);
   const Kernels& kernels = active();
@@ -93,7 +89,7 @@ void backward(const BackwardArgs& args, void* workspace, int threads) {
   void* kept = place_to_keep(args);
   reduce_and_keep(args, workspace, threads, kept);
   const BackwardArgs rest = kept != nullptr ? from_kept(args, kept) : args;
-  if (writes_elements(rest)) apply_grad(rest, threads);
+  if (rest.writes_elements()) apply_grad(rest, threads);
 }
 
 void coefficients(const CoefficientsArgs& args) { active().coefficients(args); }

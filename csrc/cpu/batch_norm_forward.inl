@@ -81,12 +81,6 @@ BRAZE_TARGET void apply_directly(const ApplyArgs& a, const Matrix& m, const Cons
   }
 }
 
-template <bool kPlane, Activation kA, class S, class T>
-BRAZE_TARGET void apply_added(const ApplyArgs& a, const Matrix& m, const Constants<T>& k) {
-  a.residual != nullptr ? apply_directly<kPlane, kA, true, S>(a, m, k)
-                        : apply_directly<kPlane, kA, false, S>(a, m, k);
-}
-
 // Whether apply_rows can do it.
 template <class S>
 bool is_direct(const ApplyArgs& a) {
@@ -96,13 +90,10 @@ bool is_direct(const ApplyArgs& a) {
 
 template <bool kPlane, class S, class T>
 BRAZE_TARGET void apply_direct_matrix(const ApplyArgs& a, const Matrix& m, const Constants<T>& k) {
-  switch (a.activation) {
-    case Activation::relu: return apply_added<kPlane, Activation::relu, S>(a, m, k);
-    case Activation::relu6: return apply_added<kPlane, Activation::relu6, S>(a, m, k);
-    case Activation::silu: return apply_added<kPlane, Activation::silu, S>(a, m, k);
-    case Activation::hardswish: return apply_added<kPlane, Activation::hardswish, S>(a, m, k);
-    default: return apply_added<kPlane, Activation::identity, S>(a, m, k);
-  }
+  with_direct_activation(a.activation, [&]<Activation kA>() {
+    a.residual != nullptr ? apply_directly<kPlane, kA, true, S>(a, m, k)
+                          : apply_directly<kPlane, kA, false, S>(a, m, k);
+  });
 }
 
 inline bool is_masked_relu(const ApplyArgs& a) {

@@ -18,8 +18,8 @@ struct MaskedGradient {
 
 // d of a block, from the bits of its elements.
 template <class S>
-BRAZE_TARGET inline void masked_block(const MaskedGradient<S>& a, const uint8_t* bits, int64_t e,
-                                      float* d) {
+BRAZE_TARGET inline void gradient_block(const MaskedGradient<S>& a, const uint8_t* bits, int64_t e,
+                                        float* d) {
   load_block(a.dy + e, d);
   if (a.dy2 != nullptr) {
     float other[kBlock];
@@ -27,20 +27,7 @@ BRAZE_TARGET inline void masked_block(const MaskedGradient<S>& a, const uint8_t*
 #pragma omp simd
     for (int64_t k = 0; k < kBlock; ++k) d[k] += other[k];
   }
-#if defined(BRAZE_AVX512)
-  uint16_t mask;
-  std::memcpy(&mask, bits, sizeof mask);
-  const __m512 value = _mm512_loadu_ps(d);
-  const __m512 on_lower =
-      a.lower == 0 ? _mm512_setzero_ps() : _mm512_mul_ps(value, _mm512_set1_ps(a.lower));
-  _mm512_storeu_ps(d, _mm512_mask_mul_ps(on_lower, mask, value, _mm512_set1_ps(a.upper)));
-#else
-  const uint32_t mask = bits[0] | static_cast<uint32_t>(bits[1]) << 8;
-#pragma omp simd
-  for (int k = 0; k < kBlock; ++k) {
-    d[k] = two_slope_gradient(d[k], (mask & (1u << k)) != 0, a.upper, a.lower);
-  }
-#endif
+  masked_block(bits, a.upper, a.lower, d);
 }
 
 // The sums of `kCount` rows by column, in the order of add_gradient_columns.
@@ -54,7 +41,7 @@ BRAZE_TARGET void add_masked_columns(const MaskedGradient<S>& a, const uint8_t* 
     for (int r = 0; r < kCount; ++r) {
       const int64_t at = e + r * stride + j;
       float value[kBlock];
-      masked_block(a, mask + at / kByte, at, d[r]);
+      gradient_block(a, mask + at / kByte, at, d[r]);
       load_block(a.x + at, value);
 #pragma omp simd
       for (int64_t k = 0; k < kBlock; ++k) add_gradient(d[r][k], value[k], mean[j + k], g[k], i[k]);
@@ -93,7 +80,7 @@ BRAZE_TARGET void add_masked_plane(const MaskedGradient<S>& a, const uint8_t* bi
   int64_t j = 0;
   for (; j + kBlock <= n; j += kBlock) {
     float d[kBlock], value[kBlock];
-    masked_block(a, bits + j / kByte, j, d);
+    gradient_block(a, bits + j / kByte, j, d);
     load_block(a.x + j, value);
     float *g = grads + j % kLanes, *i = grad_inputs + j % kLanes;
 #pragma omp simd

@@ -124,13 +124,7 @@ BRAZE_TARGET void add_direct_rows(const BackwardArgs& a, int64_t e, int64_t stri
   if constexpr (std::is_same_v<S, T>) {
     if (kept != nullptr) return add.template operator()<Activation::silu, true>();
   }
-  switch (a.activation) {
-    case Activation::relu: return add.template operator()<Activation::relu>();
-    case Activation::relu6: return add.template operator()<Activation::relu6>();
-    case Activation::silu: return add.template operator()<Activation::silu>();
-    case Activation::hardswish: return add.template operator()<Activation::hardswish>();
-    default: return add.template operator()<Activation::identity>();
-  }
+  with_direct_activation(a.activation, add);
 }
 
 template <int kCount, class S, class T>
@@ -238,13 +232,7 @@ BRAZE_TARGET void add_direct_planes(const BackwardArgs& a, const Matrix& m, cons
   if constexpr (std::is_same_v<S, T>) {
     if (kept != nullptr) return add.template operator()<Activation::silu, true>();
   }
-  switch (a.activation) {
-    case Activation::relu: return add.template operator()<Activation::relu>();
-    case Activation::relu6: return add.template operator()<Activation::relu6>();
-    case Activation::silu: return add.template operator()<Activation::silu>();
-    case Activation::hardswish: return add.template operator()<Activation::hardswish>();
-    default: return add.template operator()<Activation::identity>();
-  }
+  with_direct_activation(a.activation, add);
 }
 
 template <class S, class T>
@@ -257,16 +245,18 @@ BRAZE_TARGET void add_gradients_of_channel(const BackwardArgs& a, const Matrix& 
       return;
     }
   }
+  if constexpr (std::is_same_v<T, float>) {
+    if (a.mask != nullptr && a.input[1].x == nullptr) {
+      const MaskedGradient<S> gradient = masked_gradient(a, kept);
+      for (int64_t e = m.offset; e < m.offset + m.rows * m.stride; e += m.stride) {
+        add_masked_plane(gradient.at(e), a.mask + mask_byte(a.shape, e), m.columns,
+                         *k.input[0].mean, sums.grad, sums.input[0]);
+      }
+      return;
+    }
+  }
   T d[kSegment], buffer[kSegment], unused[kLanes] = {};
   for (int64_t r = 0; r < m.rows; ++r) {
-    if constexpr (std::is_same_v<T, float>) {
-      if (a.mask != nullptr && a.input[1].x == nullptr) {
-        const int64_t e = m.offset + r * m.stride;
-        add_masked_plane(masked_gradient(a, kept).at(e), a.mask + mask_byte(a.shape, e), m.columns,
-                         *k.input[0].mean, sums.grad, sums.input[0]);
-        continue;
-      }
-    }
     for (int64_t j = 0; j < m.columns; j += kSegment) {
       const int64_t e = m.offset + r * m.stride + j, n = std::min(kSegment, m.columns - j);
       gradient_segment<true, S>(a, e, n, k, d);

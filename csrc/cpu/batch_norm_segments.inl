@@ -14,6 +14,18 @@ inline bool is_direct_activation(Activation a) {
          a == Activation::silu || a == Activation::hardswish;
 }
 
+// body.operator()<kA>() with the activation as a constant, where is_direct_activation.
+template <class Body>
+void with_direct_activation(Activation a, const Body& body) {
+  switch (a) {
+    case Activation::relu: return body.template operator()<Activation::relu>();
+    case Activation::relu6: return body.template operator()<Activation::relu6>();
+    case Activation::silu: return body.template operator()<Activation::silu>();
+    case Activation::hardswish: return body.template operator()<Activation::hardswish>();
+    default: return body.template operator()<Activation::identity>();
+  }
+}
+
 template <Activation kA>
 constexpr bool kCurved = kA != Activation::identity;  // its derivative depends on z
 
@@ -269,17 +281,23 @@ const ActivationSegments<T>& segments_of(Activation a) {
   return kActivations<T>[static_cast<size_t>(a)];
 }
 
+// d = two_slope_gradient of a block, by its bits. The upper slope is not 0.
+BRAZE_TARGET inline void masked_block(const uint8_t* bits, float upper, float lower, float* d) {
 #if defined(BRAZE_AVX512)
-// As two_slope_gradient, where the upper slope is not 0.
-BRAZE_TARGET inline void masked_vector(const uint8_t* bits, __m512 upper, __m512 lower, bool flat,
-                                       float* d) {
-  uint16_t bytes;
-  std::memcpy(&bytes, bits, sizeof bytes);
+  uint16_t mask;
+  std::memcpy(&mask, bits, sizeof mask);
   const __m512 value = _mm512_loadu_ps(d);
-  const __m512 on_lower = flat ? _mm512_setzero_ps() : _mm512_mul_ps(value, lower);
-  _mm512_storeu_ps(d, _mm512_mask_mul_ps(on_lower, bytes, value, upper));
-}
+  const __m512 on_lower =
+      lower == 0 ? _mm512_setzero_ps() : _mm512_mul_ps(value, _mm512_set1_ps(lower));
+  _mm512_storeu_ps(d, _mm512_mask_mul_ps(on_lower, mask, value, _mm512_set1_ps(upper)));
+#else
+  const uint32_t mask = bits[0] | static_cast<uint32_t>(bits[1]) << 8;
+#pragma omp simd
+  for (int k = 0; k < kBlock; ++k) {
+    d[k] = two_slope_gradient(d[k], (mask & (1u << k)) != 0, upper, lower);
+  }
 #endif
+}
 
 // d = dy where the mask says upper, ..., for `n` elements from element `e` of the activation.
 template <class T>
@@ -293,14 +311,11 @@ BRAZE_TARGET void masked_segment(const uint8_t* mask, int64_t row, int64_t e, in
     const int64_t length = whole ? n : std::min(n, row - column);
     int64_t j = 0;
     if (column % kByte == 0) {
-#if defined(BRAZE_AVX512)
       if constexpr (std::is_same_v<T, float>) {
-        const __m512 on_upper = _mm512_set1_ps(upper), on_lower = _mm512_set1_ps(lower);
-        for (; j + 2 * kByte <= length; j += 2 * kByte) {
-          masked_vector(bytes + (column + j) / kByte, on_upper, on_lower, lower == 0, d + j);
+        for (; j + kBlock <= length; j += kBlock) {
+          masked_block(bytes + (column + j) / kByte, upper, lower, d + j);
         }
       }
-#endif
       for (; j + kByte <= length; j += kByte) {
         const uint32_t byte = bytes[(column + j) / kByte];
 #pragma omp simd

@@ -217,8 +217,7 @@ void run_apply_grad(const at::Tensor& like, const BackwardArgs& args) {
 void run_backward(const at::Tensor& like, const BackwardArgs& args) {
   if (backend_of(like) != nullptr) {
     run_reduce(like, args);
-    const bool wanted = args.grad[0].dx != nullptr || args.grad[1].dx != nullptr;
-    if (wanted || args.grad_residual != nullptr) run_apply_grad(like, args);
+    if (args.writes_elements()) run_apply_grad(like, args);
   } else {
     const at::Tensor workspace = cpu_workspace(args.shape);
     cpu::backward(args, workspace.mutable_data_ptr(), threads_for(args.shape.numel()));

@@ -119,6 +119,11 @@ struct BackwardArgs {
   bool batch_statistics = true;  // false: stats were running statistics, constants here
   double count = 0;              // values per channel, of all processes
   void* sums = nullptr;  // T[2][c], BatchNormSums by field, of input[0]: wanted for other processes
+
+  // Whether apply_grad has anything to do.
+  bool writes_elements() const {
+    return grad[0].dx != nullptr || grad[1].dx != nullptr || grad_residual != nullptr;
+  }
 };
 
 // What reduce does at its end, from sums that other processes had a part in.

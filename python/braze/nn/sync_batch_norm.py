@@ -292,7 +292,8 @@ def _synchronized(old: _BatchNorm, process_group: Any) -> SyncBatchNormAct:
 
 class SyncBatchNorm(nn.SyncBatchNorm):
     """As :class:`torch.nn.SyncBatchNorm`, but what ``convert_sync_batchnorm`` makes is a
-    :class:`SyncBatchNormAct`, so that a ``BatchNormAct`` keeps its activation.
+    :class:`SyncBatchNormAct`, so that a ``BatchNormAct`` keeps its activation. Arguments, shapes, dtypes and
+    errors are torch's.
     """
 
     @classmethod
