@@ -5,6 +5,7 @@
 #include "ops/batch_norm.h"
 #include "ops/device_backend.h"
 #include "ops/dropout.h"
+#include "ops/fingerprint.h"
 #include "ops/step_plan.h"
 
 namespace py = pybind11;
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   op("batch_norm_act", braze::batch_norm_act);
   op("batch_norm_act_fork", braze::batch_norm_act_fork);
   op("batch_norm_add_act", braze::batch_norm_add_act);
+  op("batch_norm_add_act_fork", braze::batch_norm_add_act_fork);
   op("batch_norm_moments", braze::batch_norm_moments);
   op("batch_norm_combine", braze::batch_norm_combine);
   op("batch_norm_apply", braze::batch_norm_apply);
@@ -103,6 +105,7 @@ PYBIND11_MODULE(_C, m) {
     const auto terms = braze::dropout_terms_of(p, alpha);
     return std::make_tuple(terms.scale, terms.shift, terms.dropped);
   });
+  m.def("fingerprint", &braze::fingerprint, py::arg("tensors"));
   m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
   m.def("instruction_set", &braze::cpu::instruction_set);
   m.def("set_instruction_set", &braze::cpu::set_instruction_set, py::arg("name"));

@@ -135,4 +135,14 @@ BATCH_NORM_OPS = (
         mutated=(3, 4, 5, 11, 12, 13),
         wrong=wrong_add_act(),
     ),
+    Op(
+        name="batch_norm_add_act_fork",
+        samples=tuple(add(config) for config in (*CONFIGS[:2], EMPTY[0])),
+        composite=reference.batch_norm_add_act_fork,
+        large=tuple(add(config) for config in LARGE),
+        activations=(0, 8),
+        differentiable=(0, 1, 2, 8, 9, 10),
+        mutated=(3, 4, 5, 11, 12, 13),
+        wrong=wrong_add_act(),
+    ),
 )

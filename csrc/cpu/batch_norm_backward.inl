@@ -53,31 +53,17 @@ BRAZE_TARGET void input_gradient_rows(const D* d, const S* x, O* dx, int64_t str
   }
 }
 
-// Rows at a time, so that constants stay in registers. They are far apart: the hardware prefetches
-// long streams, not many short ones.
-constexpr int kStreams = 2;
+constexpr int kStreams = 2;  // rows at once
 
 template <bool kPlane, Activation kA, bool kFrozen, class S, class T>
 BRAZE_TARGET void apply_grad_directly(const BackwardArgs& a, const Matrix& m,
                                       const BackwardConstants<T>& k) {
-  const S* dy = static_cast<const S*>(a.dy) + m.offset;
-  const S* x = static_cast<const S*>(a.input[0].x) + m.offset;
-  S* dx = static_cast<S*>(a.grad[0].dx) + m.offset;
-  int64_t r = 0;
-  if constexpr (!kPlane) {
-    const int64_t part = m.rows / kStreams;
-    for (; r < part; ++r) {
-      const int64_t e = r * m.stride;
-      input_gradient_rows<kStreams, kPlane, kA, kFrozen>(dy + e, x + e, dx + e, part * m.stride,
-                                                         m.columns, k, 0);
-    }
-    r *= kStreams;
-  }
-  for (; r < m.rows + (m.tail > 0); ++r) {
-    const int64_t e = r * m.stride;
-    input_gradient_rows<1, kPlane, kA, kFrozen>(dy + e, x + e, dx + e, m.stride,
-                                                r < m.rows ? m.columns : m.tail, k, 0);
-  }
+  const S* dy = static_cast<const S*>(a.dy);
+  const S* x = static_cast<const S*>(a.input[0].x);
+  S* dx = static_cast<S*>(a.grad[0].dx);
+  rows_at_once<kPlane ? 1 : kStreams>(m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
+    input_gradient_rows<kCount, kPlane, kA, kFrozen>(dy + e, x + e, dx + e, stride, n, k, 0);
+  });
 }
 
 template <bool kPlane, class S, class T>
@@ -86,6 +72,15 @@ BRAZE_TARGET void apply_grad_direct_matrix(const BackwardArgs& a, const Matrix& 
   with_direct_activation(a.activation, [&]<Activation kA>() {
     a.batch_statistics ? apply_grad_directly<kPlane, kA, false, S>(a, m, k)
                        : apply_grad_directly<kPlane, kA, true, S>(a, m, k);
+  });
+}
+
+template <int kCount, bool kPlane, class S>
+BRAZE_TARGET void apply_grad_blocks(const BackwardArgs& a, int64_t e, int64_t stride, int64_t n,
+                                    const BackwardConstants<float>& k) {
+  with_direct_activation(a.activation, [&]<Activation kA>() {
+    a.batch_statistics ? input_gradient_blocks<kCount, kPlane, kA, false, S>(a, e, stride, n, k)
+                       : input_gradient_blocks<kCount, kPlane, kA, true, S>(a, e, stride, n, k);
   });
 }
 
@@ -123,13 +118,20 @@ BRAZE_TARGET void apply_grad_matrix(const BackwardArgs& a, const Matrix& m,
   if constexpr (!std::is_same_v<S, F16>) {
     if (is_direct_apply<S>(a)) return apply_grad_direct_matrix<kPlane, S>(a, m, k);
   }
-  for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
-    const int64_t columns = r < m.rows ? m.columns : m.tail;
-    for (int64_t j = 0; j < columns; j += kSegment) {
-      apply_grad_segment<kPlane, S>(a, m.offset + r * m.stride + j, std::min(kSegment, columns - j),
-                                    k.at(kPlane ? 0 : j));
+  rows_at_once<kPlane ? 1 : kStreams>(m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
+    int64_t done = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      if (is_blocked_apply(a)) {
+        done = n / kBlock * kBlock;
+        apply_grad_blocks<kCount, kPlane, S>(a, e, stride, done, k);
+      }
     }
-  }
+    for (int r = 0; r < kCount; ++r, e += stride) {
+      for (int64_t j = done; j < n; j += kSegment) {
+        apply_grad_segment<kPlane, S>(a, e + j, std::min(kSegment, n - j), k.at(kPlane ? 0 : j));
+      }
+    }
+  });
 }
 
 template <class S>

@@ -48,12 +48,13 @@ void* place_to_keep(const BackwardArgs& a) {
   const Activation act = a.activation;
   const bool selects = act == Activation::relu || act == Activation::relu6;
   const bool wide = a.shape.dtype == DType::f32 || a.shape.dtype == DType::f64;
-  const bool exact = wide || (selects && a.dy2 == nullptr);
+  const bool exact = wide || selects || act == Activation::identity;
   if ((act == Activation::identity && a.dy2 == nullptr) || !exact || !needs_sums(a)) return nullptr;
   if (a.grad_residual != nullptr) return a.grad_residual;
-  const bool alone =
-      a.dy2 == nullptr && a.input[1].x == nullptr && a.residual == nullptr && a.mask == nullptr;
-  if (alone && (selects || act == Activation::hardswish)) return nullptr;
+  // The loops that read two inputs know no fp64.
+  const bool in_loop = a.input[1].x == nullptr || a.shape.dtype != DType::f64;
+  const bool of_inputs = a.dy2 == nullptr && in_loop && a.residual == nullptr && a.mask == nullptr;
+  if (of_inputs && (selects || act == Activation::hardswish)) return nullptr;
   return a.grad[0].dx != nullptr ? a.grad[0].dx : a.grad[1].dx;
 }
 

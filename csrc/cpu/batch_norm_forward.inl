@@ -55,30 +55,16 @@ BRAZE_TARGET void apply_rows(const S* x, const S* residual, S* y, int64_t stride
   }
 }
 
-// Rows at a time, so that constants stay in registers. They are far apart: the hardware prefetches
-// long streams, not many short ones.
-constexpr int kStreams = 4;
+constexpr int kStreams = 4;  // rows at once
 
 template <bool kPlane, Activation kA, bool kResidual, class S, class T>
 BRAZE_TARGET void apply_directly(const ApplyArgs& a, const Matrix& m, const Constants<T>& k) {
-  const S* x = static_cast<const S*>(a.input[0].x) + m.offset;
-  const S* residual = kResidual ? static_cast<const S*>(a.residual) + m.offset : nullptr;
-  S* y = static_cast<S*>(a.y) + m.offset;
-  int64_t r = 0;
-  if constexpr (!kPlane) {
-    const int64_t quarter = m.rows / kStreams;
-    for (; r < quarter; ++r) {
-      const int64_t e = r * m.stride;
-      apply_rows<kStreams, kPlane, kA, kResidual>(x + e, kResidual ? residual + e : nullptr, y + e,
-                                                  quarter * m.stride, m.columns, k);
-    }
-    r *= kStreams;
-  }
-  for (; r < m.rows + (m.tail > 0); ++r) {
-    const int64_t e = r * m.stride;
-    apply_rows<1, kPlane, kA, kResidual>(x + e, kResidual ? residual + e : nullptr, y + e, m.stride,
-                                         r < m.rows ? m.columns : m.tail, k);
-  }
+  const S* x = static_cast<const S*>(a.input[0].x);
+  const S* residual = static_cast<const S*>(a.residual);
+  S* y = static_cast<S*>(a.y);
+  rows_at_once<kPlane ? 1 : kStreams>(m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
+    apply_rows<kCount, kPlane, kA, kResidual>(x + e, moved(residual, e), y + e, stride, n, k);
+  });
 }
 
 // Whether apply_rows can do it.
@@ -96,9 +82,11 @@ BRAZE_TARGET void apply_direct_matrix(const ApplyArgs& a, const Matrix& m, const
   });
 }
 
-inline bool is_masked_relu(const ApplyArgs& a) {
-  return a.mask != nullptr && a.activation == Activation::relu && a.residual != nullptr &&
-         a.input[1].x == nullptr;
+// Whether apply_blocks can do it: relu(z1 + residual) and its mask, or activation(z1 + z2).
+inline bool is_blocked(const ApplyArgs& a) {
+  const bool masked = a.mask != nullptr;
+  if (a.input[1].x != nullptr) return !masked && is_direct_activation(a.activation);
+  return masked && a.activation == Activation::relu && a.residual != nullptr;
 }
 
 template <bool kPlane, class S, class T>
@@ -119,24 +107,52 @@ BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const 
   store_segment(z, n, y);
 }
 
-// relu(z1 + residual) and its mask, a block at a time. n: a multiple of kBlock.
-template <bool kPlane, class S>
-BRAZE_TARGET void apply_masked(const S* x, const S* residual, S* y, int64_t n,
-                               const Constants<float>& k, uint8_t* mask) {
+// `kCount` rows, a block at a time: z1 + residual and its mask, or z1 + z2. n: a multiple of
+// kBlock.
+template <int kCount, bool kPlane, bool kMask, Activation kA, class S>
+BRAZE_TARGET void apply_block_columns(const ApplyArgs& a, int64_t e, int64_t stride, int64_t n,
+                                      const Constants<float>& k, const Constants<float>& k2) {
+  const S* x = static_cast<const S*>(a.input[0].x) + e;
+  const S* added = static_cast<const S*>(kMask ? a.residual : a.input[1].x) + e;
+  S* y = static_cast<S*>(a.y) + e;
+  uint8_t* mask = kMask ? a.mask + mask_byte(a.shape, e) : nullptr;
+  const int64_t mask_stride = mask_byte(a.shape, stride);
   for (int64_t j = 0; j < n; j += kBlock) {
-    float z[kBlock], added[kBlock];
-    load_block(x + j, z);
-    load_block(residual + j, added);
+    float z[kCount][kBlock];
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      float z2[kBlock];
+      prefetch_ahead(x + r * stride + j);
+      prefetch_ahead(added + r * stride + j);
+      load_block(x + r * stride + j, z[r]);
+      load_block(added + r * stride + j, z2);
 #pragma omp simd
-    for (int64_t l = 0; l < kBlock; ++l) {
-      const int64_t c = kPlane ? 0 : j + l;
-      z[l] = normalize(z[l], k.mean[c], k.scale[c], k.shift[c]) + added[l];
+      for (int64_t l = 0; l < kBlock; ++l) {
+        const int64_t c = kPlane ? 0 : j + l;
+        if constexpr (!kMask) z2[l] = normalize(z2[l], k2.mean[c], k2.scale[c], k2.shift[c]);
+        z[r][l] = normalize(z[r][l], k.mean[c], k.scale[c], k.shift[c]) + z2[l];
+      }
     }
-    mask_segment<Activation::relu>(z, kBlock, mask + j / kByte);
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      if constexpr (kMask) mask_segment<kA>(z[r], kBlock, mask + r * mask_stride + j / kByte);
 #pragma omp simd
-    for (int64_t l = 0; l < kBlock; ++l) z[l] = activate<Activation::relu>(z[l], 0.0f);
-    store_block(z, y + j);
+      for (int64_t l = 0; l < kBlock; ++l) z[r][l] = activate<kA>(z[r][l], 0.0f);
+      store_block(z[r], y + r * stride + j);
+    }
   }
+}
+
+template <int kCount, bool kPlane, class S>
+BRAZE_TARGET void apply_blocks(const ApplyArgs& a, int64_t e, int64_t stride, int64_t n,
+                               const Constants<float>& k, const Constants<float>& k2) {
+  if (a.mask != nullptr) {
+    apply_block_columns<kCount, kPlane, true, Activation::relu, S>(a, e, stride, n, k, k2);
+    return;
+  }
+  with_direct_activation(a.activation, [&]<Activation kA>() {
+    apply_block_columns<kCount, kPlane, false, kA, S>(a, e, stride, n, k, k2);
+  });
 }
 
 template <bool kPlane, class S, class T>
@@ -145,22 +161,21 @@ BRAZE_TARGET void apply_matrix(const ApplyArgs& a, const Matrix& m, const Consta
   if constexpr (!std::is_same_v<S, F16>) {
     if (is_direct<S>(a)) return apply_direct_matrix<kPlane, S>(a, m, k);
   }
-  for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
-    const int64_t columns = r < m.rows ? m.columns : m.tail, e = m.offset + r * m.stride;
+  rows_at_once<kPlane ? 1 : kStreams>(m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
     int64_t done = 0;
     if constexpr (std::is_same_v<T, float>) {
-      if (is_masked_relu(a)) {
-        done = columns / kBlock * kBlock;
-        apply_masked<kPlane>(static_cast<const S*>(a.input[0].x) + e,
-                             static_cast<const S*>(a.residual) + e, static_cast<S*>(a.y) + e, done,
-                             k, a.mask + mask_byte(a.shape, e));
+      if (is_blocked(a)) {
+        done = n / kBlock * kBlock;
+        apply_blocks<kCount, kPlane, S>(a, e, stride, done, k, k2);
       }
     }
-    for (int64_t j = done; j < columns; j += kSegment) {
-      const int64_t at = kPlane ? 0 : j;
-      apply_segment<kPlane, S>(a, e + j, std::min(kSegment, columns - j), k.at(at), k2.at(at));
+    for (int r = 0; r < kCount; ++r, e += stride) {
+      for (int64_t j = done; j < n; j += kSegment) {
+        const int64_t at = kPlane ? 0 : j;
+        apply_segment<kPlane, S>(a, e + j, std::min(kSegment, n - j), k.at(at), k2.at(at));
+      }
     }
-  }
+  });
 }
 
 // The constants of an input as columns.

@@ -1,6 +1,8 @@
 // d, the gradient of the normalised value, and the constants of the backward. Included once per
 // instruction set.
 
+#include "batch_norm_channels.inl"
+
 namespace BRAZE_ISA {
 
 template <class T>
@@ -42,6 +44,12 @@ template <class S>
 bool is_direct_apply(const BackwardArgs& a) {
   return is_direct<S>(a) && a.grad[0].dx != nullptr && a.grad[1].dx == nullptr &&
          a.grad_residual == nullptr;
+}
+
+// Whether input_gradient_blocks can do it: both gradients of a join of two normalised inputs.
+inline bool is_blocked_apply(const BackwardArgs& a) {
+  return a.grad[0].dx != nullptr && a.grad[1].dx != nullptr && a.grad_residual == nullptr &&
+         a.mask == nullptr && is_direct_activation(a.activation);
 }
 
 // d of elements [e, e + n).

@@ -1,22 +1,11 @@
 // The sums of d and d (x - mean). Included once per instruction set.
 
-#include "batch_norm_channels.inl"
-#include "batch_norm_gradient.inl"
-#include "batch_norm_masked.inl"
+#include "batch_norm_blocks.inl"
 
 namespace BRAZE_ISA {
 
 constexpr int kRows = 4;         // rows whose sums are formed in registers
 constexpr int64_t kChunk = 128;  // columns of a tile of d
-
-template <class T>
-struct GradientSums {
-  T* grad;
-  T* input[2];
-  GradientSums at(int64_t column) const {
-    return {grad + column, {input[0] + column, input[1] + column}};
-  }
-};
 
 // D is what memory holds of d: dy, or a tile. Only where both are dy's type are columns planar.
 // kept: other memory; written if kKeep.
@@ -101,17 +90,6 @@ BRAZE_TARGET void add_tiles_of_rows(const BackwardArgs& a, int64_t e, int64_t st
   }
 }
 
-template <class S>
-BRAZE_TARGET MaskedGradient<S> masked_gradient(const BackwardArgs& a, S* kept) {
-  const ActivationSegments<float>& segments = segments_of<float>(a.activation);
-  return {static_cast<const S*>(a.dy),
-          static_cast<const S*>(a.dy2),
-          static_cast<const S*>(a.input[0].x),
-          kept,
-          segments.upper(),
-          segments.lower(static_cast<float>(a.parameter))};
-}
-
 template <int kCount, class S, class T>
 BRAZE_TARGET void add_direct_rows(const BackwardArgs& a, int64_t e, int64_t stride, int64_t columns,
                                   const Constants<T>& k, const GradientSums<T>& sums, S* kept) {
@@ -139,11 +117,12 @@ BRAZE_TARGET void add_gradients_of_rows(const BackwardArgs& a, int64_t e, int64_
   }
   int64_t done = 0;
   if constexpr (std::is_same_v<T, float>) {
-    if (a.mask != nullptr && a.input[1].x == nullptr && a.shape.c % kByte == 0) {
-      done = columns / kBlock * kBlock;
-      add_masked_columns<kCount>(masked_gradient(a, kept), a.mask, e, stride, done, k.input[0].mean,
-                                 sums.grad, sums.input[0]);
-    }
+    const int64_t whole = columns / kBlock * kBlock;
+    const auto add = [&]<int kSides, Activation kA>() {
+      add_block_columns<kSides, kA, kCount>(gradient_source(a, kept), e, stride, whole, k, sums);
+    };
+    // A mask's rows begin with a byte.
+    if ((a.mask == nullptr || a.shape.c % kByte == 0) && with_gradient_blocks(a, add)) done = whole;
   }
   add_tiles_of_rows<kCount>(a, e + done, stride, columns - done, k.at(done), sums.at(done), kept);
 }
@@ -246,14 +225,14 @@ BRAZE_TARGET void add_gradients_of_channel(const BackwardArgs& a, const Matrix& 
     }
   }
   if constexpr (std::is_same_v<T, float>) {
-    if (a.mask != nullptr && a.input[1].x == nullptr) {
-      const MaskedGradient<S> gradient = masked_gradient(a, kept);
+    const auto add = [&]<int kSides, Activation kA>() {
+      const GradientSource<S> source = gradient_source(a, kept);
       for (int64_t e = m.offset; e < m.offset + m.rows * m.stride; e += m.stride) {
-        add_masked_plane(gradient.at(e), a.mask + mask_byte(a.shape, e), m.columns,
-                         *k.input[0].mean, sums.grad, sums.input[0]);
+        const uint8_t* bits = kSides == 1 ? a.mask + mask_byte(a.shape, e) : nullptr;
+        add_block_plane<kSides, kA>(source, bits, e, m.columns, k, sums);
       }
-      return;
-    }
+    };
+    if (with_gradient_blocks(a, add)) return;
   }
   T d[kSegment], buffer[kSegment], unused[kLanes] = {};
   for (int64_t r = 0; r < m.rows; ++r) {

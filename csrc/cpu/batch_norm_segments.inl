@@ -45,6 +45,20 @@ S* moved(S* pointer, int64_t elements) {
   return pointer == nullptr ? pointer : pointer + elements;
 }
 
+// body.operator()<rows at once>(first element, stride, columns) for all of a matrix. At once, so
+// that constants stay in registers; far apart, because the hardware prefetches long streams, not
+// many short ones.
+template <int kCount, class Body>
+void rows_at_once(const Matrix& m, const Body& body) {
+  const int64_t part = m.rows / kCount;
+  for (int64_t r = 0; r < part; ++r) {
+    body.template operator()<kCount>(m.offset + r * m.stride, part * m.stride, m.columns);
+  }
+  for (int64_t r = part * kCount; r < m.rows + (m.tail > 0); ++r) {
+    body.template operator()<1>(m.offset + r * m.stride, m.stride, r < m.rows ? m.columns : m.tail);
+  }
+}
+
 // Neighbours that a loop treats in one iteration: bf16 are read and written in pairs. What belongs
 // to the columns of such a loop is in planar order: that of even columns, and kHalf later that of
 // odd ones, so that no lane has to move.
@@ -135,7 +149,7 @@ BRAZE_TARGET void store_segment(const T* in, int64_t n, S* out) {
   }
 }
 
-// out = a + b.
+// out = a + b, rounded to their type as autograd's sums are: so it can be kept in memory, exactly.
 template <class T, class S>
 BRAZE_TARGET void add_segments(const S* a, const S* b, int64_t n, T* out) {
   T a_buffer[kSegment], b_buffer[kSegment];
@@ -143,6 +157,11 @@ BRAZE_TARGET void add_segments(const S* a, const S* b, int64_t n, T* out) {
   const auto* second = readable(b, n, b_buffer);
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) out[j] = T(from_storage(first[j])) + from_storage(second[j]);
+  if constexpr (!std::is_same_v<S, T>) {
+    S sum[kSegment];
+    store_segment(out, n, sum);
+    load_segment(sum, n, out);
+  }
 }
 
 enum class Add { nothing, residual, itself };

@@ -84,6 +84,13 @@ BRAZE_TARGET inline void store_block(const float* in, F16* out) {
 #endif
 }
 
+// For loops over more arrays than the hardware looks ahead in.
+template <class S>
+BRAZE_TARGET inline void prefetch_ahead(const S* block) {
+  constexpr int kAhead = 512;  // bytes
+  __builtin_prefetch(reinterpret_cast<const char*>(block) + kAhead);
+}
+
 template <class S>
 BRAZE_TARGET void widen(const S* in, float* out, int64_t n) {
   int64_t i = 0;

@@ -3,11 +3,12 @@
 #include "batch_norm.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "activation.h"
 #include "batch_norm_check.h"
+#include "dense.h"
+#include "new_like.h"
 #include "tensor_work.h"
 
 namespace braze {
@@ -75,7 +76,7 @@ ForwardResult batch_norm_act_forward(
   }
   const at::Tensor added = residual ? checked_like(op, "residual", *residual, x) : at::Tensor();
   const bool masked = save_mask && mask_serves(act, added.defined());
-  const at::Tensor y = at::empty_like(x);
+  const at::Tensor y = new_like(x);
   const at::Tensor mask = masked ? at::empty({shape.mask_bytes()}, x.options().dtype(c10::kByte))
                                  : no_tensor(x, c10::kByte);
 
@@ -137,7 +138,7 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
     return wanted ? at::empty({c}, x.options().dtype(dtype)) : no_tensor(x, dtype);
   };
   const auto like_x = [&](bool wanted) {
-    return wanted ? at::empty_like(x) : no_tensor(x, x.scalar_type());
+    return wanted ? new_like(x) : no_tensor(x, x.scalar_type());
   };
   result = {
       like_x(want_x),       array_like(want_weight, weight),   array_like(want_bias, weight),

@@ -41,6 +41,15 @@ at::Tensor batch_norm_add_act(
     const OptionalTensor& num_batches_tracked2, std::optional<double> momentum2, double eps2,
     bool training, std::string_view activation, double parameter);
 
+std::tuple<at::Tensor, at::Tensor> batch_norm_add_act_fork(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+    const at::Tensor& input2, const OptionalTensor& weight2, const OptionalTensor& bias2,
+    const OptionalTensor& running_mean2, const OptionalTensor& running_var2,
+    const OptionalTensor& num_batches_tracked2, std::optional<double> momentum2, double eps2,
+    bool training, std::string_view activation, double parameter);
+
 // --- what they are made of (batch_norm.cpp) ---
 
 // y, stats, stats2 (empty without input2), mask (empty unless save_mask asks for one that a

@@ -355,6 +355,21 @@ at::Tensor batch_norm_add_act(
   return run(std::move(v), {options, options2, training, false, activation, parameter}).first;
 }
 
+std::tuple<at::Tensor, at::Tensor> batch_norm_add_act_fork(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+    const at::Tensor& input2, const OptionalTensor& weight2, const OptionalTensor& bias2,
+    const OptionalTensor& running_mean2, const OptionalTensor& running_var2,
+    const OptionalTensor& num_batches_tracked2, std::optional<double> momentum2, double eps2,
+    bool training, std::string_view activation, double parameter) {
+  Variables v = {input, weight, bias, input2, weight2, bias2, std::nullopt};
+  promote(v, kInput2);
+  const Options options = {running_mean, running_var, num_batches_tracked, momentum, eps};
+  const Options options2 = {running_mean2, running_var2, num_batches_tracked2, momentum2, eps2};
+  return run(std::move(v), {options, options2, training, true, activation, parameter});
+}
+
 TORCH_LIBRARY_FRAGMENT(braze, m) {
   const std::string channels =
       "Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -366,10 +381,12 @@ TORCH_LIBRARY_FRAGMENT(braze, m) {
       channels +
       "float? momentum, float eps, Tensor input2, Tensor? weight2, Tensor? bias2, "
       "Tensor(d!)? running_mean2, Tensor(e!)? running_var2, Tensor(f!)? num_batches_tracked2, "
-      "float? momentum2, float eps2, bool training, str activation, float parameter) -> Tensor";
+      "float? momentum2, float eps2, bool training, str activation, float parameter) -> ";
   m.def(("batch_norm_act(" + act + "Tensor").c_str(), batch_norm_act);
   m.def(("batch_norm_act_fork(" + act + "(Tensor, Tensor)").c_str(), batch_norm_act_fork);
-  m.def(("batch_norm_add_act(" + add_act).c_str(), batch_norm_add_act);
+  m.def(("batch_norm_add_act(" + add_act + "Tensor").c_str(), batch_norm_add_act);
+  m.def(("batch_norm_add_act_fork(" + add_act + "(Tensor, Tensor)").c_str(),
+        batch_norm_add_act_fork);
 }
 
 }  // namespace braze

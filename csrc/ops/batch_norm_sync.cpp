@@ -1,11 +1,12 @@
 // The steps of batch normalisation as operators of their own: statistics over several processes are
 // moments -> all_gather -> combine -> apply, and backward reduce -> all_reduce -> apply_grad.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "activation.h"
 #include "batch_norm_check.h"
+#include "dense.h"
+#include "new_like.h"
 
 namespace braze {
 namespace {
@@ -84,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
                    checked_array(op, "stats", stats, x, {kStatsRows, args.shape.c})};
   const at::Tensor added = residual ? checked_like(op, "residual", *residual, x) : at::Tensor();
   if (added.defined()) args.residual = added.const_data_ptr();
-  const at::Tensor y = at::empty_like(x);
+  const at::Tensor y = new_like(x);
   const bool masked = mask_serves(args.activation, added.defined());
   const at::Tensor mask = masked
                               ? at::empty({args.shape.mask_bytes()}, x.options().dtype(c10::kByte))
@@ -126,8 +127,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply_grad(
   from.count = checked_array(op, "count", count, x, {});
   const at::Tensor coefficients = new_array(x, {kCoefficientRows, args.shape.c});
   from.coefficients = args.grad[0].coefficients = coefficients.mutable_data_ptr();
-  at::Tensor dx = at::empty_like(x);
-  at::Tensor grad_residual = need_residual ? at::empty_like(x) : no_tensor(x, x.scalar_type());
+  at::Tensor dx = new_like(x);
+  at::Tensor grad_residual = need_residual ? new_like(x) : no_tensor(x, x.scalar_type());
   args.grad[0].dx = dx.mutable_data_ptr();
   if (need_residual) args.grad_residual = grad_residual.mutable_data_ptr();
   run_coefficients(x, from);

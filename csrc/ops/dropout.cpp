@@ -16,6 +16,7 @@
 #include "dense.h"
 #include "device_backend.h"
 #include "dropout_device.h"
+#include "new_like.h"
 #include "tensor_work.h"
 
 namespace braze {
@@ -122,7 +123,7 @@ DropoutResult dropout_impl(const at::Tensor& input, double p, bool alpha, bool f
   const Place place(input);
   DropoutArgs args = basic_args(input, p, alpha);
   const at::Tensor x = lay_out(input, feature, args);
-  at::Tensor out = at::empty_like(x), state = new_state(x, args);
+  at::Tensor out = new_like(x), state = new_state(x, args);
   set_pointers(args, x, nullptr, out);
   args.random = place.draw(generator);
   place.run(args);
@@ -151,7 +152,7 @@ at::Tensor dropout_apply_impl(const at::Tensor& input, const at::Tensor& state, 
   DropoutArgs args = basic_args(input, p, alpha);
   if (gradient) args.terms = linear_part(args.terms);
   const at::Tensor x = lay_out(input, feature, args);
-  at::Tensor out = at::empty_like(x);
+  at::Tensor out = new_like(x);
   set_pointers(args, x, nullptr, out);
   use_state(state, args);
   place.run(args);
@@ -166,7 +167,7 @@ DropoutResult dropout_add_impl(const at::Tensor& input, const at::Tensor& residu
   DropoutArgs args = basic_args(input, p, false);
   args.step = DropoutStep::add;
   const at::Tensor x = dense(input), second = in_order_of(residual, x);
-  at::Tensor out = at::empty_like(x), state = new_state(x, args);
+  at::Tensor out = new_like(x), state = new_state(x, args);
   set_pointers(args, x, &second, out);
   args.random = place.draw(generator);
   place.run(args);
@@ -189,7 +190,7 @@ DropoutResult act_dropout_impl(const at::Tensor& input, double p, std::string_vi
   const Place place(input);
   DropoutArgs args = activation_args(input, p, activation, parameter);
   const at::Tensor x = dense(input);
-  at::Tensor out = at::empty_like(x), state = new_state(x, args);
+  at::Tensor out = new_like(x), state = new_state(x, args);
   set_pointers(args, x, nullptr, out);
   args.random = place.draw(generator);
   place.run(args);
@@ -220,7 +221,7 @@ at::Tensor act_dropout_backward_impl(const at::Tensor& grad, const at::Tensor& s
   DropoutArgs args = activation_args(saved, p, activation, parameter);
   args.step = DropoutStep::activate_grad;
   const at::Tensor x = dense(saved), second = in_order_of(grad, x);
-  at::Tensor out = at::empty_like(x);
+  at::Tensor out = new_like(x);
   set_pointers(args, x, &second, out);
   use_state(state, args);
   place.run(args);

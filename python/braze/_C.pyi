@@ -85,6 +85,10 @@ def dropout_takes(input: Tensor, /) -> bool: ...
 def dropout_terms(p: float, alpha: bool, /) -> tuple[float, float, float]:
     """Scale and shift of a kept element, and what a dropped one becomes."""
 
+def fingerprint(tensors: tuple[Tensor | None, ...]) -> int:
+    """Changes when one of the tensors is another one, has another memory or version, or, on the CPU, when one
+    of 64 elements spread over it has changed."""
+
 def available_instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str) -> bool: ...
@@ -148,6 +152,30 @@ def batch_norm_add_act(
     /,
 ) -> Tensor:
     """act(bn(input) + bn2(input2))."""
+
+def batch_norm_add_act_fork(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    input2: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    num_batches_tracked2: Tensor | None,
+    momentum2: float | None,
+    eps2: float,
+    training: bool,
+    activation: str,
+    parameter: float,
+    /,
+) -> tuple[Tensor, Tensor]:
+    """The same twice, as batch_norm_act_fork."""
 
 # The steps on their own, for statistics over several processes; T is float64 for float64, else float32.
 

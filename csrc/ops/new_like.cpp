@@ -1,0 +1,112 @@
+#include "new_like.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/impl/alloc_cpu.h>
+
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+namespace braze {
+namespace {
+
+constexpr size_t kLarge = size_t{1} << 20;
+constexpr size_t kMostKept = size_t{512} << 20;
+
+struct Block {
+  void* data;
+  size_t size;
+};
+
+// Blocks that no tensor uses now, the latest last.
+struct Kept {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  size_t total = 0;
+};
+
+// Never destroyed: tensors may outlive static objects.
+Kept& kept() {
+  static Kept* const instance = new Kept;
+  return *instance;
+}
+
+// Takes the oldest blocks out of the store while `more` is true.
+template <class More>
+std::vector<Block> oldest(Kept& store, const More& more) {
+  std::vector<Block> out;
+  while (!store.blocks.empty() && more()) {
+    out.push_back(store.blocks.front());
+    store.total -= store.blocks.front().size;
+    store.blocks.erase(store.blocks.begin());
+  }
+  return out;
+}
+
+void release(const std::vector<Block>& blocks) {
+  for (const Block& block : blocks) c10::free_cpu(block.data);
+}
+
+void give_back(void* context) {
+  const Block block = *static_cast<Block*>(context);
+  delete static_cast<Block*>(context);
+  std::vector<Block> unwanted;
+  {
+    Kept& store = kept();
+    const std::lock_guard lock(store.mutex);
+    store.blocks.push_back(block);
+    store.total += block.size;
+    unwanted = oldest(store, [&] { return store.total > kMostKept; });
+  }
+  release(unwanted);
+}
+
+// A kept block of this size or up to an eighth more; else a new one in the place of as many kept
+// ones, so that memory kept never adds to memory in use.
+Block take(size_t size) {
+  std::vector<Block> unwanted;
+  {
+    Kept& store = kept();
+    const std::lock_guard lock(store.mutex);
+    const auto fits = [&](const Block& b) { return b.size >= size && b.size <= size + size / 8; };
+    const auto found = std::find_if(store.blocks.rbegin(), store.blocks.rend(), fits);
+    if (found != store.blocks.rend()) {
+      const Block block = *found;
+      store.total -= block.size;
+      store.blocks.erase(std::next(found).base());
+      return block;
+    }
+    const size_t before = store.total;
+    unwanted = oldest(store, [&] { return before - store.total < size; });
+  }
+  release(unwanted);
+  return {c10::alloc_cpu(size), size};
+}
+
+class ReusingAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t size) override {
+    if (size == 0) return {nullptr, c10::Device(c10::kCPU)};
+    auto* block = new Block(take(size));
+    return {block->data, block, &give_back, c10::Device(c10::kCPU)};
+  }
+  void copy_data(void* to, const void* from, size_t count) const override {
+    default_copy_data(to, from, count);
+  }
+};
+
+}  // namespace
+
+at::Tensor new_like(const at::Tensor& like) {
+  if (!like.is_cpu() || like.nbytes() <= kLarge || !like.is_non_overlapping_and_dense()) {
+    return at::empty_like(like);
+  }
+  static ReusingAllocator* const allocator = new ReusingAllocator;
+  return at::detail::empty_strided_generic(like.sizes(), like.strides(), allocator,
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                           like.scalar_type());
+}
+
+}  // namespace braze
