@@ -150,10 +150,7 @@ def _of_module(module: nn.Module) -> Activation:
 def _of_function(
     given: Any, function: Any, keywords: dict[str, Any], negative_slope: float
 ) -> Activation:
-    try:
-        name = _FUNCTIONS.get(function)
-    except TypeError:  # not hashable
-        name = None
+    name = _FUNCTIONS[function] if is_activation_function(function) else None
     keywords.pop("inplace", None)
     if name is None or any(_KEYWORDS.get(key) != name for key in keywords):
         raise _unknown(given)
@@ -161,6 +158,13 @@ def _of_function(
         name = "gelu_tanh"
     slope = keywords.get("negative_slope", negative_slope)
     return _named(given, name, slope, keywords.get("alpha", _DEFAULT_ALPHA))
+
+
+def is_activation_function(function: object) -> bool:
+    try:
+        return function in _FUNCTIONS
+    except TypeError:  # not hashable
+        return False
 
 
 def _unknown(activation: Any) -> ValueError:

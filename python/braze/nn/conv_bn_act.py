@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as _hooked
 
 from braze.nn._activation import ActivationLike, has_hooks, resolve
-from braze.nn._route import WIDE, is_plain, takes_addend, takes_batch_norm, transformed
+from braze.nn._conv_bn import conv_bn_act
+from braze.nn._route import is_plain
 from braze.nn.batch_norm import (
     BatchNormAct1d,
     BatchNormAct2d,
@@ -25,20 +25,6 @@ __all__ = [
     "ConvBNReLU2d",
     "ConvBNReLU3d",
 ]
-
-
-class _AbsorbedBias(torch.autograd.Function):
-    """``output``, on which ``bias`` has no influence: its gradient is zero, not missing."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(bias)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        (bias,) = ctx.saved_tensors
-        return grad, torch.zeros_like(bias)
 
 
 class FusedConv(nn.Module):
@@ -100,46 +86,12 @@ class FusedConv(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, bn = self.conv, self.bn
-        if is_plain(input) and self._absorbs_bias():
-            return self._forward_without_bias(input, residual)
-        output = conv(input)
-        result: Tensor = bn(output) if residual is None else bn(output, residual)
-        return result
-
-    def _absorbs_bias(self) -> bool:
-        """Whether nothing could tell that the convolution's bias is not added: the batch's mean takes it away
-        again, and only the running mean and the bias's gradient, which is zero, must know of it."""
-        conv, bn = self.conv, self.bn
-        return (
-            type(conv) is self._conv
-            and conv.bias is not None
-            and type(bn) is self._batch_norm
-            and (bn.training or (bn.running_mean is None and bn.running_var is None))
-            # 16 bits would be rounded twice.
-            and (bn.running_mean is None or bn.running_mean.dtype in WIDE)
-            and not (has_hooks(conv) or has_hooks(bn))
-            and not torch_module._has_any_global_hook()
-            and not transformed()
-        )
-
-    def _forward_without_bias(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        conv, bn = self.conv, self.bn
-        output = conv._conv_forward(input, conv.weight, None)
-        absorbed = takes_batch_norm(*bn._arguments(output)) and (
-            residual is None or takes_addend(output, residual)
-        )
-        if absorbed:
-            output = _AbsorbedBias.apply(output, conv.bias)
-        else:  # torch's batch norm lets nobody change the running mean behind it
-            output = output + conv.bias.view(-1, *(1,) * (conv.weight.dim() - 2))
-        result: Tensor = bn(output) if residual is None else bn(output, residual)
-        running_mean = bn.running_mean if bn.training and bn.track_running_stats else None
-        if absorbed and running_mean is not None:
-            bias = conv.bias.detach()
-            if bn.momentum is not None:
-                running_mean.add_(bias, alpha=bn.momentum)
-            elif bn.num_batches_tracked is not None:
-                running_mean.addcdiv_(bias, bn.num_batches_tracked)
+        result: Tensor
+        if is_plain(input) and type(bn) is self._batch_norm and not has_hooks(bn) and not _hooked():
+            result = conv_bn_act(conv, bn, input, bn.activation, bn.activation_parameter, residual)
+        else:
+            output = conv(input)
+            result = bn(output) if residual is None else bn(output, residual)
         return result
 
 
@@ -161,6 +113,10 @@ class ConvBNAct2d(FusedConv):
     A ``bias`` of the convolution is not added in training, as the batch's mean would take it away again: the
     running mean accounts for it, and its gradient is exactly zero. With running statistics (``eval()``, also
     of ``bn`` alone in a training model), hooks or a parametrized convolution, it is added.
+
+    With running statistics and no gradients wanted (``torch.no_grad``, ``torch.inference_mode``), a 2d module
+    on the CPU is one convolution of oneDNN, into whose weights the batch norm is folded. They are kept, and
+    folded again when a parameter or a running statistic has changed.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as
