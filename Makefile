@@ -51,9 +51,11 @@ format: .venv/tools
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("braze needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 
-.venv/tools: .venv/bin/python requirements-dev.txt
+.venv/tools: .venv/bin/python requirements-dev.txt requirements-models.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt || \
+	  echo "no torchvision and timm: tests of their networks will be skipped"
 	touch $@
 
 .venv/built: .venv/tools $(SOURCES)

@@ -1,12 +1,27 @@
 """braze: fused training kernels for PyTorch.
 
-``import braze.nn as nn`` is a drop-in for ``torch.nn``, ``import braze.optim as optim`` for ``torch.optim``.
+``import braze.nn as nn`` is a drop-in for ``torch.nn``, ``import braze.optim as optim`` for ``torch.optim``,
+and ``braze.fuse(model)`` fuses a model that is there already.
 """
 
 from braze import _native as _native
 from braze import nn as nn
 from braze import optim as optim
+from braze._fusion import FusionError as FusionError
+from braze._fusion import FusionReport as FusionReport
+from braze._fusion import fuse as fuse
+from braze._fusion import fusion_report as fusion_report
+from braze._fusion import unfuse as unfuse
 from braze.info import build_info as build_info
 
 __version__ = "0.1.0"
-__all__ = ["build_info", "nn", "optim"]
+__all__ = [
+    "FusionError",
+    "FusionReport",
+    "build_info",
+    "fuse",
+    "fusion_report",
+    "nn",
+    "optim",
+    "unfuse",
+]

@@ -1,0 +1,138 @@
+"""What fused blocks call in the place of several modules; positional, as the callers are generated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from braze.nn import _dropout_functional
+from braze.nn import dropout as braze_dropout
+from braze.nn._activation import has_hooks
+from braze.nn._batch_norm_functional import run
+from braze.nn._composite import ACTIVATIONS
+from braze.nn._conv_bn import conv_bn_act
+from braze.nn._norms import arguments_of
+from braze.nn._route import ops, takes_addend, takes_batch_norm, transformed
+
+__all__ = ["ALLOCATING", "act_dropout", "dropout_add", "is_dropout", "norm_act", "norm_add_act"]
+
+
+def norm_act(
+    conv: Any,
+    norm: Any,
+    input: Tensor,
+    activation: str,
+    parameter: float,
+    residual: Any = None,
+    stored: str = "",
+    fork: bool = False,
+) -> Any:
+    """activation(norm(conv(input)) + residual); without ``conv``, of ``input`` itself.
+
+    ``stored``: the sum would have been stored in the "norm"'s output or the "residual", whose dtype it has.
+    ``fork``: the result twice, for two users, whose gradients are then summed inside the backward kernels.
+    """
+    if residual is not None and not isinstance(residual, Tensor):
+        z = norm_act(conv, norm, input, "identity", 0.0) + residual
+        y = ACTIVATIONS[activation](z, parameter)
+        return (y, y) if fork else y
+    if (
+        residual is not None
+        and stored == "residual"
+        and residual.dtype != _result_dtype(conv, input)
+    ):
+        residual += norm_act(conv, norm, input, "identity", 0.0)
+        y = ACTIVATIONS[activation](residual, parameter)
+        return (y, y) if fork else y
+    inplace = stored == "norm"
+    if conv is not None:
+        return conv_bn_act(conv, norm, input, activation, parameter, residual, inplace, fork)
+    if residual is not None and inplace and residual.dtype != input.dtype:
+        residual = residual.to(input.dtype)
+    return run(*arguments_of(norm, input), activation, parameter, residual, fork)
+
+
+def _result_dtype(conv: Any, input: Tensor) -> torch.dtype:
+    device = input.device.type
+    if conv is not None and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+def norm_add_act(
+    conv: Any,
+    norm: Any,
+    input: Tensor,
+    conv2: Any,
+    norm2: Any,
+    input2: Tensor,
+    activation: str,
+    parameter: float,
+    stored: str,
+    fork: bool = False,
+) -> Any:
+    """activation(norm(conv(input)) + norm2(conv2(input2)))."""
+    evaluated = not norm.training and not norm2.training
+    if evaluated and not torch.is_grad_enabled() and not transformed():
+        # Two folded convolutions, the second of which adds.
+        residual = norm_act(conv2, norm2, input2, "identity", 0.0)
+        return norm_act(conv, norm, input, activation, parameter, residual, stored, fork)
+    x = input if conv is None else conv(input)
+    x2 = input2 if conv2 is None else conv2(input2)
+    first, second = arguments_of(norm, x), arguments_of(norm2, x2)
+    training = first[6]
+    if (
+        training == second[6]
+        and x2.dtype == x.dtype
+        and takes_batch_norm(*first)
+        and takes_batch_norm(*second)
+        and takes_addend(x, x2)
+    ):
+        operators = ops()
+        operator = operators.batch_norm_add_act_fork if fork else operators.batch_norm_add_act
+        return operator(
+            *first[:6], *first[7:], *second[:6], *second[7:], training, activation, parameter
+        )
+    residual = norm_act(None, norm2, x2, "identity", 0.0)
+    return norm_act(None, norm, x, activation, parameter, residual, stored, fork)
+
+
+def is_dropout(module: nn.Module) -> bool:
+    return type(module) in (nn.Dropout, braze_dropout.Dropout) and not has_hooks(module)
+
+
+def act_dropout(
+    input: Tensor,
+    activation: str,
+    parameter: float,
+    module: Any,
+    p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """dropout(activation(input)), with a module's p and mode or those given."""
+    if module is not None:
+        p, training = module.p, module.training
+    if not training or p == 0:
+        return ACTIVATIONS[activation](input, parameter)
+    return _dropout_functional.act_dropout(
+        input, activation, p, True, negative_slope=parameter, alpha=parameter
+    )
+
+
+def dropout_add(
+    input: Tensor, residual: Any, inplace: bool, module: Any, p: float = 0.0, training: bool = False
+) -> Tensor:
+    """dropout(input) + residual."""
+    if module is not None:
+        p, training = module.p, module.training
+    if not isinstance(residual, Tensor):
+        return _dropout_functional.dropout(input, p, training) + residual
+    if inplace and residual.dtype != input.dtype:
+        residual = residual.to(input.dtype)
+    return _dropout_functional.dropout_add(input, residual, p, training)
+
+
+# Their results are never memory of their arguments.
+ALLOCATING = frozenset((norm_act, norm_add_act, act_dropout, dropout_add))
