@@ -10,10 +10,13 @@ USAGE = """usage: python -m braze bench NAME [options]
   optim       one optimizer step, against every mode of torch.optim (python -m braze bench optim --help)
   batch_norm  batch norm + activation over ResNet-50's layers, against torch eager
   dropout     dropout, alone and fused, against torch's (python -m braze bench dropout --help)
+  train       a training step of whole models: eager, braze.fuse, torch.compile; also peak memory
+  infer       inference of whole models: eager, braze.fuse, torch.compile
+  fuse        how many batch norms of whole models braze.fuse fuses, and whether the models stay the same
   host        host time of a CUDA step, measured without a GPU on the emulated device (source checkout)
   debt        kernels whose GPU results are missing or older than the sources (source checkout)
 """
-NAMES = ("optim", "batch_norm", "dropout", "host", "debt")
+NAMES = ("optim", "batch_norm", "dropout", "train", "infer", "fuse", "host", "debt")
 
 
 def main(argv: list[str] | None = None) -> int:

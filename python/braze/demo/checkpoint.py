@@ -17,6 +17,7 @@ _MUST_MATCH = (
     "data",
     "arch",
     "nn",
+    "fuse",
     "optimizer",
     "lr",
     "momentum",
@@ -53,13 +54,15 @@ def save(path: Path, config: Config, epoch: int, sides: tuple[Side, Side]) -> No
 
 
 def _option(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"no --{name}"
     text = " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
     return f"--{name.replace('_', '-')} {text}"
 
 
 def _check_same_run(path: Path, saved: dict[str, Any], config: Config) -> None:
     asked = config.plain()
-    saved = {"nn": "torch", **saved}  # which older files do not name
+    saved = {"nn": "torch", "fuse": False, **saved}  # which older files do not name
     tied = ("epochs",) if config.schedule in _TIED_TO_EPOCHS else ()
     names = (*_MUST_MATCH, *tied)
     differing = [name for name in names if saved[name] != asked[name]]

@@ -77,8 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_PROG,
         allow_abbrev=False,
-        description="Train one network with torch.optim and its twin with braze.optim (and braze.nn), from "
-        "the same weights and on the same batches; compare the curves and the time of a step.",
+        description="Train one network with torch.optim and its twin with braze.optim (and braze.nn or "
+        "braze.fuse), from the same weights and on the same batches; compare the curves and the time of a "
+        "step.",
         epilog="The test split also selects the best epoch, so the best accuracy is optimistic.",
     )
     add = parser.add_argument
@@ -91,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=NAMESPACES,
         default="torch",
         help="layers of braze's side: torch.nn, as torch's side has, or braze.nn (default: torch)",
+    )
+    add(
+        "--fuse",
+        action="store_true",
+        help="pass the network of braze's side through braze.fuse",
     )
     add(
         "--augment",

@@ -46,6 +46,7 @@ class Config:
     root: Path | None
     arch: str
     nn: str
+    fuse: bool
     optimizer: str
     lr: float
     momentum: float

@@ -97,7 +97,8 @@ def table(theirs: Log, ours: Log) -> str:
 
 def parts_of(config: Config) -> dict[str, str]:
     """Return what each side is built with, by its name."""
-    return {"torch": "torch.optim, torch.nn", "braze": f"braze.optim, {config.nn}.nn"}
+    layers = f"braze.fuse({config.nn}.nn)" if config.fuse else f"{config.nn}.nn"
+    return {"torch": "torch.optim, torch.nn", "braze": f"braze.optim, {layers}"}
 
 
 def _version() -> str:
@@ -145,9 +146,10 @@ def write_json(path: Path, config: Config, theirs: Log, ours: Log, seconds: floa
 
 
 def _labels(config: Config) -> tuple[str, str]:
-    if config.nn == "torch":
+    if config.nn == "torch" and not config.fuse:
         return "torch.optim", "braze.optim"
-    return "torch.optim, torch.nn", "braze.optim, braze.nn"
+    parts = parts_of(config)
+    return parts["torch"], parts["braze"]
 
 
 def _draw_losses(axes: Any, theirs: Log, ours: Log, labels: tuple[str, str]) -> None:

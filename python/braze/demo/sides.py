@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import fuse
 from .. import nn as braze_nn
 from .. import optim as braze_optim
 from .config import Config, DemoError
@@ -204,6 +205,8 @@ def make_sides(config: Config, data: Data) -> tuple[Side, Side]:
     model = build(*network, nn).to(device)
     twin = build(*network, braze_nn if config.nn == "braze" else nn).to(device)
     twin.load_state_dict(model.state_dict())
+    if config.fuse:
+        twin = fuse(twin)
     window = config.accumulation_steps
 
     theirs = _torch_optimizer(model, config)

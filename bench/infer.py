@@ -1,0 +1,55 @@
+"""Inference of a whole model in eval(): eager, through braze.fuse, and compiled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import model_run, models
+from .model_cells import Call, Cell, Contender, autocast, images
+from .model_run import Task
+
+CELLS = (
+    Cell("resnet50", 8, "fp32"),
+    Cell("resnet50", 8, "bf16"),
+    Cell("resnet50", 1, "bf16"),
+    Cell("resnet18", 8, "fp32"),
+    Cell("resnet18", 8, "bf16"),
+    Cell("mobilenet_v2", 8, "fp32"),
+    Cell("mobilenet_v2", 8, "bf16"),
+    Cell("efficientnet_b0", 8, "fp32"),
+    Cell("efficientnet_b0", 8, "bf16"),
+)
+# Of braze, channels last, against these.
+GOALS = {
+    CELLS[0]: {"eager NHWC": 1.25},
+    CELLS[1]: {"eager NHWC": 2.5},
+    CELLS[2]: {"eager NHWC": 2.0},
+}
+
+
+def call(cell: Cell, contender: Contender, model: nn.Module) -> Call:
+    """One forward under inference_mode."""
+    x = images(cell, contender.layout)
+
+    def forward() -> Tensor:
+        with torch.inference_mode(), autocast(cell):
+            return models.heads(model(x))[0]
+
+    return forward
+
+
+TASK = Task(
+    name="infer",
+    description="Time of a model's forward in eval() under torch.inference_mode; torch eager against "
+    "braze.fuse, interleaved.",
+    training=False,
+    cells=CELLS,
+    goals=GOALS,
+    call=call,
+)
+
+
+def main(argv: list[str]) -> int:
+    """Measures cell by cell; the exit codes are :func:`model_run.main`'s."""
+    return model_run.main(TASK, argv)

@@ -1,0 +1,235 @@
+"""Measures and prints whole models, row by row; what ``bench train`` and ``bench infer`` share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import braze
+import torch
+from torch import Tensor, nn
+
+from . import model_peak, models
+from .files import write_json
+from .model_cells import CAST, DTYPES, LAYOUTS, Call, Cell, Contender, build, contenders, settle
+from .timing import interleave
+
+# What is compared; the second is braze.
+PAIRS = (
+    ("eager NHWC", "braze NHWC"),
+    ("eager NCHW", "braze NHWC"),
+    ("eager NCHW", "braze NCHW"),
+    ("compile NHWC", "braze NHWC"),
+    ("compile NCHW", "braze NCHW"),
+)
+SAME_LAYOUT = (PAIRS[0], PAIRS[2])
+
+
+@dataclass(frozen=True)
+class Task:
+    """``goals``: by cell, how much faster than which contender braze should be, channels last, by minima."""
+
+    name: str
+    description: str
+    training: bool
+    cells: Sequence[Cell]
+    goals: Mapping[Cell, Mapping[str, float]]
+    call: Callable[[Cell, Contender, nn.Module], Call]
+
+
+def _difference(result: Tensor, reference: Tensor) -> float:
+    """||result - reference|| / ||reference||."""
+    wide = reference.double()
+    norm = torch.linalg.vector_norm
+    return float(norm(result.double() - wide) / norm(wide).clamp(min=1e-300))
+
+
+def compare(
+    figures: Mapping[str, Mapping[str, float]], goals: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Ratios above 1 where braze is faster; a goal is met by the ratio of minima."""
+    found = []
+    for other, ours in PAIRS:
+        if other not in figures or ours not in figures:
+            continue
+        row: dict[str, Any] = {"other": other, "braze": ours}
+        for key in ("min", "median"):
+            row[f"ratio_{key}"] = figures[other][f"{key}_ms"] / figures[ours][f"{key}_ms"]
+        goal = goals.get(other) if ours == "braze NHWC" else None
+        row["goal"] = goal
+        row["met"] = None if goal is None else row["ratio_min"] >= goal
+        found.append(row)
+    return found
+
+
+def _time(
+    task: Task, cell: Cell, wanted: Sequence[Contender], seconds: float, row: dict[str, Any]
+) -> None:
+    """Fills ``row["contenders"]``; one that fails is left out, its error in ``row["failed"]``."""
+    torch.manual_seed(0)
+    source = models.load(cell.model)
+    torch.compiler.reset()
+    calls: dict[str, Call] = {}
+    figures: dict[str, dict[str, float]] = row["contenders"]
+    reference: Tensor | None = None
+    for contender in wanted:
+        try:
+            call = task.call(cell, contender, build(cell, contender, source, task.training))
+            compile_s = settle(call) if contender.who == "compile" else None
+            torch.manual_seed(0)
+            result = call()
+        except Exception as error:
+            row["failed"][contender.name] = _reason(error)
+            continue
+        figures[contender.name] = {}
+        if reference is None:
+            reference = result
+        else:
+            figures[contender.name]["difference"] = _difference(result, reference)
+        if compile_s is not None:
+            figures[contender.name]["compile_s"] = compile_s
+        calls[contender.name] = call
+    for name, times in interleave(calls, seconds).items():
+        figures[name].update(min_ms=times.minimum * 1e3, median_ms=times.median * 1e3)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def measure(
+    task: Task,
+    cell: Cell,
+    wanted: Sequence[Contender],
+    seconds: float,
+    memory: bool,
+) -> dict[str, Any]:
+    """One row. It never raises, but for a model that is not to be had: what went wrong is in ``note``.
+
+    A contender that fails fails the row, except for torch.compile, which may lack a compiler.
+    """
+    row: dict[str, Any] = {"name": cell.name, "ok": False, "contenders": {}, "failed": {}}
+    try:
+        _time(task, cell, wanted, seconds, row)
+        if memory:
+            for contender in wanted:
+                if contender.who != "compile" and contender.name in row["contenders"]:
+                    peaks = model_peak.measure(task.name, cell, contender, torch.get_num_threads())
+                    row["contenders"][contender.name].update(peaks)
+    except models.ModelError:
+        raise
+    except Exception as error:
+        return {**row, "note": _reason(error)}
+    figures = row["contenders"]
+    row["ratios"] = compare(figures, task.goals.get(cell, {}))
+    row["needs_more_memory"] = [
+        ours
+        for other, ours in SAME_LAYOUT
+        if "peak_mb" in figures.get(other, {})
+        and "peak_mb" in figures.get(ours, {})
+        and figures[ours]["peak_mb"] > model_peak.SLACK * figures[other]["peak_mb"]
+    ]
+    broken = [name for name in row["failed"] if not name.startswith("compile")]
+    return {**row, "ok": not (row["needs_more_memory"] or broken)}
+
+
+HEADER = f"{'':16}{'min ms':>10}{'median':>10}{'differs':>10}{'compile s':>11}{'peak MB':>9}"
+
+
+def lines(row: Mapping[str, Any]) -> list[str]:
+    """What is printed of a row."""
+    text = [f"\n{row['name']}"]
+    if "ratios" in row:
+        for name, figures in row["contenders"].items():
+            line = f"{name:16}{figures['min_ms']:10.1f}{figures['median_ms']:10.1f}"
+            line += f"{figures['difference']:10.0e}" if "difference" in figures else f"{'-':>10}"
+            line += f"{figures['compile_s']:11.1f}" if "compile_s" in figures else f"{'-':>11}"
+            text.append(line + (f"{figures['peak_mb']:9.1f}" if "peak_mb" in figures else ""))
+        for ratio in row["ratios"]:
+            pair = f"  {ratio['other']} / {ratio['braze']}"
+            line = f"{pair:30}{ratio['ratio_min']:6.2f}  median{ratio['ratio_median']:6.2f}"
+            if ratio["goal"] is not None:
+                line += f"  goal {ratio['goal']:.2f} {'met' if ratio['met'] else 'MISSED'}"
+            text.append(line)
+        text += [f"  {name} needs MORE MEMORY than eager" for name in row["needs_more_memory"]]
+    text += [f"  {name} left out: {reason}" for name, reason in row["failed"].items()]
+    if "note" in row:
+        text.append(f"  {row['note']}")
+    return text
+
+
+def chosen_cells(task: Task, arguments: argparse.Namespace) -> list[Cell]:
+    """The default cells, or those of one model; batch, dtype and size as asked."""
+    cells = list(task.cells)
+    if arguments.model:
+        cells = [Cell(arguments.model, 8, dtype) for dtype in DTYPES]
+    changes = {"size": arguments.size}
+    if arguments.batch is not None:
+        changes["batch"] = arguments.batch
+    cells = [replace(cell, **changes) for cell in cells]
+    if arguments.dtype:
+        cells = [cell for cell in cells if cell.dtype == arguments.dtype]
+    if getattr(arguments, "cast", False):
+        cells += [replace(cell, dtype=CAST) for cell in cells if cell.dtype == "bf16"]
+    return list(dict.fromkeys(cells))
+
+
+def _parser(task: Task) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m braze bench {task.name}",
+        description=f"{task.description} Ratios of minima and of medians, above 1 where braze is faster. "
+        "differs: of the first result from the first contender's, relative, of equal weights and images "
+        "(dropout draws other masks, and bf16 rounds). compile s: what torch.compile's first calls took beyond "
+        "a settled one.",
+    )
+    add = parser.add_argument
+    add("--model", help="one model: torchvision's name, or timm:NAME (default: some, with goals)")
+    add("--batch", type=int, help="images (default: each cell's own; with --model 8)")
+    add("--size", type=int, default=224, help="pixels on a side (default 224)")
+    add("--dtype", choices=DTYPES, help="bf16 is autocast over fp32 parameters (default: both)")
+    if not task.training:
+        add("--cast", action="store_true", help="bf16 cells also as models cast with .bfloat16()")
+    add("--layout", choices=(*LAYOUTS, "both"), default="both", help="default: both")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--seconds", type=float, default=20.0, help="per cell, three rounds at least (default 20)")
+    add("--compile", action="store_true", help="torch.compile too, channels last")
+    add(
+        "--memory",
+        action="store_true",
+        help="peak memory of one call too, each contender in a process of its own; braze's may not be above "
+        "eager's",
+    )
+    add("--json", type=Path, help="also write all figures to this file, row by row")
+    return parser
+
+
+def main(task: Task, argv: list[str]) -> int:
+    """Returns 0; 1 if a row failed or braze needs more memory than eager; 2 for bad arguments."""
+    parser = _parser(task)
+    arguments = parser.parse_args(argv)
+    for name in ("threads", "batch", "size"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.memory and (reason := model_peak.why_not()) is not None:
+        parser.error(f"--memory: {reason}")
+    layouts = LAYOUTS if arguments.layout == "both" else (arguments.layout,)
+    wanted = contenders(layouts, arguments.compile)
+    torch.set_num_threads(arguments.threads)
+    result: dict[str, Any] = {"build": braze.build_info(), "threads": arguments.threads, "rows": []}
+    print(f"{arguments.threads} threads\n{HEADER}")
+    for cell in chosen_cells(task, arguments):
+        try:
+            row = measure(task, cell, wanted, arguments.seconds, arguments.memory)
+        except models.ModelError as error:
+            parser.error(str(error))
+        result["rows"].append(row)
+        print("\n".join(lines(row)), flush=True)
+        if arguments.json is not None:
+            write_json(result, arguments.json)
+    if arguments.json is not None:
+        print(f"\nwritten: {arguments.json}", file=sys.stderr)
+    return 0 if all(row["ok"] for row in result["rows"]) else 1
