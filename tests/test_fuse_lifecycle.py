@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -311,3 +313,17 @@ def test_signature_and_documentation_stay() -> None:
     fused, plain = _pair()
     assert inspect.signature(fused.forward) == inspect.signature(plain.forward)
     assert repr(fused) == repr(plain) and type(fused).__doc__ == type(plain).__doc__
+
+
+def test_without_numpy() -> None:
+    """Which torch and braze do not need."""
+    program = """
+import sys
+sys.modules["numpy"] = None
+import braze, torch
+from torch import nn
+model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+braze.fuse(model, example=torch.randn(2, 3, 4, 4))
+assert braze.fusion_report(model).joined == ["1"], braze.fusion_report(model)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)

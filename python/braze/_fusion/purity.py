@@ -68,9 +68,9 @@ def _refused_contexts(error: type[Exception]) -> Iterator[None]:
 
 
 def _random_states() -> tuple[Any, ...]:
-    states: list[Any] = [random.getstate(), torch.get_rng_state().numpy().tobytes()]
+    states: list[Any] = [random.getstate(), bytes(torch.get_rng_state().tolist())]
     if torch.cuda.is_initialized():
-        states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+        states += [bytes(state.tolist()) for state in torch.cuda.get_rng_state_all()]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()
