@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import braze.nn
 import pytest
 import torch
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-
 from braze.demo.cli import main, parse
 from braze.demo.config import ARCHITECTURES
 from braze.demo.models import build
-
-QUICK = ["--batch-size", "64", "--threads", "1"]
-# Networks with dropout see other masks than torch's; batch norm's rounding is all the others see.
-WITH_DROPOUT = ("alexnet", "googlenet")
-
-
-def run_demo(out: Path, *arguments: str) -> dict[str, Any]:
-    assert main([*QUICK, "--out", str(out), *arguments]) == 0
-    result: dict[str, Any] = json.loads((out / "result.json").read_text())
-    return result
+from demo_runs import QUICK, WITH_DROPOUT, run_demo
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

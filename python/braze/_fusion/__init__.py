@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
-from braze._fusion.block import BlockFusion, fusion_of, swap_in, swap_out
+from braze._fusion.block import BlockFusion, fusion_of, in_channels_last, swap_in, swap_out
 from braze._fusion.kinds import default_kinds
 from braze._fusion.plan import is_library_leaf
 from braze._fusion.report import OPTIONS, BlockReport, FusionReport, own_norms, report
@@ -22,14 +21,6 @@ __all__ = ["BlockReport", "FusionError", "FusionReport", "fuse", "fusion_report"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _SWAPPED = "_braze_swapped"
-_DROPOUTS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Dropout: braze_dropout.Dropout,
-    nn.Dropout1d: braze_dropout.Dropout1d,
-    nn.Dropout2d: braze_dropout.Dropout2d,
-    nn.Dropout3d: braze_dropout.Dropout3d,
-    nn.AlphaDropout: braze_dropout.AlphaDropout,
-    nn.FeatureAlphaDropout: braze_dropout.FeatureAlphaDropout,
-}
 
 
 def fuse(
@@ -87,16 +78,13 @@ def fuse(
 
 def _to_channels_last(model: ModuleT) -> ModuleT:
     for parameter in [*model.parameters(), *model.buffers()]:
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        elif parameter.dim() == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        parameter.data = in_channels_last(parameter.data)
     return model
 
 
 def _swap(model: nn.Module, channels_last: bool, dropout: bool) -> None:
-    model.__dict__[OPTIONS] = {"dropout": dropout, "channels_last": channels_last}
-    replaced = {**REPLACED, **(_DROPOUTS if dropout else {})}
+    model.__dict__[OPTIONS] = {"dropout": dropout}
+    replaced = {**REPLACED, **(braze_dropout.REPLACED if dropout else {})}
     for module in model.modules():
         ours = replaced.get(type(module))
         if ours is not None:
@@ -128,7 +116,10 @@ def unfuse(model: ModuleT) -> ModuleT:
     for module in model.modules():
         drop_folded(module)
         original = module.__dict__.pop(_SWAPPED, None)
-        if original is not None and type(module) in (*REPLACED.values(), *_DROPOUTS.values()):
+        if original is not None and type(module) in (
+            *REPLACED.values(),
+            *braze_dropout.REPLACED.values(),
+        ):
             module.__class__ = original
         if fusion_of(module) is not None:
             swap_out(module)

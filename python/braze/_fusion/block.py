@@ -6,7 +6,7 @@ import functools
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from braze._fusion.kinds import ONE_TENSOR, kinds_of
@@ -15,7 +15,7 @@ from braze._fusion.tracing import LOCK, Untraceable
 from braze.nn._fold import drop_folded
 from braze.nn._route import is_plain
 
-__all__ = ["BlockFusion", "fused_class", "fusion_of", "swap_in", "swap_out"]
+__all__ = ["BlockFusion", "fused_class", "fusion_of", "in_channels_last", "swap_in", "swap_out"]
 
 _STATE = "_braze_fusion"
 _MAX_PLANS = 8
@@ -81,10 +81,18 @@ class BlockFusion:
         return None if made is None else (made, tensors)
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def in_channels_last(tensor: Tensor) -> Tensor:
+    """[N, C, H, W] and [N, C, D, H, W] in that memory format; all others as they are."""
+    layout = _CHANNELS_LAST.get(tensor.dim())
+    return tensor if layout is None else tensor.contiguous(memory_format=layout)
+
+
 def _to_channels_last(value: Any) -> Any:
-    if is_plain(value) and value.dim() in (4, 5):
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        return value.contiguous(memory_format=formats[value.dim()])
+    if is_plain(value):
+        return in_channels_last(value)
     if type(value) in (list, tuple):
         return type(value)(map(_to_channels_last, value))
     return value

@@ -20,17 +20,17 @@ from braze._fusion import calls
 from braze._fusion.guards import Guards
 from braze._fusion.nodes import Modules, uses
 from braze.nn._activation import has_hooks
+from braze.nn._conv_bn import CONVS
 from braze.nn._norms import norm_activation
 from braze.nn._route import is_plain
 
 __all__ = ["Forked", "chain", "chain_fork", "forked", "link"]
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORKING = (calls.norm_act, calls.norm_add_act)
 
 
 class Forked(NamedTuple):
-    """``run(block, x, x again)`` gives (y, y again), or (y, None); while ``holds(block)``."""
+    """The forward of (block, x, x again) that gives (y, y again) or (y, None), while the guards hold."""
 
     graph: Graph
     guards: Guards
@@ -117,13 +117,13 @@ def _split_input(graph: Graph, first: Node, modules: Modules, guards: Guards) ->
         return False
     for user in users:
         if user.op == "call_module":
-            if type(modules[str(user.target)]) not in _CONVS:
+            if type(modules[str(user.target)]) not in CONVS:
                 return False
             guards.quiet(str(user.target))
         elif user.op != "call_function" or user.target not in _FORKING:
             return False
     for node in graph.nodes:  # a hook on a convolution could ask for its input's gradient
-        if node.op == "get_attr" and isinstance(modules.get(str(node.target)), _CONVS):
+        if node.op == "get_attr" and isinstance(modules.get(str(node.target)), CONVS):
             guards.quiet(str(node.target))
     users[-1].replace_input_with(first, second)
     return True

@@ -9,7 +9,7 @@ from torch import nn
 
 from braze.nn._activation import has_hooks
 
-__all__ = ["ABSENT", "Guards"]
+__all__ = ["Guards"]
 
 
 class _Absent:
@@ -17,7 +17,7 @@ class _Absent:
         return "absent"
 
 
-ABSENT = _Absent()
+_ABSENT = _Absent()
 
 
 class Guards:
@@ -48,9 +48,6 @@ class Guards:
         if path:
             self._add("not has_hooks({place})", _expression(path))
 
-    def of_type(self, path: str, kind: type) -> None:
-        self._add("type({place}) is {0}", _expression(path), kind)
-
     def holds(self, path: str, condition: Callable[[nn.Module], bool]) -> None:
         self._add("{0}({place})", _expression(path), condition)
 
@@ -58,12 +55,9 @@ class Guards:
         key = f"{form}|{place}|{values!r}"
         self._lines.setdefault(key, (form, place, *values))
 
-    def __len__(self) -> int:
-        return len(self._lines)
-
     def compiled(self) -> Callable[[nn.Module], bool]:
         """A function that tells whether all of them hold; a part that is gone counts as no."""
-        values: dict[str, Any] = {"absent": ABSENT, "has_hooks": has_hooks}
+        values: dict[str, Any] = {"absent": _ABSENT, "has_hooks": has_hooks}
         terms = []
         for form, place, *constants in self._lines.values():
             names = []

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.fx import Graph, Node
 
 from braze._fusion import calls
@@ -26,6 +25,7 @@ from braze._fusion.nodes import (
     uses,
 )
 from braze.nn._activation import Activation
+from braze.nn._conv_bn import CONVS
 from braze.nn._norms import NORMS, same_norm
 
 __all__ = ["Fusion", "rewrite"]
@@ -41,7 +41,6 @@ _ALLOCATING = frozenset(
         torch.mul,
     )
 )
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Fusion(NamedTuple):
@@ -155,7 +154,7 @@ class _Rewriter:
         found = _Norm(node, own, source)
         if (
             source.op == "call_module"
-            and isinstance(self.modules[str(source.target)], _CONVS)
+            and isinstance(self.modules[str(source.target)], CONVS)
             and len(source.args) == 1
             and not source.kwargs
             and isinstance(source.args[0], Node)

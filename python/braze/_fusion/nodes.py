@@ -51,21 +51,7 @@ _METHODS = {
     "tanh": torch.tanh,
     "tanh_": torch.tanh_,
 }
-_DROPOUTS = frozenset((nn.Dropout, braze_dropout.Dropout))
-_FEATURE_DROPOUTS = frozenset(
-    (
-        nn.Dropout1d,
-        nn.Dropout2d,
-        nn.Dropout3d,
-        nn.AlphaDropout,
-        nn.FeatureAlphaDropout,
-        braze_dropout.Dropout1d,
-        braze_dropout.Dropout2d,
-        braze_dropout.Dropout3d,
-        braze_dropout.AlphaDropout,
-        braze_dropout.FeatureAlphaDropout,
-    )
-)
+_ALL_DROPOUTS = frozenset(braze_dropout.REPLACED) | frozenset(braze_dropout.REPLACED.values())
 # In eval(), or with this attribute zero, they return their input.
 _SKIPPABLE: dict[str, str] = {
     "torchvision.ops.stochastic_depth.StochasticDepth": "p",
@@ -178,7 +164,7 @@ def dropout_of(node: Node, modules: Modules) -> DropoutNode | None:
     if node.op == "call_module":
         module = modules[str(node.target)]
         operand = _only_argument(node)
-        if type(module) not in _DROPOUTS or operand is None or has_hooks(module):
+        if operand is None or not calls.is_dropout(module):
             return None
         return DropoutNode(operand, None, None, bool(module.inplace))
     if node.op != "call_function" or node.target is not F.dropout or len(node.args) > 4:
@@ -210,7 +196,7 @@ def is_identity(module: nn.Module, training: bool) -> bool:
     attribute = _SKIPPABLE.get(full_name(kind))
     if attribute is not None:
         return not training or getattr(module, attribute) in (0, None)
-    return (kind in _DROPOUTS or kind in _FEATURE_DROPOUTS) and not training
+    return kind in _ALL_DROPOUTS and not training
 
 
 def still_identity(module: nn.Module) -> bool:

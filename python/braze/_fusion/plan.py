@@ -27,13 +27,10 @@ class Plan(NamedTuple):
     run: Callable[..., Any]
     holds: Callable[[nn.Module], bool]
     fusions: tuple[Fusion, ...]
-    left: tuple[
-        tuple[str, str], ...
-    ]  # batch norms before an activation or a sum, and why they stay
+    left: tuple[tuple[str, str], ...]  # batch norms that stay although something follows, and why
     linked: bool  # blocks in it are called as a chain
     forked: Callable[..., Any] | None
     forked_holds: Callable[[nn.Module], bool]
-    source: str
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -170,7 +167,7 @@ def plan(
     dropout: bool,
 ) -> Plan:
     """Raises Untraceable."""
-    if has_hooks(module) and "forward" in module.__dict__:
+    if "forward" in module.__dict__:
         raise Untraceable("its forward was replaced on this very module")
     modules: Modules = dict(module.named_modules(remove_duplicate=False))
     tracer = _trace_inlined(module, kinds, training, modules)
@@ -179,22 +176,21 @@ def plan(
     left = _left(graph, modules)
     linked = link(graph, modules)
     owner = type(module).__name__
-    source, run = _compile(graph, owner)
     twice = forked(graph, modules) if training else None
     return Plan(
-        run,
+        _compile(graph, owner),
         tracer.guards.compiled(),
         tuple(fusions),
         tuple(left),
         linked,
-        None if twice is None else _compile(twice.graph, owner)[1],
+        None if twice is None else _compile(twice.graph, owner),
         (Guards() if twice is None else twice.guards).compiled(),
-        source,
     )
 
 
-def _compile(graph: Graph, owner: str) -> tuple[str, Callable[..., Any]]:
+def _compile(graph: Graph, owner: str) -> Callable[..., Any]:
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<braze: fused {owner}>", "exec"), namespace)
-    return code.src, namespace["forward"]
+    run: Callable[..., Any] = namespace["forward"]
+    return run

@@ -110,7 +110,6 @@ def report(model: nn.Module) -> FusionReport:
                 left[_join(name, norm)] = block.reason
         if block.fused or block.left or block.reason:
             result.blocks.append(block)
-    seen: set[nn.Module] = set()
     paths = {module: name for name, module in model.named_modules()}
     same = {name: paths[module] for name, module in model.named_modules(remove_duplicate=False)}
     joined, folded = {same[n] for n in joined}, {same[n] for n in folded}
@@ -119,9 +118,8 @@ def report(model: nn.Module) -> FusionReport:
         is_norm = isinstance(module, nn.modules.batchnorm._NormBase) or (
             norm_activation(module) is not None
         )
-        if not is_norm or module in seen:
+        if not is_norm:
             continue
-        seen.add(module)
         if name in joined:
             result.joined.append(name)
         elif name in left:

@@ -14,9 +14,9 @@ from braze.nn._fold import folded_conv_bn_act
 from braze.nn._norms import arguments_of, is_batch_norm
 from braze.nn._route import WIDE, takes_addend, takes_batch_norm, transformed
 
-__all__ = ["conv_bn_act"]
+__all__ = ["CONVS", "conv_bn_act"]
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _AbsorbedBias(torch.autograd.Function):
@@ -37,7 +37,7 @@ def _absorbs_bias(conv: Any, norm: Any) -> bool:
     """Whether nothing could tell that the convolution's bias is not added: the batch's mean takes it away
     again, and only the running mean and the bias's gradient, which is zero, must know of it."""
     return (
-        type(conv) in _CONVS
+        type(conv) in CONVS
         and conv.bias is not None
         and is_batch_norm(norm)
         and (norm.training or (norm.running_mean is None and norm.running_var is None))

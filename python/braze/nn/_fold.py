@@ -1,6 +1,6 @@
 """Convolution + batch norm with running statistics, folded into one convolution, while no gradient is wanted.
 
-W' = W g / sqrt(v + eps) per output channel, b' = (b - m) g / sqrt(v + eps) + beta, in fp32, rounded once to the
+W' = W g / sqrt(v + eps) per output channel, b' = (b - m) g / sqrt(v + eps) + beta, in fp64, rounded once to the
 convolution's dtype. Source: Jacob et al., "Quantization and Training of Neural Networks", 2018, section 3.2;
 ``torch.nn.utils.fusion.fuse_conv_bn_weights``.
 """

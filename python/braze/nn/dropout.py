@@ -66,6 +66,17 @@ class FeatureAlphaDropout(nn.FeatureAlphaDropout):
         return functional.feature_alpha_dropout(input, self.p, self.training)
 
 
+# torch's, and those above that compute the same.
+REPLACED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Dropout: Dropout,
+    nn.Dropout1d: Dropout1d,
+    nn.Dropout2d: Dropout2d,
+    nn.Dropout3d: Dropout3d,
+    nn.AlphaDropout: AlphaDropout,
+    nn.FeatureAlphaDropout: FeatureAlphaDropout,
+}
+
+
 class ActDropout(nn.modules.dropout._DropoutNd):
     """``y = dropout(activation(x), p)`` in one pass, of any shape: see ``braze.nn.functional.act_dropout``.
 
