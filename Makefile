@@ -1,5 +1,5 @@
 # make demo | test | lint | bench | build | clean. Everything is set up in .venv on first use.
-# make gpu: the CUDA kernels against the CPU's and torch's, on a machine with a GPU, with the torch of $(PYTHON).
+# make gpu: what only a GPU can tell, in nine minutes, with the torch of $(PYTHON); python3 bench/gpu.py --help.
 # make cuda-import: links and imports the CUDA kernels against a CUDA torch; needs nvcc, no GPU, 5 GB.
 PYTHON ?= python3
 # Any torch from 2.11 on: make test TORCH=torch==2.14.1

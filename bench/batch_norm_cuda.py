@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import braze
-import torch
 
+from . import cuda_clock, rows
 from .batch_norm_cases import PASSES, Call, Case, Layer, contenders, resnet50_layers, select
-from .files import announce, emit, is_fatal, write_json
-from .optim_device import Cuda, Rehearsal
+from .cuda_clock import Clock
+from .rows import Row, Work, goal
 
 # The rows with a goal come first: a run that is cut short has them.
 CASES = (
@@ -31,45 +29,6 @@ CASES = (
 )
 RATIO_GOALS = {"forward": 1.6, "backward": 1.5}
 COPY_GOAL = 0.85
-FLUSH_BYTES = 256 * 2**20
-
-
-class CudaClock(Cuda):
-    """CUDA events around single calls. Between them a fill evicts L2: an activation comes from memory, as in
-    a network whose other layers went over the cache since."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-
-    def cold(self, call: Call, count: int, expected: float) -> list[float]:
-        """Seconds on the device of each of ``count`` calls; none where the host was too slow to queue them."""
-        starts, ends = (
-            [torch.cuda.Event(enable_timing=True) for _ in range(count)] for _ in range(2)
-        )
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int((1e-3 + count * expected) * self._cycles_per_second))
-        for start, end in zip(starts, ends, strict=True):
-            self._scratch.zero_()
-            start.record()
-            call()
-            end.record()
-        late = starts[0].query()  # the device has begun: it may have waited for the host
-        ends[-1].synchronize()
-        if late:
-            return []
-        pairs = zip(starts, ends, strict=True)
-        return [float(start.elapsed_time(end)) * 1e-3 for start, end in pairs]
-
-
-class RehearsalClock(Rehearsal):
-    """The same call on the CPU. Its figures mean nothing."""
-
-    def cold(self, call: Call, count: int, expected: float) -> list[float]:
-        return [self.wall(call, 1).wall for _ in range(count)]
-
-
-Clock = CudaClock | RehearsalClock
 
 
 def sample(clock: Clock, calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
@@ -134,12 +93,12 @@ def total(case: Case, direction: str, layers: list[dict[str, Any]]) -> dict[str,
         "goals": [],
     }
     if case == CASES[0]:
-        for what, value, goal in (
+        for what, value, least in (
             ("ratio", row["ratio"], RATIO_GOALS[direction]),
             ("share of copy bandwidth", row["of_copy"], COPY_GOAL),
         ):
-            text = f"{case.name} {direction}: {what} at least {goal}"
-            row["goals"].append({"goal": text, "value": value, "met": value >= goal})
+            text = f"{case.name} {direction}: {what} at least {least}"
+            row["goals"].append(goal(text, value, value >= least))
     return row
 
 
@@ -160,29 +119,25 @@ def measure(
     clock: Clock,
     bandwidth: float,
     seconds: float,
-) -> dict[str, Any]:
-    """One row: all layers and their sum. Rows never raise: what went wrong is in ``note``."""
-    row: dict[str, Any] = {"name": f"{case.name} / {direction}", "ok": False, "layers": []}
-    print(f"\n{row['name']}\n{HEADER}", flush=True)
-    try:
-        for layer in case.layers_of(layers):
-            seen = measure_layer(case, layer, direction, clock, bandwidth, seconds)
-            row["layers"].append(seen)
-            print(line(seen), flush=True)
-    except Exception as error:
-        note = f"{layer.name}: {type(error).__name__}: {error}"[:500]
-        print(note, flush=True)
-        return {**row, "note": note}
-    summed = total(case, direction, row["layers"])
-    print(line(summed), flush=True)
-    for goal in summed["goals"]:
-        met = "met" if goal["met"] else "MISSED"
-        print(f"    goal {met}: {goal['goal']}; here {goal['value']:.2f}", flush=True)
-    return {**row, **summed, "ok": True, "note": ""}
+    row: Row,
+) -> None:
+    """One row: all layers and their sum."""
+    row["layers"] = []
+    for layer in case.layers_of(layers):
+        try:
+            row["layers"].append(measure_layer(case, layer, direction, clock, bandwidth, seconds))
+        except Exception as error:
+            raise RuntimeError(f"{layer.name}: {type(error).__name__}: {error}") from error
+    row.update(total(case, direction, row["layers"]), copy_gb_s=bandwidth / 1e9)
+
+
+def lines(row: Row) -> str:
+    text = [f"\n{row['name']}", HEADER, *map(line, row["layers"])]
+    return "\n".join([*text, line(row) if row["ok"] else row["note"]])
 
 
 def main(argv: list[str]) -> int:
-    """Measures row by row. Returns 0, 1 if a row failed, 2 for bad arguments, 3 after a fatal error."""
+    """Measures row by row. Returns :func:`rows.run`'s code; 2 for bad arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m braze bench batch_norm --device cuda",
         description="Time on the device of a training forward, and of a backward, of BatchNormAct2d against "
@@ -190,46 +145,28 @@ def main(argv: list[str]) -> int:
         "flushed before each call; medians. floor = 3 (forward) or 5 (backward) passes, 4 and 6 with a "
         "residual, at the speed of a copy on the device.",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: rehearse")
-    parser.add_argument(
-        "--only", default="", help='cases with this in their name, like "bf16 NHWC"'
-    )
+    cuda_clock.add_option(parser)
     parser.add_argument("--quick", action="store_true", help="four of the twelve shapes")
     parser.add_argument("--batch", type=int, help="images, instead of 256 or 32")
     parser.add_argument("--seconds", type=float, default=0.3, help="per layer (default 0.3)")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file, row by row")
-    parser.add_argument("--skip-file", type=Path, help="a JSON list of row names to leave out")
-    parser.add_argument("--rows", action="store_true", help="print each row as ROW {json}")
+    rows.add_options(parser)
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no CUDA device; --device cpu rehearses")
-    cases = [case for case in CASES if arguments.only in case.name]
-    if not cases:
-        names = ", ".join(case.name for case in CASES)
-        parser.error(f"no case's name contains '{arguments.only}'; there are: {names}")
-    skip = set(json.loads(arguments.skip_file.read_text()) if arguments.skip_file else [])
-    clock: Clock = CudaClock() if arguments.device == "cuda" else RehearsalClock()
+    names = rows.choose(parser, [case.name for case in CASES], arguments.only)
+    clock = cuda_clock.open_clock(parser, arguments.device)
     bandwidth = clock.copy_bandwidth()
-    result: dict[str, Any] = {"build": braze.build_info(), **clock.facts(), "rows": []}
-    print(f"{result['name']}: a copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
     layers = select(resnet50_layers(), arguments.quick)
+    cases = [case for case in CASES if case.name in names]
     if arguments.batch is not None:
         cases = list(dict.fromkeys(replace(case, batch=arguments.batch) for case in cases))
-    for case in cases:
-        for direction in PASSES:
-            if f"{case.name} / {direction}" in skip:
-                continue
-            if arguments.rows:
-                announce(f"{case.name} / {direction}")
-            row = measure(case, layers, direction, clock, bandwidth, arguments.seconds)
-            result["rows"].append(row)
-            if arguments.rows:
-                emit(row)
-            if arguments.json is not None:
-                write_json(result, arguments.json)
-            if is_fatal(row["note"]):
-                return 3
-    return 0 if all(row["ok"] for row in result["rows"]) else 1
+
+    def work(case: Case, direction: str) -> Work:
+        fixed = (case, layers, direction, clock, bandwidth, arguments.seconds)
+        return Work(f"{case.name} / {direction}", lambda row: measure(*fixed, row))
+
+    result: dict[str, Any] = {"build": braze.build_info(), **clock.facts()}
+    print(f"{result['name']}: a copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
+    every = [work(case, direction) for case in cases for direction in PASSES]
+    return rows.run(every, arguments, result, lines)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import braze
@@ -18,8 +16,9 @@ from braze.nn import _dropout_functional as ours
 from torch import Tensor
 from torch.nn import functional as theirs
 
-from .files import announce, emit, is_fatal, write_json
-from .optim_device import Cuda
+from . import cuda_clock, rows
+from .cuda_clock import Cuda
+from .rows import Row, Work, goal
 from .timing import interleave, stream_bandwidth
 
 Call = Callable[[Tensor], Tensor]
@@ -62,6 +61,8 @@ OPERATIONS = {
     ),
 }
 ELEMENTS = {"cpu": (2**20, 2**22), "cuda": (2**22, 2**26)}
+# Of what a copy reaches in the same process, for tensors beyond L2.
+COPY_GOAL = 0.85
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -135,86 +136,70 @@ def _on_cuda(cell: Cell, device: Cuda, seconds: float) -> dict[str, Any]:
     }
 
 
-def measure(cell: Cell, device: Cuda | None, bandwidth: float, seconds: float) -> dict[str, Any]:
-    """One row. Rows never raise: what went wrong is in ``note``."""
-    row: dict[str, Any] = {"name": cell.name, "ok": False}
-    try:
-        if device is not None:
-            row.update(_on_cuda(cell, device, seconds))
-        else:
-            times = interleave(cell.calls("cpu"), seconds)
-            row.update(
-                torch_us=times["torch"].minimum * 1e6,
-                braze_us=times["braze"].minimum * 1e6,
-                ratio_min=times["torch"].minimum / times["braze"].minimum,
-                ratio_median=times["torch"].median / times["braze"].median,
-                goal=OPERATIONS[cell.operation].goals[cell.both],
-            )
-    except Exception as error:
-        return {**row, "note": f"{type(error).__name__}: {error}"[:500]}
-    return {**row, "ok": True, "floor_us": cell.bytes_moved / bandwidth * 1e6}
+def measure(cell: Cell, device: Cuda | None, bandwidth: float, seconds: float, row: Row) -> None:
+    """One row."""
+    floor = row["floor_us"] = cell.bytes_moved / bandwidth * 1e6
+    if device is None:
+        times = interleave(cell.calls("cpu"), seconds)
+        row.update(
+            torch_us=times["torch"].minimum * 1e6,
+            braze_us=times["braze"].minimum * 1e6,
+            ratio_min=times["torch"].minimum / times["braze"].minimum,
+            ratio_median=times["torch"].median / times["braze"].median,
+            goal=OPERATIONS[cell.operation].goals[cell.both],
+        )
+        return
+    row.update(_on_cuda(cell, device, seconds), copy_gb_s=bandwidth / 1e9)
+    row["of_copy"] = share = floor / row["device_us"]
+    if cell.numel == max(ELEMENTS["cuda"]) and not cell.both:
+        text = f"{cell.name}: at least {COPY_GOAL} of a copy"
+        row["goals"] = [goal(text, share, share >= COPY_GOAL)]
 
 
 def line(row: dict[str, Any]) -> str:
     if "ratio_min" not in row:
         return f"{row['name']:38}{row.get('note', '')}"
-    goal = f"{row['goal']:6.0f}" if row.get("goal") else "     -"
-    speed = f"{row['gb_s']:8.0f}" if "gb_s" in row else ""
+    wanted = f"{row['goal']:6.0f}" if row.get("goal") else "     -"
+    speed = f"{row['gb_s']:8.0f}{row['of_copy']:9.2f}" if "gb_s" in row else ""
     return (
         f"{row['name']:38}{row['torch_us']:11.1f}{row['braze_us']:11.1f}{row['ratio_min']:10.2f}"
-        f"{row['ratio_median']:8.2f}{goal}{row['floor_us']:10.1f}{speed}"
+        f"{row['ratio_median']:8.2f}{wanted}{row['floor_us']:10.1f}{speed}"
     )
 
 
 def main(argv: list[str]) -> int:
-    """Measures row by row. Returns 0, 1 if a row failed, 2 for bad arguments, 3 after a fatal error."""
+    """Measures row by row. Returns :func:`rows.run`'s code; 2 for bad arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m braze bench dropout",
         description="torch's dropout against braze's, interleaved; ratios above 1 mean braze is faster. "
         "floor = the bytes that must move / stream bandwidth (CUDA: speed of a copy).",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", default="", help="rows whose name contains this text")
     parser.add_argument("--seconds", type=float, default=1.0, help="per row (default 1)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="also write all figures to this file, row by row")
-    parser.add_argument("--skip-file", type=Path, help="a JSON list of row names to leave out")
-    parser.add_argument("--rows", action="store_true", help="print each row as ROW {json}")
+    rows.add_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.threads < 1:
         parser.error(f"--threads must be at least 1, got {arguments.threads}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no CUDA device")
-    chosen = [cell for cell in cells(arguments.device) if arguments.only in cell.name]
-    if not chosen:
-        parser.error(f"no row's name contains '{arguments.only}'; see a run without --only")
-    skip = set(json.loads(arguments.skip_file.read_text()) if arguments.skip_file else [])
+    every = {cell.name: cell for cell in cells(arguments.device)}
+    chosen = rows.choose(parser, list(every), arguments.only)
+    cuda_clock.check(parser, arguments.device)
     torch.set_num_threads(arguments.threads)
     device = Cuda() if arguments.device == "cuda" else None
     bandwidth = stream_bandwidth() if device is None else device.copy_bandwidth()
     where = f"{arguments.threads} threads" if device is None else device.facts()["name"]
-    result: dict[str, Any] = {"build": braze.build_info(), "where": where, "rows": []}
+    result: dict[str, Any] = {"build": braze.build_info(), "where": where}
     result["bandwidth_gb_s"] = bandwidth / 1e9
     print(f"{where}, {bandwidth / 1e9:.1f} GB/s, p = {P}")
     print(
         f"{'row':38}{'torch us':>11}{'braze us':>11}{'ratio min':>10}{'median':>8}{'goal':>6}"
-        f"{'floor us':>10}{'GB/s' if device else '':>8}"
+        f"{'floor us':>10}{'    GB/s  of copy' if device else ''}"
     )
-    for cell in chosen:
-        if cell.name in skip:
-            continue
-        if arguments.rows:
-            announce(cell.name)
-        row = measure(cell, device, bandwidth, arguments.seconds)
-        result["rows"].append(row)
-        print(line(row), flush=True)
-        if arguments.rows:
-            emit(row)
-        if arguments.json is not None:
-            write_json(result, arguments.json)
-        if is_fatal(row.get("note", "")):
-            return 3
-    return 0 if all(row["ok"] for row in result["rows"]) else 1
+
+    def work(cell: Cell) -> Work:
+        return Work(cell.name, lambda row: measure(cell, device, bandwidth, arguments.seconds, row))
+
+    return rows.run([work(every[name]) for name in chosen], arguments, result, line)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +45,3 @@ def collect_folder() -> Path | None:
     """The folder named by ``OUT``, if it is set: results are copied there too."""
     folder = os.environ.get("OUT", "")
     return Path(folder) if folder and Path(folder).is_dir() else None
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Puts ``new`` in the place of ``old``."""
-    if old.exists():
-        shutil.rmtree(old)
-    new.rename(old)
-
-
-def announce(name: str) -> None:
-    """Tells the driver which row is being measured, should this process not survive it."""
-    print(f"BEGIN {name}", flush=True)
-
-
-def emit(row: dict[str, Any]) -> None:
-    """Hands a finished row to the driver."""
-    print(f"ROW {json.dumps(row)}", flush=True)
-
-
-def is_fatal(note: str) -> bool:
-    """Whether that error leaves the CUDA context unusable: every later row would fail with it."""
-    return "CUDA error" in note and "captur" not in note

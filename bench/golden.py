@@ -1,5 +1,5 @@
-"""Bit comparison: the same optimizer steps and dropout masks on two devices, and against hashes of other
-machines.
+"""The same work on two devices: optimizer steps and dropout bit for bit, also against hashes of other machines;
+batch norm, whose sums have another order, within its tolerance.
 
 python -m bench.golden --device cpu --write bench/goldens.json
 python -m bench.golden --device cuda        compares with the CPU here and with bench/goldens.json
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +18,24 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .files import announce, emit, is_fatal, read_json, write_json
-from .golden_cases import CASES, LAYOUTS, Case
-from .golden_masks import MASKS, Mask
+from . import cuda_clock, rows
+from .files import read_json, write_json
+from .golden_cases import CASES, LAYOUTS, Case, values
+from .golden_passes import PASSES, Pass
 from .host import load_emulated
+from .rows import Row, Work
 
 GOLDENS = Path(__file__).with_name("goldens.json")
 UPDATES = 3
 WEIGHTS = (1.0, 2.5, 0.25)
 Results = dict[str, Tensor]
+EVERY: tuple[Case | Pass, ...] = (*CASES, *PASSES)
 
 
-def values(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Finite numbers between 2^-9 and 2 and zeros of both signs, from a hash: the same with any torch."""
-    real = torch.view_as_real(torch.empty(0, dtype=dtype)).dtype if dtype.is_complex else dtype
-    count = torch.Size(shape).numel() * (2 if dtype.is_complex else 1)
-    raw = hashlib.shake_128(key.encode()).digest(8 * count)
-    words = torch.frombuffer(bytearray(raw or bytes(8)), dtype=torch.int32)[: 2 * count].view(-1, 2)
-    # 24 bits and a power of two: exact in fp32. One in 64 is zero.
-    x = (words[:, 0] >> 8).to(torch.float32) * 2.0**-22
-    x = x * torch.pow(2.0, -(words[:, 1] & 7).to(torch.float32))
-    x = torch.where((words[:, 1] >> 8) & 63 == 0, x * 0.0, x).to(real)
-    return torch.view_as_complex(x.view(*shape, 2)) if dtype.is_complex else x.view(shape)
-
-
-def run_case(case: Case | Mask, device: str) -> Results:
-    """Runs the case. Returns every parameter and every state tensor after it, or the mask, on the CPU."""
-    if isinstance(case, Mask):
+def run_case(case: Case | Pass, device: str) -> Results:
+    """Runs the case. Returns every parameter and every state tensor after it, or what the pass made, on the
+    CPU."""
+    if not isinstance(case, Case):
         return case.run(device)
     place, place_grad = LAYOUTS[case.layout]
     params = []
@@ -82,7 +71,7 @@ def run_case(case: Case | Mask, device: str) -> Results:
     return results
 
 
-def run_on(case: Case | Mask, device: str) -> Results:
+def run_on(case: Case | Pass, device: str) -> Results:
     """As run_case; "emulated" runs the CUDA sources on the CPU, by the emulator of the tests."""
     if device != "emulated":
         return run_case(case, device)
@@ -144,57 +133,62 @@ def self_check() -> str:
     return ""
 
 
-def _row(case: Case | Mask, device: str, goldens: dict[str, str], compare: bool) -> dict[str, Any]:
-    """Never raises: what went wrong is the row's."""
-    row: dict[str, Any] = {"name": case.name, "ok": False}
-    try:
-        results = run_on(case, device)
+def distance(ours: Results, theirs: Results, tolerance: float) -> str:
+    """As :func:`difference`, but for what is further apart than ``tolerance`` of the largest element."""
+    if list(ours) != list(theirs):
+        return difference(ours, theirs)
+    wrong = []
+    for name, a in ours.items():
+        b = theirs[name].double()
+        allowed = tolerance * float(b.abs().max()) if b.numel() else 0.0
+        worst = float((a.double() - b).abs().max()) if b.numel() else 0.0
+        if not worst <= allowed:  # nan too
+            wrong.append(f"{name}: off by {worst:.2e}, {allowed:.2e} allowed")
+    return f"{len(wrong)} of {len(ours)} tensors differ; {wrong[0]}" if wrong else ""
+
+
+def measure(
+    case: Case | Pass, device: str, goldens: dict[str, str], compare: bool, row: Row
+) -> None:
+    """One row."""
+    results = run_on(case, device)
+    notes = []
+    if case.tolerance is None:
         row["sha256"] = digest(results)
-        notes = []
-        if compare:
-            reference = results if device == "cpu" else run_case(case, "cpu")
+    if compare:
+        reference = results if device == "cpu" else run_case(case, "cpu")
+        if case.tolerance is None:
             found = difference(results, reference)
-            notes += [f"{device} against the CPU: {found}"] if found else []
-            known = goldens.get(case.name)
-            if known is not None and known != digest(reference):
-                notes.append("the CPU here computes other bits than goldens.json")
-            if known is not None and known != row["sha256"]:
-                notes.append(f"{device} computes other bits than goldens.json")
-            row["known"] = known is not None
-        row["ok"] = not notes
-        row["note"] = "; ".join(notes)[:500]
-    except Exception as error:
-        row["note"] = f"{type(error).__name__}: {error}"[:500]
-    return row
+        else:
+            found = distance(results, reference, case.tolerance)
+        notes += [f"{device} against the CPU: {found}"] if found else []
+        known = goldens.get(case.name)
+        if known is not None and known != digest(reference):
+            notes.append("the CPU here computes other bits than goldens.json")
+        if known is not None and known != row["sha256"]:
+            notes.append(f"{device} computes other bits than goldens.json")
+        row["known"] = known is not None
+    row["ok"] = not notes
+    row["note"] = "; ".join(notes)[:500]
 
 
-def select(only: str, short: bool, skip: Iterable[str]) -> list[Case | Mask]:
-    """Cases whose name contains ``only``, without those to skip."""
-    left_out = set(skip)
-    every: tuple[Case | Mask, ...] = (*CASES, *MASKS)
-    return [
-        c for c in every if only in c.name and c.name not in left_out and (c.short or not short)
-    ]
+def line(row: Row) -> str:
+    return f"{'ok  ' if row['ok'] else 'FAIL'} {row['name']} {row.get('note', '')}"
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 if every bit is as it should be, 1 otherwise, 2 for bad arguments, 3 after a fatal error."""
+    """Returns :func:`rows.run`'s code, 2 for bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m bench.golden", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda", "emulated"), default="cpu")
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--short", action="store_true", help="the sanitizers' small selection")
+    parser.add_argument("--short", action="store_true", help="a few of every kernel family")
     parser.add_argument("--no-compare", action="store_true", help="only run and hash")
     parser.add_argument("--goldens", type=Path, default=GOLDENS, help="hashes to compare with")
     parser.add_argument("--write", type=Path, help="write the hashes to this file")
-    parser.add_argument("--skip-file", type=Path, help="a JSON list of case names to leave out")
-    parser.add_argument("--rows", action="store_true", help="print each row as ROW {json}")
+    rows.add_options(parser)
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no CUDA device; use --device cpu")
-    skip = json.loads(arguments.skip_file.read_text()) if arguments.skip_file else []
-    cases = select(arguments.only, arguments.short, skip)
-    if not cases and not skip:
-        parser.error(f"no case's name contains '{arguments.only}'")
+    cuda_clock.check(parser, arguments.device)
+    names = rows.choose(parser, [case.name for case in EVERY], arguments.only)
+    cases = [c for c in EVERY if c.name in names and (c.short or not arguments.short)]
     compare = not arguments.no_compare
     if compare and arguments.write is None and not arguments.goldens.is_file():
         parser.error(f"{arguments.goldens} is missing; name it with --goldens, or make it: --write")
@@ -203,23 +197,18 @@ def main(argv: list[str]) -> int:
         print(f"golden: the comparison itself is broken: {broken}", file=sys.stderr)
         return 1
     goldens = {} if arguments.write else (read_json(arguments.goldens) or {}).get("cases", {})
-    rows = []
-    for case in cases:
-        if arguments.rows:
-            announce(case.name)
-        row = _row(case, arguments.device, goldens, compare)
-        rows.append(row)
-        if arguments.rows:
-            emit(row)
-        elif arguments.write is None or not row["ok"]:
-            print(f"{'ok  ' if row['ok'] else 'FAIL'} {row['name']} {row['note']}", flush=True)
-        if is_fatal(row["note"]):
-            return 3
-    failed = sum(not row["ok"] for row in rows)
-    if arguments.write is not None and not failed:
-        write_json({"cases": {row["name"]: row["sha256"] for row in rows}}, arguments.write)
-    print(f"{len(rows)} cases, {failed} failed", file=sys.stderr)
-    return 1 if failed else 0
+
+    def work(case: Case | Pass) -> Work:
+        return Work(case.name, lambda row: measure(case, arguments.device, goldens, compare, row))
+
+    result: dict[str, Any] = {}
+    code = rows.run(map(work, cases), arguments, result, line)
+    if arguments.write is not None and code == 0:
+        hashes = {row["name"]: row["sha256"] for row in result["rows"] if "sha256" in row}
+        write_json({"cases": hashes}, arguments.write)
+    failed = sum(row["ok"] is False for row in result["rows"])
+    print(f"{len(result['rows'])} cases, {failed} failed", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -31,11 +31,13 @@ class Cell:
     batch: int
     dtype: str
     size: int = 224
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
         size = "" if self.size == 224 else f" {self.size}px"
-        return f"{self.model} N={self.batch} {self.dtype}{size}"
+        device = "" if self.device == "cpu" else f" {self.device}"
+        return f"{self.model} N={self.batch} {self.dtype}{size}{device}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def _formatted(tensor: Tensor, layout: str) -> Tensor:
 
 def build(cell: Cell, contender: Contender, source: nn.Module, training: bool) -> nn.Module:
     """A copy of ``source`` as the contender runs it."""
-    model = copy.deepcopy(source).train(training)
+    model = copy.deepcopy(source).train(training).to(cell.device)
     if cell.dtype == CAST:
         model = model.bfloat16()
     if contender.who == "braze":
@@ -83,13 +85,26 @@ def images(cell: Cell, layout: str) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         x = models.example(cell.model, cell.batch, cell.size)
-    return _formatted(x.bfloat16() if cell.dtype == CAST else x, layout)
+    return _formatted(x.to(cell.device, torch.bfloat16 if cell.dtype == CAST else None), layout)
+
+
+def waiting(call: Call, device: str) -> Call:
+    """The call, ended when the device is done with it."""
+    if device == "cpu":
+        return call
+
+    def wait() -> Tensor:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return wait
 
 
 def autocast(cell: Cell) -> contextlib.AbstractContextManager[object]:
     if cell.dtype != "bf16":
         return contextlib.nullcontext()
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast(cell.device, torch.bfloat16)
 
 
 def settle(call: Callable[[], object]) -> float:

@@ -6,16 +6,26 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import braze
 import torch
 from torch import Tensor, nn
 
-from . import model_peak, models
-from .files import write_json
-from .model_cells import CAST, DTYPES, LAYOUTS, Call, Cell, Contender, build, contenders, settle
+from . import cuda_clock, model_peak, models, rows
+from .model_cells import (
+    CAST,
+    DTYPES,
+    LAYOUTS,
+    Call,
+    Cell,
+    Contender,
+    build,
+    contenders,
+    settle,
+    waiting,
+)
+from .rows import Row, Work
 from .timing import interleave
 
 # What is compared; the second is braze.
@@ -31,7 +41,8 @@ SAME_LAYOUT = (PAIRS[0], PAIRS[2])
 
 @dataclass(frozen=True)
 class Task:
-    """``goals``: by cell, how much faster than which contender braze should be, channels last, by minima."""
+    """``goals``: by cell, how much faster than which contender braze should be, channels last, by minima.
+    Cells are of every device."""
 
     name: str
     description: str
@@ -78,7 +89,8 @@ def _time(
     reference: Tensor | None = None
     for contender in wanted:
         try:
-            call = task.call(cell, contender, build(cell, contender, source, task.training))
+            model = build(cell, contender, source, task.training)
+            call = waiting(task.call(cell, contender, model), cell.device)
             compile_s = settle(call) if contender.who == "compile" else None
             torch.manual_seed(0)
             result = call()
@@ -107,24 +119,17 @@ def measure(
     wanted: Sequence[Contender],
     seconds: float,
     memory: bool,
-) -> dict[str, Any]:
-    """One row. It never raises, but for a model that is not to be had: what went wrong is in ``note``.
-
-    A contender that fails fails the row, except for torch.compile, which may lack a compiler.
-    """
-    row: dict[str, Any] = {"name": cell.name, "ok": False, "contenders": {}, "failed": {}}
-    try:
-        _time(task, cell, wanted, seconds, row)
-        if memory:
-            for contender in wanted:
-                if contender.who != "compile" and contender.name in row["contenders"]:
-                    peaks = model_peak.measure(task.name, cell, contender, torch.get_num_threads())
-                    row["contenders"][contender.name].update(peaks)
-    except models.ModelError:
-        raise
-    except Exception as error:
-        return {**row, "note": _reason(error)}
+    row: Row,
+) -> None:
+    """One row. A contender that fails fails it, except for torch.compile, which may lack a compiler."""
+    row["contenders"], row["failed"] = {}, {}
+    _time(task, cell, wanted, seconds, row)
     figures = row["contenders"]
+    if memory:
+        for contender in wanted:
+            if contender.who != "compile" and contender.name in figures:
+                peaks = model_peak.measure(task.name, cell, contender, torch.get_num_threads())
+                figures[contender.name].update(peaks)
     row["ratios"] = compare(figures, task.goals.get(cell, {}))
     row["needs_more_memory"] = [
         ours
@@ -134,13 +139,13 @@ def measure(
         and figures[ours]["peak_mb"] > model_peak.SLACK * figures[other]["peak_mb"]
     ]
     broken = [name for name in row["failed"] if not name.startswith("compile")]
-    return {**row, "ok": not (row["needs_more_memory"] or broken)}
+    row["ok"] = not (row["needs_more_memory"] or broken)
 
 
 HEADER = f"{'':16}{'min ms':>10}{'median':>10}{'differs':>10}{'compile s':>11}{'peak MB':>9}"
 
 
-def lines(row: Mapping[str, Any]) -> list[str]:
+def lines(row: Row) -> str:
     """What is printed of a row."""
     text = [f"\n{row['name']}"]
     if "ratios" in row:
@@ -156,17 +161,19 @@ def lines(row: Mapping[str, Any]) -> list[str]:
                 line += f"  goal {ratio['goal']:.2f} {'met' if ratio['met'] else 'MISSED'}"
             text.append(line)
         text += [f"  {name} needs MORE MEMORY than eager" for name in row["needs_more_memory"]]
-    text += [f"  {name} left out: {reason}" for name, reason in row["failed"].items()]
+    text += [f"  {name} left out: {reason}" for name, reason in row.get("failed", {}).items()]
     if "note" in row:
         text.append(f"  {row['note']}")
-    return text
+    return "\n".join(text)
 
 
 def chosen_cells(task: Task, arguments: argparse.Namespace) -> list[Cell]:
     """The default cells, or those of one model; batch, dtype and size as asked."""
-    cells = list(task.cells)
-    if arguments.model:
-        cells = [Cell(arguments.model, 8, dtype) for dtype in DTYPES]
+    device = arguments.device
+    cells = [cell for cell in task.cells if cell.device == device]
+    if arguments.model or not cells:
+        model = arguments.model or "resnet50"
+        cells = [Cell(model, 8, dtype, device=device) for dtype in DTYPES]
     changes = {"size": arguments.size}
     if arguments.batch is not None:
         changes["batch"] = arguments.batch
@@ -187,6 +194,7 @@ def _parser(task: Task) -> argparse.ArgumentParser:
         "a settled one.",
     )
     add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--model", help="one model: torchvision's name, or timm:NAME (default: some, with goals)")
     add("--batch", type=int, help="images (default: each cell's own; with --model 8)")
     add("--size", type=int, default=224, help="pixels on a side (default 224)")
@@ -203,33 +211,42 @@ def _parser(task: Task) -> argparse.ArgumentParser:
         help="peak memory of one call too, each contender in a process of its own; braze's may not be above "
         "eager's",
     )
-    add("--json", type=Path, help="also write all figures to this file, row by row")
+    rows.add_options(parser)
     return parser
 
 
 def main(task: Task, argv: list[str]) -> int:
-    """Returns 0; 1 if a row failed or braze needs more memory than eager; 2 for bad arguments."""
+    """Returns :func:`rows.run`'s code (a row in which braze needs more memory than eager has failed); 2 for bad
+    arguments."""
     parser = _parser(task)
     arguments = parser.parse_args(argv)
     for name in ("threads", "batch", "size"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.memory and arguments.device != "cpu":
+        parser.error("--memory measures this process's memory, not a device's")
     if arguments.memory and (reason := model_peak.why_not()) is not None:
         parser.error(f"--memory: {reason}")
+    cuda_clock.check(parser, arguments.device)
     layouts = LAYOUTS if arguments.layout == "both" else (arguments.layout,)
     wanted = contenders(layouts, arguments.compile)
+    every = {cell.name: cell for cell in chosen_cells(task, arguments)}
+    cells = [every[name] for name in rows.choose(parser, list(every), arguments.only)]
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"build": braze.build_info(), "threads": arguments.threads, "rows": []}
-    print(f"{arguments.threads} threads\n{HEADER}")
-    for cell in chosen_cells(task, arguments):
-        try:
-            row = measure(task, cell, wanted, arguments.seconds, arguments.memory)
-        except models.ModelError as error:
-            parser.error(str(error))
-        result["rows"].append(row)
-        print("\n".join(lines(row)), flush=True)
-        if arguments.json is not None:
-            write_json(result, arguments.json)
+
+    def work(cell: Cell) -> Work:
+        fixed = (task, cell, wanted, arguments.seconds, arguments.memory)
+        return Work(cell.name, lambda row: measure(*fixed, row))
+
+    where = f"{arguments.threads} threads"
+    result: dict[str, Any] = {"build": braze.build_info(), "threads": arguments.threads}
+    if arguments.device == "cuda":
+        where = result["name"] = torch.cuda.get_device_name()
+    print(f"{where}\n{HEADER}")
+    try:
+        code = rows.run(map(work, cells), arguments, result, lines)
+    except models.ModelError as error:
+        parser.error(str(error))
     if arguments.json is not None:
         print(f"\nwritten: {arguments.json}", file=sys.stderr)
-    return 0 if all(row["ok"] for row in result["rows"]) else 1
+    return code

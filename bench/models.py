@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .rows import Hopeless
+
 TORCHVISION = (
     "resnet18",
     "resnet50",
@@ -83,7 +85,7 @@ _SMALLEST = {"inception_v3": 299, "timm:inception_v4": 96}
 _stand_ins: list[torch.library.Library] = []
 
 
-class ModelError(ValueError):
+class ModelError(Hopeless):
     """A network is not to be had: its package is missing, or no network has that name."""
 
 

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+# What the extensions are compiled from.
+BUILT = ("csrc/**/*", "cmake/**/*", "CMakeLists.txt")
 _KERNELS = ("csrc/cuda/**/*", "csrc/math/**/*", "csrc/plan/**/*", "csrc/ops/*_cuda.cpp")
 # What runs on the GPU in each kernel family, and what decides which work it gets.
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -53,8 +55,3 @@ def digest(root: Path, globs: Iterable[str]) -> str:
         total.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
         total.update(content)
     return total.hexdigest()
-
-
-def family_digest(root: Path, family: str) -> str:
-    """The hash that a result of this kernel family carries as ``sources``."""
-    return digest(root, FAMILIES[family])

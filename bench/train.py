@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 def call(cell: Cell, contender: Contender, model: nn.Module) -> Call:
     """One step: gradients dropped, forward, the heads' losses, backward. No optimizer."""
     x = images(cell, contender.layout)
-    labels = models.labels(cell.batch)
+    labels = models.labels(cell.batch).to(cell.device)
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -63,3 +65,7 @@ TASK = Task(
 def main(argv: list[str]) -> int:
     """Measures cell by cell; the exit codes are :func:`model_run.main`'s."""
     return model_run.main(TASK, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -18,19 +18,21 @@ import torch
 from braze.__main__ import main
 from braze.bench import (
     cells,
+    cuda_clock,
     debt,
     files,
     golden,
     golden_cases,
-    golden_masks,
+    golden_passes,
+    gpu_steps,
     host,
     optim_cuda,
-    optim_device,
+    rows,
     sources,
 )
 
 ROOT = Path(__file__).parents[1]
-ALL_KINDS = sum(debt.KINDS.values(), ())
+STEPS = [step for step in gpu_steps.STEPS if step.name != "build"]
 
 
 # ------------------------------------------------------------------ hashes
@@ -49,10 +51,11 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_hash_sees_every_change_that_matters_and_no_other(checkout: Path) -> None:
-    seen = {sources.family_digest(checkout, "optimizer")}
+    globs = sources.FAMILIES["optimizer"]
+    seen = {sources.digest(checkout, globs)}
 
     def changed() -> bool:
-        new = sources.family_digest(checkout, "optimizer")
+        new = sources.digest(checkout, globs)
         was_new = new not in seen
         seen.add(new)
         return was_new
@@ -86,28 +89,26 @@ def test_root_is_found_from_below_and_its_absence_is_told(checkout: Path) -> Non
 # -------------------------------------------------------------------- debt
 
 
-def result(root: Path, gpu_name: str, kind: str, **changes: Any) -> None:
-    family = next(name for name, kinds in debt.KINDS.items() if kind in kinds)
-    data = {
-        "kind": kind,
-        "family": family,
-        "sources": sources.family_digest(root, family),
-        "device": {"type": "cuda", "name": gpu_name},
-        "date": "2026-01-02T00:00:00+00:00",
-        "complete": True,
-        "ok": True,
-        **changes,
+def result(root: Path, gpu_name: str, only: str = "", **changes: Any) -> None:
+    """Steps' verdicts of that GPU; those of ``only`` one, or of all."""
+    steps = {
+        step.name: {
+            "sources": step.sources(root),
+            "device": gpu_name,
+            "date": "2026-01-02T00:00:00+00:00",
+            "complete": True,
+            "ok": True,
+            **(changes if step.name == only else {}),
+        }
+        for step in STEPS
+        if only in ("", step.name) or "type" not in changes
     }
-    files.write_json(data, root / "bench" / "results" / files.slug(gpu_name) / f"{kind}.json")
-
-
-def all_results(root: Path) -> None:
-    for kind in ALL_KINDS:
-        result(root, "NVIDIA H200", kind)
+    data = {"device": {"type": changes.get("type", "cuda"), "name": gpu_name}, "steps": steps}
+    files.write_json(data, root / "bench" / "results" / files.slug(gpu_name) / "gpu.json")
 
 
 def test_no_debt(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    all_results(checkout)
+    result(checkout, "NVIDIA H200")
     assert main(["bench", "debt", "--root", str(checkout)]) == 0
     assert "no debt" in capsys.readouterr().out
 
@@ -115,39 +116,39 @@ def test_no_debt(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sources": "0" * 64}, "golden was measured on other sources (newest: NVIDIA H200"),
-        ({"ok": False}, "golden failed"),
-        ({"complete": False}, "golden is incomplete"),
-        ({"available": False}, "golden was not available"),
-        ({"device": {"type": "cpu"}}, "no golden result of any GPU"),
-        ({"family": "batch_norm"}, "no golden result of any GPU"),
+        ({"sources": "0" * 64}, "measured on other sources (newest: NVIDIA H200"),
+        ({"ok": False}, "failed"),
+        ({"complete": False}, "incomplete"),
+        ({"available": False}, "not available"),
     ],
 )
 def test_debt(
     checkout: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
 ) -> None:
-    all_results(checkout)
-    result(checkout, "NVIDIA H200", "golden", **changes)
+    result(checkout, "NVIDIA H200", "bits", **changes)
     assert main(["bench", "debt", "--root", str(checkout)]) == 1
     out = capsys.readouterr().out
-    assert f"optimizer: {words}" in out and out.count("optimizer:") == 1 and "make gpu" in out
+    assert f"bits: {words}" in out and out.count("NVIDIA H200") == 1 and "make gpu" in out
 
 
 def test_debt_takes_the_newest_result_for_the_present_sources(checkout: Path) -> None:
-    all_results(checkout)
-    result(checkout, "A100", "golden", date="2026-02-01", sources="old")
+    result(checkout, "NVIDIA H200")
+    later = {"date": "2026-02-01"}
+    result(checkout, "A100", "bits", sources="old", **later)
     assert debt.find_debt(checkout) == []
-    result(checkout, "A100", "golden", date="2026-02-01", available=False)
+    result(checkout, "A100", "bits", available=False, **later)
     assert debt.find_debt(checkout) == []
-    result(checkout, "A100", "golden", date="2026-02-01", ok=False)
+    result(checkout, "A100", "bits", ok=False, **later)
     assert len(debt.find_debt(checkout)) == 1
 
 
 def test_debt_and_damaged_or_missing_results(checkout: Path) -> None:
-    assert len(debt.find_debt(checkout)) == len(ALL_KINDS)
-    all_results(checkout)
-    (checkout / "bench/results/nvidia-h200/test.json").write_text('{"cut o')
-    assert debt.find_debt(checkout) == ["optimizer: no test result of any GPU"]
+    assert len(debt.find_debt(checkout)) == len(STEPS)
+    result(checkout, "rehearsal", type="cpu")
+    assert debt.find_debt(checkout)[0] == f"{STEPS[0].name}: no result of any GPU"
+    result(checkout, "NVIDIA H200")
+    (checkout / "bench/results/nvidia-h200/gpu.json").write_text('{"cut o')
+    assert len(debt.find_debt(checkout)) == len(STEPS)
 
 
 def test_debt_outside_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +217,12 @@ def test_golden_cases_cover_what_they_claim() -> None:
     cases = golden_cases.CASES
     assert len({c.name for c in cases}) == len(cases)
     known = json.loads((ROOT / "bench" / "goldens.json").read_text())["cases"]
-    assert set(known) == {c.name for c in (*cases, *golden_masks.MASKS)}
+    assert set(known) == {c.name for c in golden.EVERY if c.tolerance is None}
+    assert {type(c) for c in golden_passes.PASSES if c.short} == {
+        golden_passes.Mask,
+        golden_passes.Dropped,
+        golden_passes.Normed,
+    }
     assert {c.dtype for c in cases} >= {torch.float32, torch.float64, torch.bfloat16, torch.half}
     assert {c.layout for c in cases} == set(golden_cases.LAYOUTS)
     assert 20 <= sum(c.short for c in cases) <= 60
@@ -225,7 +231,14 @@ def test_golden_cases_cover_what_they_claim() -> None:
     assert not strided.is_contiguous() and misaligned.data_ptr() % 16 != 0
 
 
-@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "CAG/all/fp16", "dropout"])
+def test_golden_tolerance_is_of_the_largest_element() -> None:
+    x = {"y": torch.tensor([1000.0, 1.0])}
+    near, far = {"y": x["y"] + 0.009}, {"y": x["y"] + 0.011}
+    assert golden.distance(near, x, 1e-5) == "" and "off by" in golden.distance(far, x, 1e-5)
+    assert golden.distance({"y": x["y"] * math.nan}, x, 1e-5) and golden.distance({}, x, 1.0)
+
+
+@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "CAG/all/fp16", "dropout", "dropped"])
 def test_this_machine_computes_the_committed_bits(name: str) -> None:
     assert golden.main(["--only", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
 
@@ -237,6 +250,8 @@ def test_the_emulated_device_computes_the_committed_bits() -> None:
     goldens = ["--goldens", str(ROOT / "bench/goldens.json")]
     assert golden.main(["--device", "emulated", "--only", "misaligned/bf16", *goldens]) == 0
     assert golden.main(["--device", "emulated", "--only", "dropout/1000/", *goldens]) == 0
+    assert golden.main(["--device", "emulated", "--only", "dropped", *goldens]) == 0
+    assert golden.main(["--device", "emulated", "--only", "batch_norm", *goldens]) == 0
 
 
 # ------------------------------------------------------------------- cells
@@ -259,12 +274,14 @@ def test_cells() -> None:
 def test_goals_are_judged() -> None:
     modes = {"fused": {"wall_us": 9000.0}, "braze": {"wall_us": 61.0, "device_us": 10.0}}
     by_name = {cell.name: cell for cell in cells.CUDA_CELLS}
-    missed = optim_cuda.goals(by_name["1000 x 1024"], "AdamW", modes)
+    missed = optim_cuda.goals(by_name["1000 x 1024"], "AdamW", modes, 3e12)
     assert [goal["met"] for goal in missed] == [False]
-    assert optim_cuda.goals(by_name["1000 x 1024"], "Adam", modes) == []
-    assert optim_cuda.goals(by_name["465 groups of 64"], "SGD", modes)[0]["met"]
-    fast = {"braze": {"wall_us": 1.0, "device_us": 28 * 1e8 / 4.2e12 * 1e6, "busy_us": None}}
-    assert optim_cuda.goals(by_name["fp32 100M"], "AdamW", fast)[0]["met"]
+    assert optim_cuda.goals(by_name["1000 x 1024"], "Adam", modes, 3e12) == []
+    assert optim_cuda.goals(by_name["465 groups of 64"], "SGD", modes, 3e12)[0]["met"]
+    # Of a copy on the same device, not of one device's rate.
+    fast = {"braze": {"wall_us": 1.0, "device_us": 28 * 1e8 / 2.9e12 * 1e6, "busy_us": None}}
+    assert optim_cuda.goals(by_name["fp32 100M"], "AdamW", fast, 3e12)[0]["met"]
+    assert not optim_cuda.goals(by_name["fp32 100M"], "AdamW", fast, 4.3e12)[0]["met"]
 
 
 def test_cuda_benchmark_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,7 +321,7 @@ class FakeGraph:
 
 
 @pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> optim_device.Cuda:
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> cuda_clock.Cuda:
     """The CUDA clock over a stand-in for torch.cuda, so that its code runs without a GPU."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     properties = SimpleNamespace(name="fake", multi_processor_count=1, L2_cache_size=60 << 20)
@@ -323,22 +340,34 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> optim_device.Cuda:
         "graph": lambda g: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(optim_device.Cuda, "name", "cpu")
-    return optim_device.Cuda()
+    monkeypatch.setattr(cuda_clock.Cuda, "name", "cpu")
+    monkeypatch.setattr(cuda_clock, "_FLUSH_BYTES", 4096)
+    return cuda_clock.Cuda()
+
+
+def measured(
+    cell: cells.Cell, name: str, device: cuda_clock.Clock, bandwidth: float
+) -> dict[str, Any]:
+    work = rows.Work("row", lambda row: optim_cuda.measure(cell, name, device, bandwidth, 0, row))
+    return rows.fill(work)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_cuda_clock(fake_cuda: optim_device.Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_clock(fake_cuda: cuda_clock.Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = cells.CELLS[0]
-    row = optim_cuda.measure(cell, "AdamW", fake_cuda, 1e12, 0)
+    row = measured(cell, "AdamW", fake_cuda, 1e12)
     ours = row["modes"]["braze"]
     assert row["ok"] and row["fits_l2"] and ours["device_us"] > 0 and ours["host_us"] > 0
-    assert "copies" in optim_cuda.count_launches(cell, "SGD", fake_cuda)["modes"]["braze"]
+    counted: dict[str, Any] = {}
+    optim_cuda.count_launches(cell, "SGD", fake_cuda, counted)
+    assert "copies" in counted["modes"]["braze"]
+    assert len(fake_cuda.cold(lambda: None, 3, 1e-3)) == 3
     # A spin that ended too early leaves nothing to measure.
     monkeypatch.setattr(FakeEvent, "done", True)
     late = fake_cuda.queued(lambda: None, 3, 1e-3)
     assert math.isnan(late.host) and math.isnan(late.device)
-    row = optim_cuda.measure(cell, "AdamW", fake_cuda, 1e12, 0)
+    assert fake_cuda.cold(lambda: None, 3, 1e-3) == []
+    row = measured(cell, "AdamW", fake_cuda, 1e12)
     assert row["modes"]["braze"]["device_us"] is None and row["gb_s"] > 0
     json.dumps(row, allow_nan=False)
 
@@ -346,17 +375,17 @@ def test_cuda_clock(fake_cuda: optim_device.Cuda, monkeypatch: pytest.MonkeyPatc
 def test_a_row_that_does_not_fit_is_skipped_and_a_failing_one_tells(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    device = optim_device.Rehearsal()
+    device = cuda_clock.Rehearsal()
     huge = cells.Cell("huge", ((2**34,),), torch.float32)
-    row = optim_cuda.measure(huge, "AdamW", device, 1e9, 0)
+    row = measured(huge, "AdamW", device, 1e9)
     assert row["skipped"] and "GiB are free" in row["note"]
 
     def explode(*_: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(optim_cuda, "contenders", explode)
-    row = optim_cuda.measure(cells.CUDA_CELLS[0], "AdamW", device, 1e9, 0)
-    assert not row["ok"] and files.is_fatal(row["note"])
+    row = measured(cells.CUDA_CELLS[0], "AdamW", device, 1e9)
+    assert not row["ok"] and rows.is_fatal(row["note"])
 
 
 def test_fit_recovers_a_line() -> None:

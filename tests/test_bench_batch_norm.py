@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from braze.__main__ import main
-from braze.bench import batch_norm, batch_norm_cases, batch_norm_cuda
+from braze.bench import batch_norm, batch_norm_cases, batch_norm_cuda, cuda_clock, rows
 from braze.bench.batch_norm_cases import Case, Layer
 from torch import nn
 
@@ -75,13 +75,13 @@ def row(layer: str, count: int, torch_us: float, braze_us: float) -> dict[str, A
 
 
 def test_sums_count_every_layer() -> None:
-    rows = [row("a", 3, 10.0, 5.0), row("b", 1, 6.0, 12.0)]
+    layers = [row("a", 3, 10.0, 5.0), row("b", 1, 6.0, 12.0)]
     case = Case("fp32", "NHWC", "relu", 8)
-    total = batch_norm.total(case, "forward", rows)
+    total = batch_norm.total(case, "forward", layers)
     assert total["torch_us"] == 36 and total["braze_us"] == 27 and total["layers"] == 4
     assert total["ratio_min"] == 36 / 27 and total["ratio_median"] == 36 / 54
     assert total["worst_layer"] == 0.5 and total["floor_us"] == 12 and total["goal"] == 2.2
-    assert batch_norm.total(Case("fp32", "NHWC", "silu", 8), "forward", rows)["goal"] is None
+    assert batch_norm.total(Case("fp32", "NHWC", "silu", 8), "forward", layers)["goal"] is None
 
 
 def test_goals_are_judged() -> None:
@@ -137,17 +137,20 @@ def test_a_failing_layer_fails_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("on purpose")
 
     monkeypatch.setattr(batch_norm_cuda, "contenders", broken)
-    clock = batch_norm_cuda.RehearsalClock()
     case = Case("fp32", "NHWC", "relu", 1)
-    failed = batch_norm_cuda.measure(case, [Layer(8, 4, 1)], "forward", clock, 1e9, 0.0)
+
+    def measured(layer: Layer) -> dict[str, Any]:
+        fixed = (case, [layer], "forward", cuda_clock.Rehearsal(), 1e9, 0.0)
+        return rows.fill(rows.Work("row", lambda row: batch_norm_cuda.measure(*fixed, row)))
+
+    failed = measured(Layer(8, 4, 1))
     assert not failed["ok"] and "8x4x4: ValueError: on purpose" in failed["note"]
-    large = Layer(2**20, 64, 1)
-    refused = batch_norm_cuda.measure(case, [large], "forward", clock, 1e9, 0.0)
+    refused = measured(Layer(2**20, 64, 1))
     assert not refused["ok"] and "GiB are free" in refused["note"]
 
 
 def test_a_slow_host_is_given_more_time() -> None:
-    class Slow(batch_norm_cuda.RehearsalClock):
+    class Slow(cuda_clock.Rehearsal):
         def __init__(self) -> None:
             self.asked: list[float] = []
 

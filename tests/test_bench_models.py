@@ -273,9 +273,9 @@ def test_goals_are_judged() -> None:
         return {"min_ms": ms, "median_ms": 2 * ms}
 
     seen = {"eager NHWC": figures(12.0), "eager NCHW": figures(30.0), "braze NHWC": figures(10.0)}
-    rows = model_run.compare(seen, {"eager NHWC": 1.35, "eager NCHW": 1.6})
-    assert [row["ratio_min"] for row in rows] == [1.2, 3.0]
-    assert [row["met"] for row in rows] == [False, True]
+    pairs = model_run.compare(seen, {"eager NHWC": 1.35, "eager NCHW": 1.6})
+    assert [pair["ratio_min"] for pair in pairs] == [1.2, 3.0]
+    assert [pair["met"] for pair in pairs] == [False, True]
     assert model_run.compare(seen, {})[0]["met"] is None
     for task in (train.TASK, infer.TASK):
         assert set(task.goals) <= set(task.cells)
@@ -290,7 +290,7 @@ def test_commands(
     assert main(["bench", bench, *SMALL, "--dtype", "fp32", "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     defaults = train.CELLS if bench == "train" else infer.CELLS
-    models_of = {cell.model for cell in defaults if cell.dtype == "fp32"}
+    models_of = {c.model for c in defaults if c.dtype == "fp32" and c.device == "cpu"}
     assert {row["name"].split()[0] for row in figures["rows"]} == models_of
     for row in figures["rows"]:
         assert row["ok"] and len(row["contenders"]) == 4 and len(row["ratios"]) == 3
@@ -309,7 +309,11 @@ def test_options_choose_cells() -> None:
         Cell("net", 8, "bf16 cast"),
     ]
     assert cells(infer.TASK, "--batch", "3", "--dtype", "bf16")[0] == Cell("resnet50", 3, "bf16")
-    assert len(cells(infer.TASK, "--batch", "3")) == len(infer.CELLS) - 1
+    on_cpu = [cell for cell in infer.CELLS if cell.device == "cpu"]
+    assert len(cells(infer.TASK, "--batch", "3")) == len(on_cpu) - 1
+    on_cuda = cells(infer.TASK, "--device", "cuda")
+    assert on_cuda and all(cell.name.endswith(" cuda") for cell in on_cuda)
+    assert {cell.device for cell in cells(train.TASK, "--device", "cuda")} == {"cuda"}
 
 
 def test_what_cannot_be_compiled_is_left_out_and_told(
@@ -375,6 +379,7 @@ def test_more_memory_than_eager_fails_the_row(net: None, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(model_peak, "measure", peaks)
     cell = Cell("net", 1, "fp32", 8)
-    row = model_run.measure(infer.TASK, cell, model_cells.contenders(("NHWC",), False), 0, True)
+    row: dict[str, Any] = {"name": cell.name}
+    model_run.measure(infer.TASK, cell, model_cells.contenders(("NHWC",), False), 0, True, row)
     assert not row["ok"] and row["needs_more_memory"] == ["braze NHWC"]
     assert "  braze NHWC needs MORE MEMORY than eager" in model_run.lines(row)
