@@ -100,13 +100,13 @@ STEPS = (
         80,
         60,
     ),
-    Step("tests", "gpu_tests", (), _QUICK_TESTS, 200, 190, 1e9),
-    Step("memcheck", "sanitize", ("--tool", "memcheck"), ("--device", "cpu"), 60, 100, 90),
+    Step("tests", "gpu_tests", (), _QUICK_TESTS, 180, 170, 1e9),
+    Step("memcheck", "sanitize", ("--tool", "memcheck"), ("--device", "cpu"), 80, 120, 240),
     # What is left for a second call.
     Step("bits", "golden", ("--device", "cuda"), _words("--device emulated --only l1"), 60, 120),
     Step("batch norm", "batch_norm_cuda", (), _QUICK_NORM, 200, 300, 60),
     Step("optimizer", "optim_cuda", (), _QUICK_OPTIM, 160, 300, 30),
     Step("dropout", "dropout", ("--device", "cuda"), _QUICK_DROPOUT, 60, 120, 20),
     Step("inference, all", "infer", ("--device", "cuda"), _QUICK_MODEL, 60, 120, 60),
-    Step("sanitizers", "sanitize", (), ("--device", "cpu"), 240, 400, 150),
+    Step("sanitizers", "sanitize", (), ("--device", "cpu"), 240, 400, 240),
 )
