@@ -5,21 +5,30 @@
 In an environment of its own (build/cuda-import, 5 GB, kept for the next time) with the CUDA build of
 the torch in this one. The CPU extension is taken over from here: builds of one torch version are
 interchangeable, which this checks by the way.
+
+First, what knows torch is compiled against the oldest torch with CUDA that is supported, headers and
+libraries alone, with the options of a GPU machine's build (bench/gpu_build.py).
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "build/cuda-import"
 PYTHON = HOME / "venv/bin/python"
+
+OLDEST = "2.11.0"
 
 LOADED = """
 import sys, torch, braze
@@ -43,7 +52,7 @@ assert text.endswith("-m braze build"), text
 """
 
 
-def run(command: list[str | Path], **environ: str) -> str:
+def run(command: list[str | Path], cwd: str = "/", **environ: str) -> str:
     """Runs ``command`` away from the source tree; prints its output and stops if it fails."""
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BRAZE_JIT")}
     tools = f"{Path(sys.executable).parent}:{keep['PATH']}"
@@ -53,7 +62,7 @@ def run(command: list[str | Path], **environ: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd="/",
+        cwd=cwd,
     )
     if done.returncode:
         sys.exit(f"{done.stdout}\nfailed: {' '.join(map(str, command))[:400]}")
@@ -65,12 +74,61 @@ def step(what: str, started: float) -> None:
     print(f"{time.monotonic() - started:5.0f} s  {what}", flush=True)
 
 
+def symbols(files: list[Path], *options: str) -> set[str]:
+    """Names in torch's namespaces that nm lists."""
+    text = run(["nm", "--format=just-symbols", *options, *files])
+    # Not what initialises a thread's variables, which may be missing.
+    return {n for n in text.split() if re.match(r"_Z(?!TH).*?(2at|3c10|5torch)", n)}
+
+
+def check_oldest() -> str:
+    """Compiles csrc/ops and bindings.cpp for both extensions, and looks for what torch does not have."""
+    home = HOME / OLDEST
+    libraries = sysconfig.get_paths(vars={"base": str(home / "venv")})["purelib"]
+    if not Path(libraries, "torch").exists():
+        run([sys.executable, "-m", "venv", "--without-pip", home / "venv"])
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps"]
+        run([*install, "--target", libraries, f"torch==={OLDEST}"])
+    options = {
+        "Python_EXECUTABLE": home / "venv/bin/python",
+        "CMAKE_CUDA_ARCHITECTURES": "90-real",
+        "BRAZE_CPU_SETS": "baseline",
+        "BRAZE_CUDA": "ON",
+        "BRAZE_WERROR": "ON",
+    }
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    build = home / "build"
+    run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
+    entries = [
+        entry
+        for entry in json.loads(run(["ninja", "-C", build, "-t", "compdb"]))
+        if entry["output"].endswith(".o") and re.search(r"csrc/(ops/|bindings)", entry["file"])
+    ]
+
+    def compile_one(entry: dict[str, str]) -> Path:
+        target = build / entry["output"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Unoptimised: only what is declared and what is called matters here.
+        run([*shlex.split(entry["command"]), "-O0"], cwd=entry["directory"])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, entries))
+    has = symbols(sorted(Path(libraries, "torch/lib").glob("*.so")), "-D", "--defined-only")
+    has |= symbols(objects, "--defined-only")
+    needs = {name for name in symbols(objects, "--undefined-only") if "braze" not in name}
+    if needs - has or len(needs) < 100:
+        sys.exit(f"torch {OLDEST} lacks {sorted(needs - has)[:10]}, of {len(needs)} names")
+    return f"torch {OLDEST} with CUDA: {len(objects)} files compiled; it has the {len(needs)} names they need"
+
+
 def main() -> int:
     """Runs all steps; stops with an error at the first that fails."""
     import braze
     import torch
 
     started = time.monotonic()
+    step(check_oldest(), started)
     version = torch.__version__.split("+")[0]
     if not PYTHON.exists():
         run([sys.executable, "-m", "venv", HOME / "venv"])

@@ -9,7 +9,7 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 int count_available() {
   int count = 1;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BRAZE_BASELINE_ONLY)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
     count = 2;

@@ -8,7 +8,7 @@
 #undef BRAZE_ISA
 #undef BRAZE_TARGET
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BRAZE_BASELINE_ONLY)
 #define BRAZE_F16C
 #define BRAZE_ISA avx2
 #define BRAZE_TARGET __attribute__((target("avx2,fma,f16c")))
