@@ -9,7 +9,7 @@ from test_batch_norm_kernels import FEW_BLOCKS, norm_program
 from test_emulated_kernels import run
 from test_kernel_mutants import barriers_unnoticed, mutants, mutated_sources, survivors_of
 
-UNITS, GRID = "batch_norm_units.cuh", "batch_norm_grid.cu"
+UNITS, GRID, LAST_BLOCK = "batch_norm_units.cuh", "batch_norm_grid.cu", "last_block.cuh"
 STATISTICS, APPLY = "batch_norm_statistics.cuh", "batch_norm_apply.cuh"
 BACKWARD, BACKWARD_LAUNCH = "batch_norm_backward.cuh", "batch_norm_backward.cu"
 LAUNCH = "batch_norm_launch.cu"
@@ -34,9 +34,9 @@ EXPRESSIONS = [
     (UNITS, "if (@word_ >= grid_.words@) {", "word_ > grid_.words"),
     (UNITS, "if (@unit.has(j)@) to_storage", "true"),
     (UNITS, "mine = @grid.channels_last@ ? channel + j", "false"),
-    (UNITS, "atomicAdd(ticket, 1u) == @blocks - 1@;", "blocks"),
-    (UNITS, "atomicAdd(ticket, 1u) == @blocks - 1@;", "0u"),
-    (UNITS, "if (@last[0]@) *ticket = 0;", "false"),
+    (LAST_BLOCK, "== @blocks - 1@;", "blocks"),
+    (LAST_BLOCK, "== @blocks - 1@;", "0u"),
+    (LAST_BLOCK, "if (@last[0]@) *ticket = 0;", "false"),
     (UNITS, "half = @(n + 1) / 2@;", "n / 2"),
     (UNITS, "if (@row < n - half@) {", "row < half"),
     (UNITS, "if (@row == 0@) {\n#pragma unroll\n      for (int i = 0; i < kTogether", "row < 2"),

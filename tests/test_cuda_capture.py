@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from braze import optim
+from braze.nn import BatchNormAct2d
 from devices import Device, assert_same, everything, values
 from torch import Tensor
 from torch.nn import Parameter
@@ -184,6 +186,45 @@ def test_launches_of_a_large_graph(device: Device) -> None:
         pair = make(device, "SGD", tuple((2,) for _ in range(50)))
         warm_up(device, pair)
         assert device.launches(device.capture(pair[1].step).replay) in (1, None)
+
+
+@pytest.mark.parametrize("kind", ["SGD, momentum", "AdamW"])
+def test_a_graph_outlives_its_optimizer(device: Device, kind: str) -> None:
+    """Its counter too: freed with the optimizer, every replay would count in memory of others."""
+    results = []
+    with device.on():
+        for outlives in (True, False):
+            params, optimizer = pair = make(device, kind)
+            warm_up(device, pair)
+            fill_gradients(params, 3)
+            graph = device.capture(optimizer.step)
+            state = [t for p in params for t in optimizer.state[p].values()]
+            groups = optimizer.param_groups  # lr and the like are the user's to keep
+            if outlives:
+                del optimizer, pair
+                gc.collect()
+            for _ in range(3):
+                graph.replay()
+            device.synchronize()
+            results.append([t.detach().to("cpu", copy=True) for t in (*params, *state)])
+            assert groups
+    assert_same(*results)
+
+
+def test_captured_batch_norms_fill_nothing(device: Device) -> None:
+    """What a reduction needs to be zero is zero before: no fill in the graph at every replay."""
+    with device.on():
+        norm = BatchNormAct2d(5).to(device.place)
+        x = values((3, 5, 6, 6), 1).to(device.place)
+        norm(x)
+        before = norm.running_mean.clone()
+        with torch.autograd.profiler.profile() as profile:
+            graph = device.capture(lambda: norm(x))
+        assert any("batch_norm" in event.name for event in profile.function_events)
+        assert not any("zero" in event.name for event in profile.function_events)
+        graph.replay()
+        device.synchronize()
+        assert not torch.equal(norm.running_mean, before)
 
 
 # ------------------------------------------------------------------ what cannot be captured

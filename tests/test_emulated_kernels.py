@@ -53,7 +53,7 @@ def kernels_program(
         pytest.skip(reason)
     sources = [together(), KERNELS / "intercept.cpp", KERNELS / "reference.cpp"]
     # Not every operation: each has a program of its own.
-    sources += [cuda / "device_table.cu", cuda / "optimizer_launch.cu"]
+    sources += [cuda / f"{name}.cu" for name in ("device_table", "optimizer_launch", "zeros")]
     return build.build_program(
         name, sources, variant, include=(*include, KERNELS, KERNELS / "include"), flags=FLAGS
     )

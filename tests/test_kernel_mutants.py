@@ -18,7 +18,7 @@ import pytest
 from test_emulated_kernels import FEW_BLOCKS, kernels_program, run
 
 KERNELS_FILE, ELEMENTS = "optimizer_kernels.cuh", "elements.cuh"
-TABLE, LAUNCH = "device_table.cu", "optimizer_launch.cu"
+TABLE, LAUNCH, ZEROS = "device_table.cu", "optimizer_launch.cu", "zeros.cu"
 MUTANTS = build.CACHE / "mutants"
 
 # (file, what is there, what stands there instead). A text that occurs several times is changed
@@ -42,10 +42,9 @@ EXPRESSIONS = [
      "false"),
     (KERNELS_FILE, "skipped = @argument.found_inf != nullptr && *argument.found_inf != 0.0f@",
      "argument.found_inf != nullptr && *argument.found_inf > 0.0f"),
-    (KERNELS_FILE, "if (@threadIdx.x == 0@) *argument.blocks_done = 0;", "false"),
-    (KERNELS_FILE, "== @gridDim.x - 1@;", "gridDim.x"),
-    (KERNELS_FILE, "== @gridDim.x - 1@;", "0u"),
-    (KERNELS_FILE, "if (@!last[0]@) return;", "false"),
+    (KERNELS_FILE, "(argument.blocks_done, @gridDim.x@)", "gridDim.x + 1"),
+    (KERNELS_FILE, "(argument.blocks_done, @gridDim.x@)", "1u"),
+    (KERNELS_FILE, "if (@!is_last_block(argument.blocks_done, gridDim.x)@) return;", "false"),
     (KERNELS_FILE, "@i < argument.num_tensors@;", "i < argument.num_tensors - 1"),
     (KERNELS_FILE, "@i < argument.num_tensors@;", "i < kBlockThreads && i < argument.num_tensors"),
     (KERNELS_FILE, "if (@prepared_hyper != now[i].hyper || prepared_step != step@)",
@@ -95,7 +94,8 @@ STATEMENTS = [
     (TABLE, "  uploaded_.clear();\n"),
     (TABLE, "  (void)mark_read(stream);"),
     (TABLE, "  if (error != cudaSuccess) (void)cudaStreamSynchronize(stream);"),
-    (LAUNCH, "  error = cudaMemsetAsync(counter, 0, sizeof(unsigned int), stream);"),
+    (ZEROS, "  error = cudaMemsetAsync(memory, 0, words * sizeof(unsigned int), stream);\n"),
+    (ZEROS, "  slab.free += words;\n"),
     (LAUNCH, "    if (const cudaError_t error = table_.upload(stream); error != cudaSuccess) "
              "return error;"),
 ]  # fmt: skip

@@ -7,6 +7,7 @@
 #include "../plan/batch_norm.h"
 #include "batch_norm_grid.h"
 #include "elements.cuh"
+#include "last_block.cuh"
 
 namespace braze::cuda {
 
@@ -223,21 +224,6 @@ template <int kLanes>
 constexpr int kMergedTogether = kLanes == 1 ? 1 : 2;
 template <class Item, int kLanes>
 constexpr int kMergeNumbers = kMergedTogether<kLanes> * Item::kNumbers * (kNormThreads / 2);
-
-// True in all threads of the last of `blocks` blocks that come here, once each; the others' writes
-// to memory before it are visible then. The ticket is zero before and after.
-__device__ __forceinline__ bool is_last_block(unsigned int* ticket, uint32_t blocks) {
-  BRAZE_SHARED(bool, last, 1);
-  __syncthreads();  // all threads of this block have written
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last[0] = atomicAdd(ticket, 1u) == blocks - 1;
-    if (last[0]) *ticket = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return last[0];
-}
 
 // Merges the rows of a block into row 0, in an order that their number alone decides. A thread is
 // at (row, column) and has one item per lane, of which the first `lanes` count; `make` gives a

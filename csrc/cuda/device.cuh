@@ -55,10 +55,6 @@ __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sy
 __device__ __forceinline__ uint4 load16(const void* address) {
   return *static_cast<const uint4*>(address);
 }
-// Not a plain store: nvcc splits those into four for some GPUs.
-__device__ __forceinline__ void store16(void* address, uint4 value) {
-  __stwb(static_cast<uint4*>(address), value);
-}
 
 }  // namespace braze::cuda
 

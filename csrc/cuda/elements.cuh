@@ -2,8 +2,8 @@
 // stride.
 #pragma once
 #include "../math/convert.h"
-#include "device.cuh"
 #include "optimizer_table.h"
+#include "ptx.cuh"
 
 namespace braze::cuda {
 

@@ -3,6 +3,7 @@
 // Formulas: math/optimizer.h.
 #pragma once
 #include "elements.cuh"
+#include "last_block.cuh"
 
 namespace braze::cuda {
 
@@ -259,15 +260,7 @@ __device__ __forceinline__ DType step_dtype(const TensorEntry& entry) {
 // Counts on: by the last block to finish, so that every block has read the old value.
 __device__ inline void advance_steps(const StepArgument& argument, bool skipped) {
   if (argument.blocks_done == nullptr) return;
-  BRAZE_SHARED(bool, last, 1);
-  __syncthreads();  // all threads of this block have read the counts they needed
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last[0] = atomicAdd(argument.blocks_done, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!last[0]) return;
-  if (threadIdx.x == 0) *argument.blocks_done = 0;
+  if (!is_last_block(argument.blocks_done, gridDim.x)) return;
   if (skipped) return;
   const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
   for (int i = static_cast<int>(threadIdx.x); i < argument.num_tensors; i += kBlockThreads) {

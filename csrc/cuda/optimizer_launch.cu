@@ -5,6 +5,7 @@
 
 #include "optimizer_kernels.cuh"
 #include "optimizer_launch.h"
+#include "zeros.h"
 
 namespace braze::cuda {
 namespace {
@@ -61,11 +62,6 @@ constexpr bool kMadeOnDevice =
 size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 }  // namespace
-
-// Errors are ignored: at the end of the process the driver may be gone already.
-StepLauncher::~StepLauncher() {
-  if (blocks_done_ != nullptr) (void)cudaFree(blocks_done_);
-}
 
 // Blocks of the kernel that the device runs at once.
 template <class Kernel>
@@ -248,23 +244,6 @@ void StepLauncher::place(size_t first, size_t count, bool capturing) {
   }
 }
 
-// A graph would run the memset at every replay, and memory cannot be allocated while one is
-// captured.
-cudaError_t StepLauncher::make_counter(bool capturing, cudaStream_t stream) {
-  if (blocks_done_ != nullptr) return cudaSuccess;
-  if (capturing) return cudaErrorStreamCaptureUnsupported;
-  unsigned int* counter = nullptr;
-  cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&counter), sizeof(unsigned int));
-  if (error != cudaSuccess) return error;
-  error = cudaMemsetAsync(counter, 0, sizeof(unsigned int), stream);
-  if (error != cudaSuccess) {
-    (void)cudaFree(counter);
-    return error;
-  }
-  blocks_done_ = counter;
-  return cudaSuccess;
-}
-
 template <class Op, bool kOnDevice>
 cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale scale, bool capturing,
                                        cudaStream_t stream) {
@@ -310,8 +289,9 @@ cudaError_t StepLauncher::launch(const StepWork& work, const std::vector<Hyper>&
     return error;
   }
   const bool capturing = status != cudaStreamCaptureStatusNone;
-  if (kOnDevice && has_steps_) {
-    if (const cudaError_t error = make_counter(capturing, stream); error != cudaSuccess) {
+  if (kOnDevice && has_steps_ && blocks_done_ == nullptr) {
+    if (capturing) return cudaErrorStreamCaptureUnsupported;
+    if (const cudaError_t error = take_zeros(1, false, &blocks_done_); error != cudaSuccess) {
       return error;
     }
   }

@@ -28,7 +28,6 @@ struct LossScale {
 class StepLauncher {
  public:
   StepLauncher() = default;
-  ~StepLauncher();
   StepLauncher(const StepLauncher&) = delete;
   StepLauncher& operator=(const StepLauncher&) = delete;
 
@@ -68,7 +67,6 @@ class StepLauncher {
   size_t hyper_size(size_t tensor) const;
   HyperRange hyper_range(size_t first, size_t count, bool wide) const;
   void place(size_t first, size_t count, bool capturing);
-  cudaError_t make_counter(bool capturing, cudaStream_t stream);
 
   int64_t generation_ = -1;
   int algorithm_ = -1;  // what entries_ were made for

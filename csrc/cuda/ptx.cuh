@@ -14,6 +14,26 @@ __device__ __forceinline__ uint32_t shared_address(const void* address) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(address));
 }
 
+// One 16-byte store to global memory; the address must be a multiple of 16. nvcc splits a plain one
+// into four for some GPUs, and its store functions make a strong one, which memory may not merge.
+__device__ __forceinline__ void store16(void* address, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+// Adds to a counter in global memory; returns what it was. Who finds this addition there sees what
+// this thread has seen.
+__device__ __forceinline__ unsigned int atomic_add_acq_rel(unsigned int* counter,
+                                                           unsigned int value) {
+  unsigned int before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(value)
+               : "memory");
+  return before;
+}
+
 // Starts a copy of 16 bytes, past registers and L1; both addresses are multiples of 16. The bytes
 // are there for this thread after a wait, for others after a barrier that follows it.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {

@@ -8,37 +8,49 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 
 #include "../cuda/batch_norm_launch.h"
+#include "../cuda/zeros.h"
 #include "launch_cuda.h"
 
 namespace braze {
 namespace {
 
 constexpr const char* kOwner = "batch_norm";
-constexpr int64_t kMinTickets = 4096;
+constexpr size_t kMinTickets = 4096;
 
 // Zeros that every launch leaves as zeros, one set per stream: launches on one stream follow each
-// other.
+// other. A graph may be replayed on any stream, beside others: each capture has sets of its own.
 class Tickets {
  public:
-  unsigned int* get(const at::Tensor& like, int device, cudaStream_t stream, size_t count) {
+  // Null where a stream is captured and nothing is left that was allocated before.
+  unsigned int* get(int device, cudaStream_t stream, size_t count) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long capture = 0;
+    check_launch(cudaStreamGetCaptureInfo(stream, &status, &capture), kOwner, "a kernel", device);
+    const bool capturing = status != cudaStreamCaptureStatusNone;
     const std::lock_guard lock(mutex_);
-    at::Tensor& tickets = by_stream_[{device, stream}];
-    if (!tickets.defined() || tickets.numel() < static_cast<int64_t>(count)) {
-      tickets = make(like, std::max(kMinTickets, static_cast<int64_t>(count)));
+    Set& set = sets_[{device, stream, capturing}];
+    if (set.count < count || (capturing && set.capture != capture)) {
+      const size_t wanted = std::max(kMinTickets, count);
+      unsigned int* zeros = nullptr;
+      const cudaError_t error = cuda::take_zeros(wanted, capturing, &zeros);
+      if (error == cudaErrorStreamCaptureUnsupported) return nullptr;
+      check_launch(error, kOwner, "a kernel", device);
+      set = {zeros, wanted, capture};
     }
-    return static_cast<unsigned int*>(tickets.mutable_data_ptr());
-  }
-
-  static at::Tensor make(const at::Tensor& like, int64_t count) {
-    return at::zeros({count}, like.options().dtype(at::kInt).requires_grad(false));
+    return set.zeros;
   }
 
  private:
+  struct Set {
+    unsigned int* zeros = nullptr;
+    size_t count = 0;
+    unsigned long long capture = 0;
+  };
   std::mutex mutex_;
-  std::map<std::pair<int, cudaStream_t>, at::Tensor> by_stream_;
+  std::map<std::tuple<int, cudaStream_t, bool>, Set> sets_;
 };
 
 // Never destroyed: at the end of the process the driver may be gone already.
@@ -57,14 +69,10 @@ struct Scratch {
     workspace = at::empty({static_cast<int64_t>(size.workspace)},
                           like.options().dtype(at::kByte).requires_grad(false));
     pointers.workspace = workspace.mutable_data_ptr();
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check_launch(cudaStreamIsCapturing(stream, &status), kOwner, "a kernel", device);
-    if (status == cudaStreamCaptureStatusNone) {
-      pointers.tickets = tickets().get(like, device, stream, size.tickets);
-      return;
-    }
-    // A graph may be replayed on any stream.
-    own_tickets = Tickets::make(like, static_cast<int64_t>(size.tickets));
+    pointers.tickets = tickets().get(device, stream, size.tickets);
+    if (pointers.tickets != nullptr) return;
+    own_tickets = at::zeros({static_cast<int64_t>(size.tickets)},
+                            like.options().dtype(at::kInt).requires_grad(false));
     pointers.tickets = static_cast<unsigned int*>(own_tickets.mutable_data_ptr());
   }
 };

@@ -50,6 +50,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   if (stream->legacy) return result(cudaErrorStreamCaptureUnsupported);
   if (stream->capture) return result(cudaErrorIllegalState);
   stream->capture = std::make_shared<Capture>();
+  static unsigned long long captures = 0;
+  stream->capture->id = ++captures;
   stream->capture->mode = mode;
   stream->capture->thread = std::this_thread::get_id();
   stream->capture->origin = stream;

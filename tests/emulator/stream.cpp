@@ -257,6 +257,11 @@ cudaError_t cudaStreamGetDevice(cudaStream_t handle, int* device) {
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
+  return cudaStreamGetCaptureInfo(handle, status);
+}
+
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id) {
   std::lock_guard lock(api_mutex());
   CUstream_st* stream = find_stream(handle);
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
@@ -264,6 +269,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
   give(status, invalid           ? cudaStreamCaptureStatusInvalidated
                : stream->capture ? cudaStreamCaptureStatusActive
                                  : cudaStreamCaptureStatusNone);
+  if (id != nullptr && stream->capture) give(id, stream->capture->id);
   return cudaSuccess;
 }
 

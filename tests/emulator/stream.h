@@ -25,6 +25,7 @@ struct Node {
 };
 
 struct Capture {
+  unsigned long long id;
   cudaStreamCaptureMode mode;
   std::thread::id thread;
   cudaStream_t origin;

@@ -28,6 +28,10 @@ inline float bf16_of(uint32_t word, int half) {
 
 namespace braze::cuda {
 
+inline unsigned int atomic_add_acq_rel(unsigned int* counter, unsigned int value) {
+  return atomicAdd(counter, value);
+}
+
 // As late as the hardware may: until the wait the destination is rubbish, and the source is read
 // only then.
 inline void cp_async16(void* shared, const void* global) {
