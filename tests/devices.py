@@ -157,6 +157,26 @@ class CudaDevice:
     def __init__(self) -> None:
         self.place = torch.device("cuda", torch.cuda.current_device())
         self.factories = OnDevice(self.place)
+        # Results are compared with the CPU's.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        self._visit_every_stream()
+
+    def _visit_every_stream(self) -> None:
+        """Batch norm keeps some memory for every stream that it has run on, which no test should be
+        blamed for. torch hands out the same few streams over and over."""
+        from braze.nn import functional
+
+        x = torch.ones(2, 1, 1, device=self.place)
+        visited: set[int] = set()
+        stream = torch.cuda.current_stream()
+        while stream.cuda_stream not in visited:
+            visited.add(stream.cuda_stream)
+            with torch.cuda.stream(stream):
+                functional.batch_norm(x, None, None, training=True)
+            stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
 
     @contextmanager
     def on(self) -> Iterator[None]:
