@@ -1,6 +1,7 @@
-"""Which device the tests' tensors are on: BRAZE_TEST_DEVICE=cpu (default), emulated or cuda.
+"""Which device the tests' tensors are on: BRAZE_TEST_DEVICE=cpu (default), emulated, fake or cuda.
 
 emulated: CPU tensors run through the CUDA host layer and kernels, on an emulator; no GPU needed.
+fake: CUDA tensors that are no GPU's, on the emulator; what a GPU could not read is an error as it is there.
 cuda: the same tests on the current CUDA device, each on a stream of its own.
 """
 
@@ -17,8 +18,9 @@ import torch
 
 # marker: the devices on which a test that has it is left out
 LEFT_OUT = {
-    "cpu_only": ("emulated", "cuda"),
-    "emulated_only": ("cuda",),
+    "cpu_only": ("emulated", "fake", "cuda"),
+    "emulated_only": ("fake", "cuda"),
+    "fake_lacks": ("fake",),
 }
 left_out_key = pytest.StashKey[Counter[str | None]]()
 
@@ -30,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     config.addinivalue_line("markers", "cpu_only(reason): not where tensors are on a device")
     config.addinivalue_line("markers", "emulated_only(reason): not on a GPU")
+    config.addinivalue_line(
+        "markers", "fake_lacks(reason): needs what the fake device does not have"
+    )
     if devices.MODE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("BRAZE_TEST_DEVICE=cuda, but torch.cuda.is_available() is False")
 
@@ -68,6 +73,10 @@ def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
         with used.on():
             yield
         return
+    if isinstance(used, devices.FakeDevice):
+        with used.stream(), used.factories:
+            yield
+        return
     with used.stream(), used.factories:
         before = _allocated()
         yield
@@ -99,7 +108,7 @@ def pytest_terminal_summary(
     for reason, count in config.stash.get(left_out_key, Counter()).items():
         terminalreporter.write_line(f"left out: {count} tests, {devices.MODE}: {reason}")
     used = devices.get() if devices.get.cache_info().currsize else None
-    if devices.MODE == "emulated" and isinstance(used, devices.EmulatedDevice):
+    if devices.MODE in ("emulated", "fake") and isinstance(used, devices.Emulator):
         module = used.module
         count = sum(module.launch_count(i) for i in range(2))
         terminalreporter.write_line(f"emulated launches: {count}, schedule: {module.schedule()}")

@@ -25,11 +25,16 @@ MODULE = ROOT / "csrc" / "ops" / "module_cuda.cpp"
 class Emulated(Protocol):
     """The module ``_emulated``. Streams and graphs are numbers; stream 0 is the default stream."""
 
+    __file__: str
     backend: object
 
     def enable(self, on: bool, /) -> None:
         """CPU tensors belong to the emulated device from now on, or no more."""
 
+    def install_fake_device(self) -> None:
+        """CUDA tensors belong to the emulated device, and no others, until the process ends."""
+
+    def default_generator(self, device: int, /) -> torch.Generator: ...
     def place(self, begin: int, size: int, device: int, /) -> None:
         """Puts memory on a device; all other memory is device 0's."""
 
@@ -80,7 +85,13 @@ def build(variant: str = "native") -> Path:
         variant,
         include=[EXTENSION / "include", EXTENSION, emulator_build.EMULATOR],
         flags=[part for folder in system for part in ("-isystem", str(folder))],
-        link=[f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"],
+        link=[
+            f"-L{libraries}",
+            f"-Wl,-rpath,{libraries}",
+            "-lc10",
+            "-ltorch_cpu",
+            "-ltorch_python",
+        ],
     )
 
 
@@ -110,3 +121,16 @@ def load(variant: str = "native") -> Emulated:
     sys.modules["_emulated"] = module
     _native._C.register_backend(module.backend)
     return cast(Emulated, module)
+
+
+@functools.cache
+def load_fake(variant: str = "native") -> Emulated:
+    """Also makes it the device of CUDA tensors, of which braze believes that it has kernels for them."""
+    from braze import _native
+
+    if torch.version.cuda is not None:
+        raise RuntimeError("this torch has CUDA, and no place for fake CUDA tensors")
+    module = load(variant)
+    module.install_fake_device()
+    _native.CUDA_FILE = Path(module.__file__)
+    return module

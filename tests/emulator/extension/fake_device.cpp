@@ -1,0 +1,426 @@
+#include "fake_device.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/util/strides.h>
+#include <cuda_runtime.h>
+#include <torch/library.h>
+
+#include <array>
+#include <new>
+#include <string>
+#include <string_view>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+namespace fake_device {
+namespace {
+
+constexpr c10::DeviceType kType = c10::kCUDA;
+constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::CUDA);
+constexpr c10::DispatchKeySet kHostKeys(c10::DispatchKey::CPU);
+
+c10::DeviceIndex current_device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return static_cast<c10::DeviceIndex>(device);
+}
+
+// ------------------------------------------------------------------ memory
+
+class Allocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
+    memory.unsafe_set_device({kType, current_device()});
+    return memory;
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return c10::GetCPUAllocator()->raw_deleter(); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+Allocator allocator;
+
+void release_storage(void* storage) { delete static_cast<c10::Storage*>(storage); }
+
+// The same memory on another device; it lives as long as either.
+c10::DataPtr shared(const c10::Storage& storage, c10::Device device) {
+  void* const data = storage.mutable_data();
+  return {data, new c10::Storage(storage), &release_storage, device};
+}
+
+c10::Storage storage_on(const c10::Storage& storage, c10::Device device) {
+  c10::Allocator* const source = device.is_cpu() ? c10::GetCPUAllocator() : &allocator;
+  return {c10::Storage::use_byte_size_t{}, storage.nbytes(), shared(storage, device), source, true};
+}
+
+void copy_geometry(const at::Tensor& from, const at::Tensor& to) {
+  to.unsafeGetTensorImpl()->set_sizes_and_strides(from.sizes(), from.strides(),
+                                                  from.storage_offset());
+}
+
+bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() && a.strides() == b.strides() &&
+         a.storage_offset() == b.storage_offset();
+}
+
+at::Tensor view_of(const at::Tensor& tensor, c10::Storage storage, c10::DispatchKeySet keys) {
+  at::Tensor view =
+      at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, tensor.dtype());
+  copy_geometry(tensor, view);
+  view._set_conj(tensor.is_conj());
+  view._set_neg(tensor.is_neg());
+  if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) {
+    view.unsafeGetTensorImpl()->set_wrapped_number(true);
+  }
+  return view;
+}
+
+// ------------------------------------------------------------------ operators
+
+// These read or write either device's memory.
+bool may_mix(const std::string& name) {
+  static const std::unordered_set<std::string_view> names = {
+      "aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_"};
+  return names.contains(name);
+}
+
+// Elsewhere a tensor without dimensions may be the CPU's: it is passed as a number.
+bool takes_no_number(const std::string& name) {
+  static const std::unordered_set<std::string_view> names = {"aten::equal", "aten::cat"};
+  return names.contains(name);
+}
+
+// One call of an operator with the device's tensors, as a call with the CPU's.
+class Call {
+ public:
+  explicit Call(const c10::OperatorHandle& op) : schema_(op.schema()) {}
+
+  void to_host(torch::jit::Stack& stack) {
+    const auto& arguments = schema_.arguments();
+    const size_t first = stack.size() - arguments.size();
+    for (size_t i = 0; i < arguments.size(); ++i) visit(arguments[i], stack[first + i]);
+    TORCH_CHECK(device_, schema_.name(), ": no argument is on the device");
+    for (const auto& [name, tensor, written] : on_host_) check_mixed(name, tensor, written);
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      const bool draws = arguments[i].type()->str().find("Generator") != std::string::npos;
+      if (draws) replace_generator(stack[first + i]);
+    }
+  }
+
+  void from_host(torch::jit::Stack& stack) {
+    for (const auto& [tensor, host] : tensors_) write_back(tensor, host);
+    for (size_t i = stack.size() - schema_.returns().size(); i < stack.size(); ++i) {
+      if (stack[i].isTensor()) {
+        stack[i] = result(stack[i].toTensor());
+      } else if (stack[i].isTensorList()) {
+        c10::List<at::Tensor> list;
+        for (const at::Tensor& tensor : stack[i].toTensorVector()) list.push_back(result(tensor));
+        stack[i] = list;
+      }
+    }
+  }
+
+ private:
+  struct HostArgument {
+    std::string name;
+    at::Tensor tensor;
+    bool written;
+  };
+
+  void visit(const c10::Argument& argument, c10::IValue& value) {
+    const bool written = argument.alias_info() != nullptr && argument.alias_info()->isWrite();
+    if (value.isTensor()) {
+      value = host(argument.name(), value.toTensor(), written);
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& tensor : value.toTensorVector()) {
+        list.push_back(host(argument.name(), tensor, written));
+      }
+      value = list;
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> list;
+      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) {
+        list.push_back(tensor ? std::optional(host(argument.name(), *tensor, written)) : tensor);
+      }
+      value = list;
+    } else if (value.isDevice() && value.toDevice().type() == kType) {
+      const c10::Device device = value.toDevice();
+      if (!device_) device_ = device.has_index() ? device : c10::Device(kType, current_device());
+      value = c10::Device(c10::kCPU);
+    }
+  }
+
+  at::Tensor host(const std::string& name, const at::Tensor& tensor, bool written) {
+    if (!tensor.defined()) return tensor;
+    if (tensor.device().type() != kType) {
+      on_host_.push_back({name, tensor, written});
+      return tensor;
+    }
+    TORCH_CHECK(!device_ || may_mix(schema_.name()) || tensor.device() == *device_,
+                "Expected all tensors to be on the same device, but found at least two devices, ",
+                *device_, " and ", tensor.device(), "! (when checking argument ", name, " of ",
+                schema_.name(), ")");
+    if (!device_) device_ = tensor.device();
+    for (const auto& [seen, its_host] : tensors_) {
+      if (seen.is_same(tensor)) return its_host;
+    }
+    at::Tensor made = view_of(tensor, host_storage(tensor.storage()), kHostKeys);
+    tensors_.emplace_back(tensor, made);
+    return made;
+  }
+
+  // One for each storage, so that operators see which arguments overlap.
+  c10::Storage host_storage(const c10::Storage& storage) {
+    for (const auto& [seen, its_host] : storages_) {
+      if (seen.unsafeGetStorageImpl() == storage.unsafeGetStorageImpl()) return its_host;
+    }
+    c10::Storage made = storage_on(storage, c10::kCPU);
+    storages_.emplace_back(storage, made);
+    return made;
+  }
+
+  void check_mixed(const std::string& name, const at::Tensor& tensor, bool written) const {
+    const std::string& op = schema_.name();
+    const bool number = tensor.dim() == 0 && !written && !takes_no_number(op);
+    TORCH_CHECK(may_mix(op) || number,
+                "Expected all tensors to be on the same device, but found at least two devices, ",
+                *device_, " and ", tensor.device(), "! (when checking argument ", name, " of ", op,
+                ")");
+  }
+
+  void replace_generator(c10::IValue& value) const {
+    value =
+        host_generator(value.isNone() ? default_generator(device_->index()) : value.toGenerator());
+  }
+
+  // What an operator may change besides values: the size and the memory.
+  void write_back(const at::Tensor& tensor, const at::Tensor& host) const {
+    if (host.storage().data() != tensor.storage().data()) {
+      c10::StorageImpl* const storage = tensor.storage().unsafeGetStorageImpl();
+      storage->set_data_ptr_noswap(shared(host.storage(), tensor.device()));
+      storage->set_nbytes(host.storage().nbytes());
+    }
+    if (!same_geometry(tensor, host)) copy_geometry(host, tensor);
+  }
+
+  at::Tensor result(const at::Tensor& host) const {
+    if (!host.defined()) return host;
+    for (const auto& [tensor, its_host] : tensors_) {
+      if (its_host.is_same(host)) return tensor;
+    }
+    for (const HostArgument& argument : on_host_) {
+      if (argument.tensor.is_same(host)) return host;
+    }
+    for (const auto& [storage, its_host] : storages_) {
+      if (its_host.unsafeGetStorageImpl() == host.storage().unsafeGetStorageImpl()) {
+        return view_of(host, storage, kKeys);
+      }
+    }
+    return view_of(host, storage_on(host.storage(), *device_), kKeys);
+  }
+
+  const c10::FunctionSchema& schema_;
+  std::optional<c10::Device> device_;
+  std::vector<HostArgument> on_host_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> tensors_;
+  std::vector<std::pair<c10::Storage, c10::Storage>> storages_;
+};
+
+void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Call call(op);
+  call.to_host(*stack);
+  op.redispatchBoxed(kHostKeys, stack);
+  call.from_host(*stack);
+}
+
+c10::DeviceIndex index_of(std::optional<c10::Device> device) {
+  return device && device->has_index() ? device->index() : current_device();
+}
+
+class Guard {
+ public:
+  explicit Guard(std::optional<c10::Device> device) {
+    cudaGetDevice(&before_);
+    cudaSetDevice(index_of(device));
+  }
+  ~Guard() { cudaSetDevice(before_); }
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+at::Tensor empty(c10::IntArrayRef size, std::optional<c10::ScalarType> dtype,
+                 std::optional<c10::Layout>, std::optional<c10::Device> device, std::optional<bool>,
+                 std::optional<c10::MemoryFormat> format) {
+  const Guard guard(device);
+  return at::detail::empty_generic(size, &allocator, kKeys, c10::dtype_or_default(dtype), format);
+}
+
+at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride,
+                         std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
+                         std::optional<c10::Device> device, std::optional<bool>) {
+  const Guard guard(device);
+  return at::detail::empty_strided_generic(size, stride, &allocator, kKeys,
+                                           c10::dtype_or_default(dtype));
+}
+
+at::Tensor& set_storage(at::Tensor& self, c10::Storage source, int64_t offset,
+                        c10::IntArrayRef size, c10::IntArrayRef stride) {
+  c10::TensorImpl* const impl = self.unsafeGetTensorImpl();
+  impl->set_storage_keep_dtype(std::move(source));
+  impl->set_sizes_and_strides(
+      size, stride.empty() ? c10::contiguous_strides(size) : c10::DimVector(stride), offset);
+  return self;
+}
+
+at::Tensor& set_whole_storage(at::Tensor& self, c10::Storage source) {
+  const auto count = static_cast<int64_t>(source.nbytes() / self.dtype().itemsize());
+  return set_storage(self, std::move(source), 0, {count}, {1});
+}
+
+at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
+  return set_storage(self, source.storage(), source.storage_offset(), source.sizes(),
+                     source.strides());
+}
+
+// ------------------------------------------------------------------ generators
+
+class Generator final : public c10::GeneratorImpl {
+ public:
+  Generator(c10::DeviceIndex device, at::Generator source)
+      : GeneratorImpl({kType, device}, kKeys), host(std::move(source)) {}
+  void set_current_seed(uint64_t seed) override { host.set_current_seed(seed); }
+  void set_offset(uint64_t offset) override { host.set_offset(offset); }
+  uint64_t get_offset() const override { return host.get_offset(); }
+  uint64_t current_seed() const override { return host.current_seed(); }
+  uint64_t seed() override { return host.unsafeGetGeneratorImpl()->seed(); }
+  void set_state(const c10::TensorImpl& state) override {
+    host.unsafeGetGeneratorImpl()->set_state(state);
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    return host.unsafeGetGeneratorImpl()->get_state();
+  }
+
+  at::Generator host;
+
+ private:
+  GeneratorImpl* clone_impl() const override {
+    return new Generator(device_.index(), host.clone());
+  }
+};
+
+at::Generator make_generator(c10::DeviceIndex device) {
+  return at::make_generator<Generator>(device, at::detail::createCPUGenerator());
+}
+
+class Hooks final : public at::CUDAHooksInterface {
+ public:
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex device) const override {
+    return default_generator(device < 0 ? current_device() : device);
+  }
+  at::Generator getNewGenerator(c10::DeviceIndex device) const override {
+    return make_generator(device < 0 ? current_device() : device);
+  }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex getCurrentDevice() const override { return current_device(); }
+};
+
+// ------------------------------------------------------------------ the device's place in torch
+
+// Streams are the emulator's, of which torch knows nothing: here all is in order.
+class DeviceGuard final : public c10::impl::DeviceGuardImplInterface {
+ public:
+  c10::DeviceType type() const override { return kType; }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const c10::Device before = getDevice();
+    setDevice(device);
+    return before;
+  }
+  c10::Device getDevice() const override { return {kType, current_device()}; }
+  void setDevice(c10::Device device) const override { cudaSetDevice(device.index()); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    cudaSetDevice(device.index());
+  }
+  c10::Stream getStream(c10::Device device) const override {
+    return c10::Stream(c10::Stream::DEFAULT, device);
+  }
+  c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
+  c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
+    return getStream(device);
+  }
+  c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
+  c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  c10::DeviceIndex deviceCount() const noexcept override {
+    int count = 0;
+    cudaGetDeviceCount(&count);
+    return static_cast<c10::DeviceIndex>(count);
+  }
+  void record(void**, const c10::Stream&, const c10::DeviceIndex,
+              const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeEvent(void*) const override {}
+  void synchronizeDevice(const c10::DeviceIndex) const override {}
+  void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
+};
+
+bool is_installed = false;
+
+}  // namespace
+
+at::Generator host_generator(const at::Generator& generator) {
+  TORCH_CHECK(generator.device().type() == kType,
+              "Expected a 'cuda' device type for generator but found '", generator.device().type(),
+              "'");
+  return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->host;
+}
+
+const at::Generator& default_generator(int device) {
+  static const auto* const generators =
+      new std::array<at::Generator, 2>{make_generator(0), make_generator(1)};
+  return generators->at(static_cast<size_t>(device));
+}
+
+void install() {
+  if (std::exchange(is_installed, true)) return;
+  c10::SetAllocator(kType, &allocator);
+  static const DeviceGuard guard;
+  static const c10::impl::DeviceGuardImplRegistrar registrar(kType, &guard);
+  // torch looked for its hooks when it was imported, and keeps the ones that it found.
+  static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
+  new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks;
+  const auto any_operator = torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>;
+  static torch::Library fallback(torch::Library::IMPL, "_", c10::DispatchKey::CUDA, __FILE__,
+                                 __LINE__);
+  fallback.fallback(any_operator());
+  static torch::Library aten(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__,
+                             __LINE__);
+  aten.impl("empty.memory_format", empty);
+  aten.impl("empty_strided", empty_strided);
+  aten.impl("set_.source_Storage", set_whole_storage);
+  aten.impl("set_.source_Storage_storage_offset", set_storage);
+  aten.impl("set_.source_Tensor", set_tensor);
+  // These have code for all devices, which asks for a table of the device's kernels.
+  for (const char* name : {"copy_"}) aten.impl(name, any_operator());
+}
+
+bool installed() { return is_installed; }
+
+}  // namespace fake_device
