@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import devices
-import emulated
 import pytest
 import torch
 
@@ -58,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def device() -> devices.Device:
     """What the tests of the CUDA step run on, in every mode: never the CPU's own step."""
-    if devices.MODE != "cuda" and (reason := emulated.why_not(devices.VARIANT)) is not None:
+    if (reason := devices.why_not()) is not None:
         pytest.skip(reason)
     return devices.get()
 

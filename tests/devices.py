@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import emulated
+import fake_cuda
 import torch
 from reference import same_bits
 from torch import Tensor
@@ -188,18 +189,7 @@ class FakeDevice(ApartDevice, Emulator):
     GPU. torch's own operators run on the CPU, at once; they are not captured."""
 
     def __init__(self) -> None:
-        module = emulated.load_fake(VARIANT)
-        generators = tuple(module.default_generator(i) for i in range(2))
-        for name, value in {
-            "_lazy_init": lambda: None,
-            "is_available": lambda: True,
-            "is_initialized": lambda: True,
-            "device_count": lambda: 2,
-            "current_device": lambda: 0,
-            "is_current_stream_capturing": lambda: False,
-            "default_generators": generators,
-        }.items():
-            setattr(torch.cuda, name, value)
+        fake_cuda.load(VARIANT)
         super().__init__()
 
 
@@ -263,6 +253,13 @@ class CudaDevice(ApartDevice):
 
 
 Device = EmulatedDevice | FakeDevice | CudaDevice
+
+
+def why_not() -> str | None:
+    """None if ``get`` can work here, else the reason."""
+    if MODE == "cuda":
+        return None
+    return (fake_cuda if MODE == "fake" else emulated).why_not(VARIANT)
 
 
 @functools.cache

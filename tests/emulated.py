@@ -35,6 +35,10 @@ class Emulated(Protocol):
         """CUDA tensors belong to the emulated device, and no others, until the process ends."""
 
     def default_generator(self, device: int, /) -> torch.Generator: ...
+    def resize_storage(self, tensor: torch.Tensor, size: int, /) -> None: ...
+    def exchange_device(self, device: int, /) -> int:
+        """Makes a device the current one unless it is -1; returns the one before."""
+
     def place(self, begin: int, size: int, device: int, /) -> None:
         """Puts memory on a device; all other memory is device 0's."""
 
@@ -121,16 +125,3 @@ def load(variant: str = "native") -> Emulated:
     sys.modules["_emulated"] = module
     _native._C.register_backend(module.backend)
     return cast(Emulated, module)
-
-
-@functools.cache
-def load_fake(variant: str = "native") -> Emulated:
-    """Also makes it the device of CUDA tensors, of which braze believes that it has kernels for them."""
-    from braze import _native
-
-    if torch.version.cuda is not None:
-        raise RuntimeError("this torch has CUDA, and no place for fake CUDA tensors")
-    module = load(variant)
-    module.install_fake_device()
-    _native.CUDA_FILE = Path(module.__file__)
-    return module

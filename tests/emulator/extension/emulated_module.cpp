@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/Generator.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
 #include <map>
@@ -123,6 +124,22 @@ PyObject* install_fake_device(PyObject*, PyObject*) {
 
 PyObject* default_generator(PyObject*, PyObject* device) {
   return THPGenerator_Wrap(fake_device::default_generator(static_cast<int>(PyLong_AsLong(device))));
+}
+
+PyObject* resize_storage(PyObject*, PyObject* args) {
+  PyObject* tensor;
+  unsigned long long bytes;
+  if (!PyArg_ParseTuple(args, "OK", &tensor, &bytes)) return nullptr;
+  TRY((fake_device::resize_storage(THPVariable_Unpack(tensor).storage(), bytes), cudaSuccess));
+  return none();
+}
+
+PyObject* exchange_device(PyObject*, PyObject* device) {
+  int before = 0;
+  TRY(cudaGetDevice(&before));
+  const int wanted = static_cast<int>(PyLong_AsLong(device));
+  if (wanted >= 0) TRY(cudaSetDevice(wanted));
+  return PyLong_FromLong(before);
 }
 
 PyObject* place(PyObject*, PyObject* args) {
@@ -259,6 +276,9 @@ PyMethodDef methods[] = {
     {"install_fake_device", install_fake_device, METH_NOARGS,
      "CUDA tensors belong to the emulated device, and no others, until the process ends."},
     {"default_generator", default_generator, METH_O, "The generator of a fake device."},
+    {"resize_storage", resize_storage, METH_VARARGS, "Of a tensor of a fake device: bytes."},
+    {"exchange_device", exchange_device, METH_O,
+     "Makes a device the current one unless it is -1; returns the one before."},
     {"place", place, METH_VARARGS, "Puts memory [begin, begin + bytes) on a device."},
     {"clear_places", clear_places, METH_NOARGS, "All memory is device 0's again."},
     {"set_schedule", set_schedule, METH_VARARGS, "order, seed"},

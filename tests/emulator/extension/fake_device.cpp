@@ -11,7 +11,9 @@
 #include <cuda_runtime.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <cstring>
 #include <new>
 #include <string>
 #include <string_view>
@@ -72,6 +74,7 @@ bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
 }
 
 at::Tensor view_of(const at::Tensor& tensor, c10::Storage storage, c10::DispatchKeySet keys) {
+  if (tensor._is_zerotensor()) keys = keys.add(c10::DispatchKey::ZeroTensor);
   at::Tensor view =
       at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, tensor.dtype());
   copy_geometry(tensor, view);
@@ -418,9 +421,18 @@ void install() {
   aten.impl("set_.source_Storage_storage_offset", set_storage);
   aten.impl("set_.source_Tensor", set_tensor);
   // These have code for all devices, which asks for a table of the device's kernels.
-  for (const char* name : {"copy_"}) aten.impl(name, any_operator());
+  for (const char* name : {"copy_", "convolution", "convolution_backward"})
+    aten.impl(name, any_operator());
 }
 
 bool installed() { return is_installed; }
+
+void resize_storage(const c10::Storage& storage, size_t bytes) {
+  c10::DataPtr memory = allocator.allocate(bytes);
+  memory.unsafe_set_device(storage.device());
+  std::memcpy(memory.get(), storage.data(), std::min(bytes, storage.nbytes()));
+  storage.set_data_ptr_noswap(std::move(memory));
+  storage.set_nbytes(bytes);
+}
 
 }  // namespace fake_device
