@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/SparseTensorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
@@ -27,6 +28,8 @@ namespace {
 constexpr c10::DeviceType kType = c10::kCUDA;
 constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::CUDA);
 constexpr c10::DispatchKeySet kHostKeys(c10::DispatchKey::CPU);
+constexpr c10::DispatchKeySet kSparseKeys(c10::DispatchKey::SparseCUDA);
+constexpr c10::DispatchKeySet kSparseHostKeys(c10::DispatchKey::SparseCPU);
 
 c10::DeviceIndex current_device() {
   int device = 0;
@@ -84,6 +87,24 @@ at::Tensor view_of(const at::Tensor& tensor, c10::Storage storage, c10::Dispatch
     view.unsafeGetTensorImpl()->set_wrapped_number(true);
   }
   return view;
+}
+
+at::SparseTensorImpl* sparse(const at::Tensor& tensor) {
+  return static_cast<at::SparseTensorImpl*>(tensor.unsafeGetTensorImpl());
+}
+
+void set_sparse(const at::Tensor& tensor, const at::Tensor& like, const at::Tensor& indices,
+                const at::Tensor& values) {
+  sparse(tensor)->raw_resize_(sparse(like)->sparse_dim(), sparse(like)->dense_dim(), like.sizes());
+  sparse(tensor)->set_indices_and_values_unsafe(indices, values);
+  sparse(tensor)->set_coalesced(sparse(like)->coalesced());
+}
+
+at::Tensor sparse_of(const at::Tensor& like, const at::Tensor& indices, const at::Tensor& values,
+                     c10::DispatchKeySet keys) {
+  at::Tensor made = at::detail::make_tensor<at::SparseTensorImpl>(keys, like.dtype());
+  set_sparse(made, like, indices, values);
+  return made;
 }
 
 // ------------------------------------------------------------------ operators
@@ -175,7 +196,11 @@ class Call {
     for (const auto& [seen, its_host] : tensors_) {
       if (seen.is_same(tensor)) return its_host;
     }
-    at::Tensor made = view_of(tensor, host_storage(tensor.storage()), kHostKeys);
+    at::Tensor made =
+        tensor.is_sparse()
+            ? sparse_of(tensor, host(name, sparse(tensor)->indices(), written),
+                        host(name, sparse(tensor)->values(), written), kSparseHostKeys)
+            : view_of(tensor, host_storage(tensor.storage()), kHostKeys);
     tensors_.emplace_back(tensor, made);
     return made;
   }
@@ -206,6 +231,10 @@ class Call {
 
   // What an operator may change besides values: the size and the memory.
   void write_back(const at::Tensor& tensor, const at::Tensor& host) const {
+    if (host.is_sparse()) {
+      set_sparse(tensor, host, result(sparse(host)->indices()), result(sparse(host)->values()));
+      return;
+    }
     if (host.storage().data() != tensor.storage().data()) {
       c10::StorageImpl* const storage = tensor.storage().unsafeGetStorageImpl();
       storage->set_data_ptr_noswap(shared(host.storage(), tensor.device()));
@@ -222,6 +251,10 @@ class Call {
     for (const HostArgument& argument : on_host_) {
       if (argument.tensor.is_same(host)) return host;
     }
+    if (host.is_sparse()) {
+      return sparse_of(host, result(sparse(host)->indices()), result(sparse(host)->values()),
+                       kSparseKeys);
+    }
     for (const auto& [storage, its_host] : storages_) {
       if (its_host.unsafeGetStorageImpl() == host.storage().unsafeGetStorageImpl()) {
         return view_of(host, storage, kKeys);
@@ -237,10 +270,10 @@ class Call {
   std::vector<std::pair<c10::Storage, c10::Storage>> storages_;
 };
 
-void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+void on_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   Call call(op);
   call.to_host(*stack);
-  op.redispatchBoxed(kHostKeys, stack);
+  op.redispatchBoxed(keys.has(c10::DispatchKey::SparseCUDA) ? kSparseHostKeys : kHostKeys, stack);
   call.from_host(*stack);
 }
 
@@ -421,8 +454,19 @@ void install() {
   aten.impl("set_.source_Storage_storage_offset", set_storage);
   aten.impl("set_.source_Tensor", set_tensor);
   // These have code for all devices, which asks for a table of the device's kernels.
-  for (const char* name : {"copy_", "convolution", "convolution_backward"})
+  for (const char* name : {"copy_", "_convolution", "convolution_backward"}) {
     aten.impl(name, any_operator());
+  }
+  // Of sparse tensors, what the CPU has code of its own for.
+  static torch::Library sparse_aten(torch::Library::IMPL, "aten", c10::DispatchKey::SparseCUDA,
+                                    __FILE__, __LINE__);
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    const auto op = c10::Dispatcher::singleton().findOp(name);
+    if (op && name.getNamespace() == "aten" &&
+        op->hasKernelForDispatchKey(c10::DispatchKey::SparseCPU)) {
+      sparse_aten.impl(c10::toString(name).c_str(), any_operator());
+    }
+  }
 }
 
 bool installed() { return is_installed; }
