@@ -28,9 +28,9 @@ def suite() -> list[str]:
 
 
 def run(
-    arguments: list[str], environment: dict[str, str], check: bool = True
+    arguments: list[str], environment: dict[str, str], device: str = "emulated", check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """pytest in a process of its own, with the emulated device for all CPU tensors."""
+    """pytest in a process of its own, with the device for all tensors."""
     print("schedule:", {k: v for k, v in environment.items() if k.startswith("BRAZE_EMULATOR")})
     done = subprocess.run(
         [
@@ -39,12 +39,12 @@ def run(
             "pytest",
             "-p",
             "no:cacheprovider",
-            "-x",
+            *(["-x"] if check else []),
             "--durations=5",
             *arguments,
         ],
         cwd=TESTS,
-        env={**os.environ, "BRAZE_TEST_DEVICE": "emulated", **environment},
+        env={**os.environ, "BRAZE_TEST_DEVICE": device, **environment},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,

@@ -169,6 +169,7 @@ def test_no_asm_elsewhere() -> None:
     assert found == ["ptx.cuh"]
 
 
+@pytest.mark.fake_lacks("is no GPU")
 def test_on_gpu(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 // Stands in for torch's header of this name in the emulated extension: the generator of every
-// emulated device is the CPU's, but for the fake devices, which have their own. While a graph is captured its numbers are behind pointers, which
-// before_replay() gives new values.
+// emulated device is the CPU's, but fake devices have their own. While a graph is captured its
+// numbers are behind pointers, which before_replay() gives new values.
 #pragma once
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Generator.h>
