@@ -52,11 +52,17 @@ def test_written_number(): torch.ones((), device="cpu").add_(torch.ones(()))
 def test_loss(): torch.nn.functional.mse_loss(torch.ones(3), torch.ones(3, device="cpu"))
 def test_two_devices(): torch.ones(3, device="cuda:1") + torch.ones(3)
 def test_device(): torch.testing.assert_close(torch.ones(3), torch.ones(3, device="cpu"))
+def test_wait_in_a_capture(device): device.capture(lambda: torch.ones(3).sum().item())
 def test_generator(): torch.empty(3).normal_(generator=torch.Generator("cpu"))
 """
 SOUND = 2
 SAME_DEVICE = "Expected all tensors to be on the same device, but found at least two devices"
-WORDS = {SAME_DEVICE: 8, "values for attribute 'device' do not match": 1, "for generator but": 1}
+WORDS = {
+    SAME_DEVICE: 8,
+    "values for attribute 'device' do not match": 1,
+    "for generator but": 1,
+    "not permitted when stream is capturing": 1,
+}
 
 
 def test_mixing_is_found(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/cuda/CUDAStream.h>
 #include <c10/util/strides.h>
 #include <cuda_runtime.h>
 #include <torch/library.h>
@@ -122,6 +123,19 @@ bool takes_no_number(const std::string& name) {
   return names.contains(name);
 }
 
+// The host reads what these give, for which it waits.
+bool waits(const std::string& name) {
+  static const std::unordered_set<std::string_view> names = {"aten::_local_scalar_dense",
+                                                             "aten::equal", "aten::nonzero"};
+  return names.contains(name);
+}
+
+bool is_capturing() {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream().stream(), &status);
+  return status != cudaStreamCaptureStatusNone;
+}
+
 // One call of an operator with the device's tensors, as a call with the CPU's.
 class Call {
  public:
@@ -133,6 +147,9 @@ class Call {
     for (size_t i = 0; i < arguments.size(); ++i) visit(arguments[i], stack[first + i]);
     TORCH_CHECK(device_, schema_.name(), ": no argument is on the device");
     for (const auto& [name, tensor, written] : on_host_) check_mixed(name, tensor, written);
+    const bool crosses = schema_.name() == "aten::copy_" && !on_host_.empty();
+    TORCH_CHECK(!((crosses || waits(schema_.name())) && is_capturing()), schema_.name(),
+                ": CUDA error: operation not permitted when stream is capturing");
     for (size_t i = 0; i < arguments.size(); ++i) {
       const bool draws = arguments[i].type()->str().find("Generator") != std::string::npos;
       if (draws) replace_generator(stack[first + i]);
