@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.cpu_only("is about modules, which are the same on every device")
-
 _kept: list[Tensor] = []
 _SHARED = torch.ones(1, dtype=torch.float64)
 
