@@ -1,42 +1,27 @@
-"""Which device the tests' tensors are on: BRAZE_TEST_DEVICE=cpu (default), emulated or cuda.
+"""Which device the tests' tensors are on: BRAZE_TEST_DEVICE=cpu (default), emulated, fake or cuda.
 
 emulated: CPU tensors run through the CUDA host layer and kernels, on an emulator; no GPU needed.
+fake: CUDA tensors that are no GPU's, on the emulator; what a GPU could not read is an error as it is there.
 cuda: the same tests on the current CUDA device, each on a stream of its own.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import gc
+from collections import Counter
 from collections.abc import Iterator
 
 import devices
-import emulated
 import pytest
 import torch
 
-# What files with these names are about, where that is the CPU or no tensor at all.
-CPU_FILES = {
-    "test_bench*": "runs the benchmark's own processes",
-    "test_build*": "is about the build",
-    "test_cuda_build*": "is about the build",
-    "test_demo*": "runs the demo's own processes",
-    "test_distributed*": "uses gloo, which is for CPU tensors",
-    "test_emulat*": "is about the emulator",
-    "test_kernel_*": "is about the emulator",
-    "test_fold*": "is about convolutions of the CPU",
-    "test_fuse*": "is about modules, which are the same on every device",
-    "test_new_like*": "is about the CPU's memory",
-    "test_fork*": "forks, which CUDA does not survive",
-    "test_jit*": "is about the build",
-    "test_numerics_determinism*": "compares CPU threads and instruction sets",
+# marker: the devices on which a test that has it is left out
+LEFT_OUT = {
+    "cpu_only": ("emulated", "fake", "cuda"),
+    "emulated_only": ("fake", "cuda"),
+    "fake_lacks": ("fake",),
 }
-# Not on a real device: what they measure or need is the host's.
-NOT_ON_CUDA = {
-    "test_leaks.py": "measures this process's memory",
-    "test_plan_threads.py": "steps in threads, which are on another stream than the test",
-    "test_layouts_overlap.py::test_columns_of_a_matrix_as_parameters": "takes 400 launches",
-}
+left_out_key = pytest.StashKey[Counter[str | None]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,57 +29,51 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"BRAZE_TEST_DEVICE is {devices.MODE!r}; it may be {', '.join(devices.MODES)}"
         )
-    config.addinivalue_line("markers", "cpu_only(reason): not for tensors on a device")
-    config.addinivalue_line("markers", "emulated_only(reason): steers the emulator")
+    config.addinivalue_line("markers", "cpu_only(reason): not where tensors are on a device")
+    config.addinivalue_line("markers", "emulated_only(reason): not on a GPU")
+    config.addinivalue_line(
+        "markers", "fake_lacks(reason): needs what the fake device does not have"
+    )
     if devices.MODE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("BRAZE_TEST_DEVICE=cuda, but torch.cuda.is_available() is False")
 
 
-def about_the_cpu(file: str) -> str | None:
-    return next((why for name, why in CPU_FILES.items() if fnmatch.fnmatch(file, name)), None)
-
-
-def _reason(item: pytest.Item) -> str | None:
-    if devices.MODE == "cpu":
-        return None
-    if (reason := about_the_cpu(item.path.name)) is not None:
-        return reason
-    marker = item.get_closest_marker("cpu_only")
-    if marker is not None:
-        return str(marker.args[0])
-    if devices.MODE != "cuda":
-        return None
-    marker = item.get_closest_marker("emulated_only")
-    if marker is not None:
-        return str(marker.args[0])
-    for name in (item.path.name, f"{item.path.name}::{getattr(item, 'originalname', '')}"):
-        if name in NOT_ON_CUDA:
-            return NOT_ON_CUDA[name]
+def reason_against(item: pytest.Item) -> str | None:
+    """Why a test is left out on this device; None if it is not."""
+    for name, modes in LEFT_OUT.items():
+        if devices.MODE in modes and (marker := item.get_closest_marker(name)) is not None:
+            return str(marker.args[0])
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if (reason := _reason(item)) is not None:
-            item.add_marker(pytest.mark.skip(reason=f"{devices.MODE}: {reason}"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if reason_against(item) is not None]
+    if left_out:
+        config.stash[left_out_key] = Counter(map(reason_against, left_out))
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if reason_against(item) is None]
 
 
 @pytest.fixture(scope="session")
 def device() -> devices.Device:
     """What the tests of the CUDA step run on, in every mode: never the CPU's own step."""
-    if devices.MODE != "cuda" and (reason := emulated.why_not(devices.VARIANT)) is not None:
+    if (reason := devices.why_not()) is not None:
         pytest.skip(reason)
     return devices.get()
 
 
 @pytest.fixture(autouse=True)
 def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    if devices.MODE == "cpu" or _reason(request.node) is not None:
+    if devices.MODE == "cpu":
         yield
         return
     used: devices.Device = request.getfixturevalue("device")
     if isinstance(used, devices.EmulatedDevice):
         with used.on():
+            yield
+        return
+    if isinstance(used, devices.FakeDevice):
+        with used.stream(), used.factories:
             yield
         return
     with used.stream(), used.factories:
@@ -122,9 +101,13 @@ def clean_device(request: pytest.FixtureRequest) -> Iterator[None]:
         devices.get().clean_up()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for reason, count in config.stash.get(left_out_key, Counter()).items():
+        terminalreporter.write_line(f"left out: {count} tests, {devices.MODE}: {reason}")
     used = devices.get() if devices.get.cache_info().currsize else None
-    if devices.MODE == "emulated" and isinstance(used, devices.EmulatedDevice):
+    if devices.MODE in ("emulated", "fake") and isinstance(used, devices.Emulator):
         module = used.module
         count = sum(module.launch_count(i) for i in range(2))
         terminalreporter.write_line(f"emulated launches: {count}, schedule: {module.schedule()}")

@@ -10,13 +10,16 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import emulated
+import fake_cuda
 import torch
 from reference import same_bits
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-MODES = ("cpu", "emulated", "cuda")
+MODES = ("cpu", "emulated", "fake", "cuda")
 MODE = os.environ.get("BRAZE_TEST_DEVICE", "cpu")
+# Of which the device has memory of its own, where tensors must be put.
+APART = ("fake", "cuda")
 VARIANT = os.environ.get("BRAZE_TEST_EMULATOR", "native")
 CPU = torch.device("cpu")
 
@@ -69,33 +72,12 @@ class Graph:
         self.replay = replay
 
 
-class EmulatedDevice:
-    """CPU tensors are the device's while ``on``."""
-
-    emulated = True
-    place = CPU
+class Emulator:
+    """Streams, launches and graphs of the emulator."""
 
     def __init__(self) -> None:
         self.module = emulated.load(VARIANT)
         self._graphs: list[int] = []
-        self._active = False
-
-    @contextmanager
-    def _switched(self, active: bool) -> Iterator[None]:
-        before, self._active = self._active, active
-        self.module.enable(active)
-        try:
-            yield
-        finally:
-            self._active = before
-            self.module.enable(before)
-
-    def on(self) -> AbstractContextManager[None]:
-        return self._switched(True)
-
-    def off(self) -> AbstractContextManager[None]:
-        """In here steps are the CPU's."""
-        return self._switched(False)
 
     def synchronize(self) -> None:
         self.module.synchronize()
@@ -151,10 +133,41 @@ class EmulatedDevice:
             self.module.use_stream(device, 0)
 
 
-class CudaDevice:
+class EmulatedDevice(Emulator):
+    """CPU tensors are the device's while ``on``."""
+
+    emulated = True
+    place = CPU
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._active = False
+
+    @contextmanager
+    def _switched(self, active: bool) -> Iterator[None]:
+        before, self._active = self._active, active
+        self.module.enable(active)
+        try:
+            yield
+        finally:
+            self._active = before
+            self.module.enable(before)
+
+    def on(self) -> AbstractContextManager[None]:
+        return self._switched(True)
+
+    def off(self) -> AbstractContextManager[None]:
+        """In here steps are the CPU's."""
+        return self._switched(False)
+
+
+class ApartDevice:
+    """CUDA tensors are the device's; tensors are made there while ``on``."""
+
     emulated = False
 
     def __init__(self) -> None:
+        super().__init__()
         self.place = torch.device("cuda", torch.cuda.current_device())
         self.factories = OnDevice(self.place)
 
@@ -169,6 +182,24 @@ class CudaDevice:
             yield
         finally:
             self.factories.active = True
+
+
+class FakeDevice(ApartDevice, Emulator):
+    """CUDA tensors of a torch without CUDA, in the host's memory: mixing them with the CPU's fails as on a
+    GPU. torch's own operators run on the CPU, at once; they are not captured."""
+
+    def __init__(self) -> None:
+        fake_cuda.load(VARIANT)
+        super().__init__()
+
+
+class CudaDevice(ApartDevice):
+    def __init__(self) -> None:
+        super().__init__()
+        # Results are compared with the CPU's.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -205,12 +236,20 @@ class CudaDevice:
         torch.cuda.synchronize()
 
 
-Device = EmulatedDevice | CudaDevice
+Device = EmulatedDevice | FakeDevice | CudaDevice
+
+
+def why_not() -> str | None:
+    """None if ``get`` can work here, else the reason."""
+    if MODE == "cuda":
+        return None
+    return (fake_cuda if MODE == "fake" else emulated).why_not(VARIANT)
 
 
 @functools.cache
 def get() -> Device:
-    return CudaDevice() if MODE == "cuda" else EmulatedDevice()
+    kinds: dict[str, type[Device]] = {"fake": FakeDevice, "cuda": CudaDevice}
+    return kinds.get(MODE, EmulatedDevice)()
 
 
 def values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

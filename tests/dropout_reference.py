@@ -36,10 +36,10 @@ def lanes(block: int, seed: int, offset: int) -> tuple[int, ...]:
 
 
 def mask(numel: int, p: float, seed: int, offset: int, first: int = 0) -> Tensor:
-    """Of indices ``first`` (a multiple of 8) to ``first + numel``; True where kept."""
+    """Of indices ``first`` (a multiple of 8) to ``first + numel``; True where kept. On the CPU."""
     blocks = range(first // 8, (first + numel + 7) // 8)
     every = [lane for block in blocks for lane in lanes(block, seed, offset)]
-    return torch.tensor(every[:numel], dtype=torch.int64) >= threshold(p)
+    return torch.tensor(every[:numel], dtype=torch.int64, device="cpu") >= threshold(p)
 
 
 def scale(p: float) -> float:
@@ -73,7 +73,7 @@ def drop(x: Tensor, keep: Tensor, p: float, alpha: bool = False) -> Tensor:
     """In the dtype of ``x``, rounded once where that is 16 bits; fp32 and fp64 as IEEE operations give it."""
     if not alpha:
         wide = x.double() if x.dtype == torch.float64 else x.float()
-        scaled = wide * torch.tensor(scale(p), dtype=wide.dtype)
+        scaled = wide * torch.tensor(scale(p), dtype=wide.dtype, device=wide.device)
         return torch.where(keep, scaled, torch.zeros_like(scaled)).to(x.dtype)
     acts = threshold(p) / 65536
     a = 1 / math.sqrt((ALPHA**2 * acts + 1) * (1 - acts))

@@ -25,10 +25,19 @@ MODULE = ROOT / "csrc" / "ops" / "module_cuda.cpp"
 class Emulated(Protocol):
     """The module ``_emulated``. Streams and graphs are numbers; stream 0 is the default stream."""
 
+    __file__: str
     backend: object
 
     def enable(self, on: bool, /) -> None:
         """CPU tensors belong to the emulated device from now on, or no more."""
+
+    def install_fake_device(self) -> None:
+        """CUDA tensors belong to the emulated device, and no others, until the process ends."""
+
+    def default_generator(self, device: int, /) -> torch.Generator: ...
+    def resize_storage(self, tensor: torch.Tensor, size: int, /) -> None: ...
+    def exchange_device(self, device: int, /) -> int:
+        """Makes a device the current one unless it is -1; returns the one before."""
 
     def place(self, begin: int, size: int, device: int, /) -> None:
         """Puts memory on a device; all other memory is device 0's."""
@@ -80,7 +89,13 @@ def build(variant: str = "native") -> Path:
         variant,
         include=[EXTENSION / "include", EXTENSION, emulator_build.EMULATOR],
         flags=[part for folder in system for part in ("-isystem", str(folder))],
-        link=[f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"],
+        link=[
+            f"-L{libraries}",
+            f"-Wl,-rpath,{libraries}",
+            "-lc10",
+            "-ltorch_cpu",
+            "-ltorch_python",
+        ],
     )
 
 

@@ -91,7 +91,7 @@ class Op:
 
 
 def place() -> torch.device:
-    return devices.get().place if devices.MODE == "cuda" else devices.CPU
+    return devices.get().place if devices.MODE in devices.APART else devices.CPU
 
 
 def values(shape: Sequence[int], seed: int, dtype: torch.dtype = FP32) -> Tensor:

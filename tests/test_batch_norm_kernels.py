@@ -12,6 +12,8 @@ import emulator_build as build
 import pytest
 from test_emulated_kernels import FLAGS, KERNELS, expect_silence, run
 
+pytestmark = pytest.mark.cpu_only("is about the emulator")
+
 NORM = build.EMULATOR / "batch_norm"
 CUDA = build.ROOT / "csrc" / "cuda"
 

@@ -31,6 +31,7 @@ from braze.bench import (
     sources,
 )
 
+pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
 ROOT = Path(__file__).parents[1]
 STEPS = [step for step in gpu_steps.STEPS if step.name != "build"]
 

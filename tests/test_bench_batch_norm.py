@@ -13,6 +13,8 @@ from braze.bench import batch_norm, batch_norm_cases, batch_norm_cuda, cuda_cloc
 from braze.bench.batch_norm_cases import Case, Layer
 from torch import nn
 
+pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
+
 
 def test_resnet50() -> None:
     layers = batch_norm_cases.resnet50_layers()

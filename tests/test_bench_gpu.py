@@ -17,6 +17,8 @@ import torch
 from braze.bench import gpu_build, gpu_run, gpu_steps, gpu_tests, micro, rows, sanitize
 from braze.bench.sources import find_root
 
+pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
+
 ROOT = Path(__file__).parents[1]
 
 

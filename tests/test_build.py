@@ -14,6 +14,8 @@ import torch
 from braze import _native
 from braze.__main__ import main
 
+pytestmark = pytest.mark.cpu_only("is about the build")
+
 ROOT = Path(__file__).parents[1]
 CXX = [
     p for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in {".h", ".cpp", ".inl", ".cuh", ".cu"}

@@ -11,6 +11,7 @@ from typing import Any
 import braze.optim as optim
 import pytest
 import torch
+from devices import APART, MODE
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
@@ -63,7 +64,8 @@ def assert_close(a: Any, b: Any) -> None:
         ({"foreach": True}, ["multi_tensor"]),
         ({"fused": False}, ["single_tensor"]),
         ({"foreach": True, "fused": False}, ["multi_tensor"]),
-        ({"differentiable": True}, ["single_tensor"]),
+        # torch's SGD prefers its foreach code on a GPU, although it is not differentiable.
+        ({"differentiable": True, "foreach": False}, ["single_tensor"]),
     ],
     ids=str,
 )
@@ -103,7 +105,7 @@ def test_differentiable_step_has_a_gradient(name: str) -> None:
         p = start.clone()
         p.grad = torch.full((3,), 2.0, dtype=torch.float64)
         p.retain_grad()
-        optimizer = getattr(module, name)([p.detach()], lr=0.1, differentiable=True)
+        optimizer = getattr(module, name)([p.detach()], lr=0.1, differentiable=True, foreach=False)
         optimizer.param_groups[0]["params"][0] = p
         rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         optimizer.param_groups[0]["lr"] = rate
@@ -220,7 +222,9 @@ def test_compiled_step_equals_torchs_compiled_step(name: str, backend: str) -> N
             model(x).pow(2).sum().backward()
             optimizer.step() if seed == 2 else step()  # eager in between
         results.append(dict(model.state_dict()))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+    # On a GPU a compiled step is made capturable, which corrects Adam's bias in fp32.
+    atol = 1e-6 if MODE in APART else 1e-7
+    torch.testing.assert_close(results[0], results[1], rtol=10 * atol, atol=atol)
 
 
 @EACH

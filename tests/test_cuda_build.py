@@ -10,6 +10,8 @@ from pathlib import Path
 import cuda_gates
 import pytest
 
+pytestmark = pytest.mark.cpu_only("is about the build")
+
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
 Commands = list[dict[str, str]]

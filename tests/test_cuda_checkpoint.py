@@ -151,8 +151,10 @@ def test_torchs_checkpoints(device: Device, name: str, flags: str, direction: st
         device.synchronize()
         assert {float(e["step"]) for e in second.state.values()} == {6.0}
     want = uninterrupted(name, 6)
+    # torch's capturable step corrects the bias in fp32.
+    atol = 1e-5 if "capturable" in flags else 1e-6
     for a, b in zip(everything(second), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
 
 
 @EACH

@@ -9,6 +9,7 @@ import pytest
 import torch
 from braze import _native, optim
 from devices import (
+    APART,
     CPU,
     MODE,
     Device,
@@ -29,7 +30,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("CAG", {"lr": 0.1, "accumulation_steps": 2}),
 ]
 EACH = pytest.mark.parametrize(("name", "options"), KINDS, ids=str)
-NEEDS_CUDA = pytest.mark.skipif(MODE != "cuda", reason="mixes CPU and CUDA tensors")
+NEEDS_CUDA = pytest.mark.skipif(MODE not in APART, reason="mixes CPU and CUDA tensors")
 
 
 @pytest.fixture
@@ -106,11 +107,12 @@ def test_a_parameter_moves_to_another_device(
     assert_same(everything(optimizer), everything(want))
 
 
-@pytest.mark.skipif(
-    MODE != "cuda" or torch.cuda.device_count() < 2, reason="needs two CUDA devices"
-)
+@NEEDS_CUDA
 @EACH
 def test_two_cuda_devices(device: Device, name: str, options: dict[str, Any]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+
     def scenario(where: torch.device) -> list[Tensor]:
         places = [where, where] if where == CPU else [torch.device("cuda", i) for i in (1, 0)]
         params = [Parameter(values((300,), i).to(place)) for i, place in enumerate(places)]
@@ -289,9 +291,9 @@ def test_cuda_tensors_without_kernels(monkeypatch: pytest.MonkeyPatch, steps: in
 # ------------------------------------------------------------------ the test device itself
 
 
-def test_factories_follow_the_device() -> None:
+def test_factories_follow_the_device(device: Device) -> None:
     """What BRAZE_TEST_DEVICE=cuda relies on, seen on a device that is everywhere."""
-    with OnDevice(torch.device("meta")) as factories:
+    with device.off(), OnDevice(torch.device("meta")) as factories:
         generator = torch.Generator(device="cpu").manual_seed(0)
         for made in (
             torch.ones(3),
@@ -312,8 +314,9 @@ def test_factories_follow_the_device() -> None:
         optimizer = torch.optim.Adam([p], foreach=False)
         optimizer.step()
         assert optimizer.state[p]["step"].device == CPU
-    assert torch.ones(3).device == CPU
-    assert torch.ones(3, device="cpu").numpy().sum() == 3
+        assert torch.ones(3, device="cpu").numpy().sum() == 3
+    with device.off():
+        assert torch.ones(3).device == CPU
 
 
 @pytest.mark.emulated_only("is about the emulator")

@@ -24,6 +24,7 @@ from braze.demo.metrics import confusion_matrix, scores
 from braze.demo.models import build
 from braze.demo.train import epochs_without_gain
 
+pytestmark = pytest.mark.cpu_only("runs the demo's own processes")
 # Rounding differences of single steps grow to about 4e-4 in two epochs.
 TOLERANCE = 2e-3
 QUICK = ["--epochs", "2", "--batch-size", "64", "--threads", "1"]

@@ -15,6 +15,8 @@ from braze.demo.report import parts_of
 from braze.demo.sides import make_sides
 from demo_runs import QUICK, WITH_DROPOUT, run_demo
 
+pytestmark = pytest.mark.cpu_only("runs the demo's own processes")
+
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_batch_norm_is_fused(arch: str) -> None:

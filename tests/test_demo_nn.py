@@ -12,6 +12,8 @@ from braze.demo.config import ARCHITECTURES
 from braze.demo.models import build
 from demo_runs import QUICK, WITH_DROPOUT, run_demo
 
+pytestmark = pytest.mark.cpu_only("runs the demo's own processes")
+
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_networks_from_either_namespace(arch: str) -> None:

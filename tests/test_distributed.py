@@ -26,6 +26,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+pytestmark = pytest.mark.cpu_only("uses gloo, which is for CPU tensors")
+
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.05, "momentum": 0.9}),
     ("Adam", {"lr": 0.02, "amsgrad": True}),

@@ -165,6 +165,24 @@ def test_seeds_and_generators() -> None:
     assert same_bits(first, functional.dropout(x, 0.5, generator=generator))
 
 
+def test_a_default_device_changes_nothing() -> None:
+    """It is a mode, which torch's functions are overridden by."""
+    x = torch.randn(3, 5, 64)
+    for call in (
+        lambda: functional.dropout(x, 0.5),
+        lambda: functional.alpha_dropout(x, 0.5, True),
+        lambda: functional.feature_alpha_dropout(x, 0.5, True),
+        lambda: functional.dropout1d(x, 0.5),
+        lambda: functional.act_dropout(x, "gelu", 0.5),
+        lambda: functional.dropout_add(x, x, 0.5),
+    ):
+        torch.manual_seed(3)
+        want = call()
+        with torch.device(x.device):
+            torch.manual_seed(3)
+            assert same_bits(call(), want)
+
+
 @pytest.mark.cpu_only("the CPU's generator")
 def test_one_draw_of_64_bits() -> None:
     torch.manual_seed(3)

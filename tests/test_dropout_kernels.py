@@ -10,6 +10,8 @@ import emulator_build as build
 import pytest
 from test_emulated_kernels import CUDA, FLAGS, KERNELS, expect_silence, run
 
+pytestmark = pytest.mark.cpu_only("is about the emulator")
+
 SOURCE = KERNELS / "dropout_tests.cpp"
 TESTS = tuple(re.findall(r"^TEST\((dropout_\w+)\)", SOURCE.read_text(), re.MULTILINE))
 

@@ -62,6 +62,7 @@ def test_mask_is_the_definition(seed: int, offset: int) -> None:
             assert torch.equal(dropout_mask(numel, p, seed, offset).cpu(), want), (numel, p)
 
 
+@pytest.mark.cpu_only("compares CPU threads and instruction sets")
 def test_mask_is_the_same_for_every_instruction_set_and_number_of_threads() -> None:
     want = dropout_mask(100_003, 0.3, 12345, 6)
     assert torch.equal(want[:4000].cpu(), reference.mask(4000, 0.3, 12345, 6))
@@ -142,7 +143,7 @@ def test_statistics_can_fail() -> None:
 def test_no_block_repeats() -> None:
     """64-bit blocks of 2^18 elements: a repetition has probability 5e-13."""
     bits = dropout_mask(1 << 18, 0.5, 21, 0).cpu().reshape(-1, 64).long()
-    words = (bits << torch.arange(64)).sum(1)
+    words = (bits << torch.arange(64, device="cpu")).sum(1)
     assert words.unique().numel() == words.numel()
 
 

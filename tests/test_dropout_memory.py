@@ -8,6 +8,8 @@ import emulator_build as build
 import pytest
 from test_kernel_memory import KERNELS, VARIANT, Counts, count_program
 
+pytestmark = pytest.mark.cpu_only("is about the emulator")
+
 OPERANDS = {"scale": 2, "add": 3, "activate": 2, "activate_grad": 3, "rows": 2, "channels_last": 2}
 SIZES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
 ELEMENTS = 12288

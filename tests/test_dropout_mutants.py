@@ -10,8 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulator_build as build
+import pytest
 from test_dropout_kernels import program, run
 from test_kernel_mutants import HEADER
+
+pytestmark = pytest.mark.cpu_only("is about the emulator")
 
 KERNELS, LAUNCH = "cuda/dropout_kernels.cuh", "cuda/dropout_launch.cu"
 PLAN = "plan/dropout.h"

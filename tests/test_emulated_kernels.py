@@ -15,6 +15,8 @@ from pathlib import Path
 import emulator_build as build
 import pytest
 
+pytestmark = pytest.mark.cpu_only("is about the emulator")
+
 KERNELS = build.EMULATOR / "kernels"
 CUDA = build.ROOT / "csrc" / "cuda"
 FLAGS = ("-include", str(KERNELS / "intercept.h"))

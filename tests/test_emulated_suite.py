@@ -9,32 +9,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-import conftest
-import devices
 import emulated
 import emulator_build
 import pytest
 
 TESTS = Path(__file__).parent
-# Of the rest these already run on the emulated device, in every mode, or, as test_nn, are about the
-# Python around operators that test_ops_generic compares on it.
-OWN = re.compile(r"test_(cuda|emulat|ops_|dropout|nn_|formulas|batch_norm_(kernels|mutants))")
+# These already run on the emulated device, in every mode, or, as test_nn, are about the Python
+# around operators that test_ops_generic compares on it.
+OWN = re.compile(r"test_(cuda|ops_|dropout|nn_)")
 TIMEOUT = 600
 
-pytestmark = pytest.mark.skipif(devices.MODE != "cpu", reason="runs the suite itself")
+pytestmark = pytest.mark.cpu_only("runs the suite itself")
 
 
 def suite() -> list[str]:
     names = sorted(path.name for path in TESTS.glob("test_*.py"))
-    return [name for name in names if not conftest.about_the_cpu(name) and not OWN.match(name)]
+    return [name for name in names if not OWN.match(name)]
 
 
 def run(
-    arguments: list[str], environment: dict[str, str], check: bool = True
+    arguments: list[str], environment: dict[str, str], device: str = "emulated", check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """pytest in a process of its own, with the emulated device for all CPU tensors."""
-    for name, reason in conftest.CPU_FILES.items():
-        print(f"left out: {name}, which {reason}")
+    """pytest in a process of its own, with the device for all tensors."""
     print("schedule:", {k: v for k, v in environment.items() if k.startswith("BRAZE_EMULATOR")})
     done = subprocess.run(
         [
@@ -43,12 +39,12 @@ def run(
             "pytest",
             "-p",
             "no:cacheprovider",
-            "-x",
+            *(["-x"] if check else []),
             "--durations=5",
             *arguments,
         ],
         cwd=TESTS,
-        env={**os.environ, "BRAZE_TEST_DEVICE": "emulated", **environment},
+        env={**os.environ, "BRAZE_TEST_DEVICE": device, **environment},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
@@ -69,18 +65,13 @@ def require(variant: str) -> None:
         pytest.skip(reason)
 
 
-def test_every_file_is_either_run_or_left_out_for_a_reason() -> None:
-    assert len(suite()) >= 15
-    for name in conftest.CPU_FILES:
-        assert list(TESTS.glob(f"{name}.py")), f"{name} is no more"
-
-
 def test_the_whole_suite() -> None:
     require("native")
     schedule = {"BRAZE_EMULATOR_ORDER": "pct", "BRAZE_EMULATOR_SEED": "1"}
     done = run(suite(), schedule)
-    print(done.stdout[-1500:])
+    print(done.stdout[-3000:])
     assert launches(done.stdout) > 20_000
+    assert re.search(r"left out: \d+ tests, emulated: is about the build", done.stdout)
     assert "BRAZE_EMULATOR_ORDER=pct BRAZE_EMULATOR_SEED=1" in done.stdout
 
 

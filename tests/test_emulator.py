@@ -11,6 +11,8 @@ from pathlib import Path
 import emulator_build
 import pytest
 
+pytestmark = pytest.mark.cpu_only("is about the emulator")
+
 CONTROLS = emulator_build.EMULATOR / "controls"
 ORDERS = ("inorder", "reverse", "random", "pct")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import emulator_build
 import pytest
 
+pytestmark = pytest.mark.cpu_only("is about the emulator")
+
 SEEDED = emulator_build.EMULATOR / "controls" / "seeded.cu"
 WRONG_RESULT = 3
 EMULATOR_ERROR = 4

@@ -13,7 +13,10 @@ from fuse_cases import Residual, bn, conv, image
 from torch import Tensor, nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
-pytestmark = pytest.mark.skipif(not ONEDNN, reason="torch was built without oneDNN")
+pytestmark = [
+    pytest.mark.cpu_only("is about convolutions of the CPU"),
+    pytest.mark.skipif(not ONEDNN, reason="torch was built without oneDNN"),
+]
 ACTIVATIONS: dict[str, nn.Module] = {
     "identity": nn.Identity(),
     "relu": nn.ReLU(),

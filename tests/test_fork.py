@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only("forks, which CUDA does not survive")
+
 SCRIPT = """
 import os, torch, braze.optim
 torch.set_num_threads(2)

@@ -12,6 +12,8 @@ from braze.nn import _batch_norm_functional
 from fuse_cases import Network, Residual, assert_same_outcome, bn, conv, image, outcome
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.cpu_only("is about modules, which are the same on every device")
+
 
 class Counter:
     """braze's operators, counting the calls of those that fork."""

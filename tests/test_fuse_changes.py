@@ -13,6 +13,8 @@ from fuse_cases import Residual, bn, conv, image
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+pytestmark = pytest.mark.cpu_only("is about modules, which are the same on every device")
+
 # --- hooks ---
 
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from fuse_cases import Network, Residual, assert_same_outcome, image, outcome
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.cpu_only("is about modules, which are the same on every device")
+
 
 def _pair(p: float = 0.0) -> tuple[Network, Network]:
     torch.manual_seed(0)

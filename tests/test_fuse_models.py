@@ -8,6 +8,8 @@ import torch
 from braze.bench import models
 from torch import nn
 
+pytestmark = pytest.mark.cpu_only("is about modules, which are the same on every device")
+
 # network: the least share of its batch norms that are fused with what follows; None: it has none
 NETWORKS: dict[str, float | None] = {
     "resnet18": 1.0,

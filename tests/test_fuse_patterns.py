@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from fuse_cases import Network, Residual, assert_same_outcome, block, bn, conv, image, outcome
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.cpu_only("is about modules, which are the same on every device")
+
 
 def _sequential(*modules: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*copy.deepcopy(modules))

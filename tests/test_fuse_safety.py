@@ -16,6 +16,7 @@ from fuse_cases import assert_same_outcome, block, bn, conv, image, outcome
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.cpu_only("is about modules, which are the same on every device")
 _kept: list[Tensor] = []
 _SHARED = torch.ones(1, dtype=torch.float64)
 

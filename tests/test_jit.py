@@ -18,6 +18,8 @@ import torch
 from braze import _build, _native, _nvcc, build
 from braze.__main__ import main
 
+pytestmark = pytest.mark.cpu_only("is about the build")
+
 ROOT = Path(__file__).parents[1]
 
 

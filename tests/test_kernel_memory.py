@@ -19,6 +19,8 @@ from pathlib import Path
 import emulator_build as build
 import pytest
 
+pytestmark = pytest.mark.cpu_only("is about the emulator")
+
 PINNED = Path(__file__).with_name("kernel_memory.json")
 PIN = ".venv/bin/python tests/test_kernel_memory.py --pin"
 KERNELS = build.EMULATOR / "kernels"

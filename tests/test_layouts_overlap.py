@@ -195,6 +195,7 @@ def test_expanded_state_is_refused() -> None:
     assert_refused(optimizer, f"momentum_buffer.*{FIRST}.*share memory")
 
 
+@pytest.mark.emulated_only("takes 400 launches")
 def test_columns_of_a_matrix_as_parameters() -> None:
     """Every pair interleaves and none overlaps; one element more, and two do."""
     matrix = torch.zeros(400, 400)

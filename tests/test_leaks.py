@@ -20,7 +20,10 @@ REPEATS = 1000
 RSS_BOUND = 3 << 20
 PAYLOAD = 1 << 12
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+pytestmark = [
+    pytest.mark.emulated_only("measures this process's memory"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+]
 
 
 def resident() -> int:

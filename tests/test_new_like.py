@@ -11,6 +11,8 @@ import braze.nn as bnn
 import pytest
 import torch
 
+pytestmark = pytest.mark.cpu_only("is about the CPU's memory")
+
 # 25 MB
 SHAPE = (4, 32, 224, 224)
 

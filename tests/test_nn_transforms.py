@@ -252,6 +252,7 @@ def test_symbolic_trace_takes_them_for_leaves() -> None:
     assert {n.target for n in conv.graph.nodes if n.op == "call_module"} == {"conv", "bn"}
 
 
+@pytest.mark.fake_lacks("has no cuDNN, whose convolutions keep channels last")
 def test_fake_tensors() -> None:
     with FakeTensorMode() as mode:
         model = Block()

@@ -15,6 +15,8 @@ from test_numerics_values import specials
 from torch import Tensor
 from torch.nn import Parameter
 
+pytestmark = pytest.mark.cpu_only("compares CPU threads and instruction sets")
+
 STEPS = 3
 # Large enough to be split, around the sizes of blocks and chunks, and one with a long tail.
 SIZES = (1, 15, 16, 17, 511, 513, 16384, 16385, 50001)

@@ -91,7 +91,8 @@ def assert_same_states(a: torch.optim.Optimizer, b: torch.optim.Optimizer, **tol
     left, right = a.state_dict()["state"], b.state_dict()["state"]
     assert left.keys() == right.keys()
     for key in left:
-        torch.testing.assert_close(dict(left[key]), dict(right[key]), **tol)
+        # fused=True and capturable=True keep the step counts on the device.
+        torch.testing.assert_close(dict(left[key]), dict(right[key]), check_device=False, **tol)
 
 
 @CASES

@@ -14,6 +14,10 @@ from braze import optim
 from reference import same_bits
 from torch.nn import Parameter
 
+pytestmark = pytest.mark.emulated_only(
+    "steps in threads, which are on another stream than the test"
+)
+
 STEPS = 200
 
 

@@ -23,6 +23,8 @@ SCHEDULES = [
 ]
 PCT = [schedule for schedule in SCHEDULES if schedule["BRAZE_EMULATOR_ORDER"] == "pct"]
 
+of_the_emulator = pytest.mark.cpu_only("is about the emulator")
+
 
 def program(variant: str) -> Path:
     if (reason := build.have(variant)) is not None:
@@ -37,6 +39,7 @@ def nvcc() -> str:
     return found
 
 
+@of_the_emulator
 @pytest.mark.parametrize("variant", ["native", "asan"])
 def test_gemm(variant: str) -> None:
     for schedule in SCHEDULES if variant == "native" else PCT[:1]:
@@ -44,11 +47,13 @@ def test_gemm(variant: str) -> None:
         assert done.returncode == 0, f"{schedule}: {done.stdout}{done.stderr}"
 
 
+@of_the_emulator
 def test_gemm_has_no_races() -> None:
     done = build.run(program("tsan"))
     assert done.returncode == 0 and "data race" not in done.stderr, done.stderr
 
 
+@of_the_emulator
 def test_missing_wait_is_found() -> None:
     for schedule in SCHEDULES:
         done = build.run(program("native"), ["no_wait"], schedule)
@@ -71,6 +76,7 @@ def found_by_pct(site: str) -> list[bool]:
     return [done.returncode != 0 and "WRONG" in done.stdout for done in runs]
 
 
+@of_the_emulator
 @pytest.mark.parametrize("which", ["after the wait", "trailing"])
 def test_missing_barrier_is_a_race(which: str) -> None:
     site = f"gemm.cuh:{barrier_lines()[which == 'trailing']}"
@@ -78,6 +84,7 @@ def test_missing_barrier_is_a_race(which: str) -> None:
     assert "data race" in done.stderr, f"TSan is silent about {site}"
 
 
+@of_the_emulator
 @pytest.mark.parametrize("which", ["after the wait", "trailing"])
 def test_missing_barrier_is_found(which: str) -> None:
     assert all(found_by_pct(f"gemm.cuh:{barrier_lines()[which == 'trailing']}"))
@@ -125,11 +132,13 @@ def expected_patterns() -> list[str]:
     return [f"{word:08x}" for word in out]
 
 
+@of_the_emulator
 def test_patterns() -> None:
     done = build.run(program("native"), ["patterns"])
     assert done.stdout.split() == expected_patterns()
 
 
+@of_the_emulator
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvcc(architecture: str, tmp_path: Path) -> None:
     """nvcc makes of each wrapper the instruction it is named after."""
@@ -151,6 +160,7 @@ def test_nvcc(architecture: str, tmp_path: Path) -> None:
         assert re.search(instruction, text), f"no {instruction} in nvcc's PTX"
 
 
+@of_the_emulator
 def test_no_asm_elsewhere() -> None:
     files = [
         p for p in (build.ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")
@@ -159,6 +169,7 @@ def test_no_asm_elsewhere() -> None:
     assert found == ["ptx.cuh"]
 
 
+@pytest.mark.fake_lacks("is no GPU")
 def test_on_gpu(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function
 
-from braze.nn._dropout_route import check_p, drop
+from braze.nn._dropout_route import check_p, drop, overridden
 
 __all__ = ["dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]
 
@@ -30,7 +30,7 @@ def feature_alpha_dropout(
     Raises:
         RuntimeError: also if ``input`` has fewer than two dimensions.
     """
-    if has_torch_function_unary(input):
+    if overridden(input):
         result: Tensor = handle_torch_function(
             F.feature_alpha_dropout, (input,), input, p=p, training=training, inplace=inplace
         )
@@ -56,7 +56,7 @@ def _drop_channels(
 ) -> Tensor:
     """``ndim``: dimensions of a batch; with one less it is a single sample, except for 2d, where torch reads
     (C, H, W) as (N, C, L). What torch warns of or refuses is left to it."""
-    if has_torch_function_unary(input):
+    if overridden(input):
         result: Tensor = handle_torch_function(
             torch_function, (input,), input, p=p, training=training, inplace=inplace
         )

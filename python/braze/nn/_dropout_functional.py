@@ -19,11 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
-from torch.overrides import (
-    handle_torch_function,
-    has_torch_function_unary,
-    has_torch_function_variadic,
-)
+from torch.overrides import handle_torch_function
 
 from braze._native import _C
 from braze.nn import _dropout_fake  # noqa: F401  (registers)
@@ -32,7 +28,7 @@ from braze.nn._dropout_channels import dropout1d as dropout1d
 from braze.nn._dropout_channels import dropout2d as dropout2d
 from braze.nn._dropout_channels import dropout3d as dropout3d
 from braze.nn._dropout_channels import feature_alpha_dropout as feature_alpha_dropout
-from braze.nn._dropout_route import OPS, check_p, distinct, drop, taken
+from braze.nn._dropout_route import OPS, check_p, distinct, drop, overridden, taken
 
 __all__ = [
     "act_dropout",
@@ -78,7 +74,7 @@ def dropout(
     threads; a dropped element is +0 whatever it was (torch multiplies with 0, which keeps nan, makes inf
     nan and negative numbers -0). Under functorch's transforms and forward-mode AD the mask is torch's.
     """
-    if has_torch_function_unary(input):
+    if overridden(input):
         result: Tensor = handle_torch_function(
             F.dropout, (input,), input, p=p, training=training, inplace=inplace
         )
@@ -105,7 +101,7 @@ def alpha_dropout(
     ``dropout``. ``p = 1`` gives zeros, as in torch. Source: Klambauer et al., Self-normalizing neural
     networks (2017).
     """
-    if has_torch_function_unary(input):
+    if overridden(input):
         result: Tensor = handle_torch_function(
             F.alpha_dropout, (input,), input, p=p, training=training, inplace=inplace
         )
@@ -155,7 +151,7 @@ def act_dropout(
     parameter = {"leaky_relu": negative_slope, "elu": alpha}.get(activation, 0.0)
     check_p(p)
     if (
-        has_torch_function_unary(input)
+        overridden(input)
         or not training
         or p == 0
         or not taken(input)
@@ -191,7 +187,7 @@ def dropout_add(
     """
     check_p(p)
     if (
-        has_torch_function_variadic(input, residual)
+        overridden(input, residual)
         or not training
         or p == 0
         or not (taken(input) and taken(residual))

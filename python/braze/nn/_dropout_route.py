@@ -7,10 +7,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
+from torch.overrides import has_torch_function
 
 from braze._native import _C
+from braze.nn._route import is_plain
 
 OPS = torch.ops.braze
+
+
+def overridden(*inputs: Tensor) -> bool:
+    """Whether a class of tensors has its own way with torch's functions. A mode, as of
+    ``torch.set_default_device``, has none with plain tensors, unless it is what exports them."""
+    return has_torch_function(inputs) and (
+        torch.compiler.is_compiling() or not all(map(is_plain, inputs))
+    )
 
 
 def check_p(p: float) -> None:

@@ -1,9 +1,12 @@
 // The Python module _emulated: csrc/cuda and its host layer for CPU tensors, on the emulator. The
-// same backend interface as braze._cuda, and what a test needs to steer it.
+// same backend interface as braze._cuda, and what a test needs to steer it. Once the fake device is
+// installed, for its tensors instead.
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <Python.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime.h>
+#include <torch/csrc/Generator.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
 #include <map>
@@ -11,6 +14,7 @@
 
 #include "emulated_memory.h"
 #include "emulator/control.h"
+#include "fake_device.h"
 #include "ops/backend_cuda.h"
 
 namespace c10::cuda {
@@ -57,8 +61,8 @@ namespace {
 
 void before_replay() {
   if (captured_draws == 0) return;
-  auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
-      std::nullopt, at::detail::getDefaultCPUGenerator());
+  auto* source = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      std::nullopt, at::cuda::detail::getDefaultCUDAGenerator(0));
   const std::lock_guard<std::mutex> lock(source->mutex_);
   replay_seed = static_cast<int64_t>(source->random64());
 }
@@ -72,8 +76,9 @@ bool enabled = false;
 
 class EmulatedBackend final : public braze::CudaBackend {
  public:
-  const char* name() const override { return "emulated"; }
+  const char* name() const override { return fake_device::installed() ? "cuda" : "emulated"; }
   int device_of(const at::Tensor& tensor) const override {
+    if (fake_device::installed()) return tensor.is_cuda() ? tensor.get_device() : -1;
     if (!enabled || !tensor.is_cpu()) return -1;
     if (ranges().empty()) return 0;
     const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
@@ -83,6 +88,7 @@ class EmulatedBackend final : public braze::CudaBackend {
     return address < end ? device : 0;
   }
   bool holds_scalar(const at::Tensor& tensor, bool wanted) const override {
+    if (fake_device::installed()) return tensor.is_cuda();
     return enabled && wanted && tensor.is_cpu();
   }
 };
@@ -109,6 +115,31 @@ PyObject* none() { Py_RETURN_NONE; }
 PyObject* enable(PyObject*, PyObject* value) {
   enabled = PyObject_IsTrue(value) == 1;
   return none();
+}
+
+PyObject* install_fake_device(PyObject*, PyObject*) {
+  TRY((fake_device::install(), cudaSuccess));
+  return none();
+}
+
+PyObject* default_generator(PyObject*, PyObject* device) {
+  return THPGenerator_Wrap(fake_device::default_generator(static_cast<int>(PyLong_AsLong(device))));
+}
+
+PyObject* resize_storage(PyObject*, PyObject* args) {
+  PyObject* tensor;
+  unsigned long long bytes;
+  if (!PyArg_ParseTuple(args, "OK", &tensor, &bytes)) return nullptr;
+  TRY((fake_device::resize_storage(THPVariable_Unpack(tensor).storage(), bytes), cudaSuccess));
+  return none();
+}
+
+PyObject* exchange_device(PyObject*, PyObject* device) {
+  int before = 0;
+  TRY(cudaGetDevice(&before));
+  const int wanted = static_cast<int>(PyLong_AsLong(device));
+  if (wanted >= 0) TRY(cudaSetDevice(wanted));
+  return PyLong_FromLong(before);
 }
 
 PyObject* place(PyObject*, PyObject* args) {
@@ -242,6 +273,12 @@ PyObject* destroy_graph(PyObject*, PyObject* graph) {
 PyMethodDef methods[] = {
     {"enable", enable, METH_O,
      "CPU tensors belong to the emulated device from now on, or no more."},
+    {"install_fake_device", install_fake_device, METH_NOARGS,
+     "CUDA tensors belong to the emulated device, and no others, until the process ends."},
+    {"default_generator", default_generator, METH_O, "The generator of a fake device."},
+    {"resize_storage", resize_storage, METH_VARARGS, "Of a tensor of a fake device: bytes."},
+    {"exchange_device", exchange_device, METH_O,
+     "Makes a device the current one unless it is -1; returns the one before."},
     {"place", place, METH_VARARGS, "Puts memory [begin, begin + bytes) on a device."},
     {"clear_places", clear_places, METH_NOARGS, "All memory is device 0's again."},
     {"set_schedule", set_schedule, METH_VARARGS, "order, seed"},

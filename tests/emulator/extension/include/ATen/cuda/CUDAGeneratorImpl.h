@@ -1,6 +1,6 @@
 // Stands in for torch's header of this name in the emulated extension: the generator of every
-// emulated device is the CPU's. While a graph is captured its numbers are behind pointers, which
-// before_replay() gives new values.
+// emulated device is the CPU's, but fake devices have their own. While a graph is captured its
+// numbers are behind pointers, which before_replay() gives new values.
 #pragma once
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Generator.h>
@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "../../c10/cuda/CUDAStream.h"
+#include "fake_device.h"
 
 namespace at {
 
@@ -28,6 +29,7 @@ class CUDAGeneratorImpl {
  public:
   explicit CUDAGeneratorImpl(CPUGeneratorImpl* source) : mutex_(source->mutex_), source_(source) {}
   PhiloxCudaState philox_cuda_state(uint64_t increment);
+  uint64_t random64() { return source_->random64(); }
 
   std::mutex& mutex_;
 
@@ -36,8 +38,9 @@ class CUDAGeneratorImpl {
 };
 
 namespace cuda::detail {
-inline const Generator& getDefaultCUDAGenerator(c10::DeviceIndex) {
-  return at::detail::getDefaultCPUGenerator();
+inline const Generator& getDefaultCUDAGenerator(c10::DeviceIndex device) {
+  return fake_device::installed() ? fake_device::default_generator(device)
+                                  : at::detail::getDefaultCPUGenerator();
 }
 }  // namespace cuda::detail
 
@@ -46,7 +49,9 @@ template <>
 inline CUDAGeneratorImpl* get_generator_or_default<CUDAGeneratorImpl>(
     const std::optional<Generator>& given, const Generator& otherwise) {
   thread_local std::optional<CUDAGeneratorImpl> wrapper;
-  wrapper.emplace(get_generator_or_default<CPUGeneratorImpl>(given, otherwise));
+  const Generator& chosen = given.has_value() && given->defined() ? *given : otherwise;
+  wrapper.emplace(check_generator<CPUGeneratorImpl>(
+      fake_device::installed() ? fake_device::host_generator(chosen) : chosen));
   return &*wrapper;
 }
 
