@@ -54,7 +54,7 @@ _QUICK_DROPOUT = _words("--device cpu --seconds 0 --only dropout_1M_bf16")
 _QUICK_MODEL = _words("--model resnet18 --size 32 --batch 1 --seconds 0 --dtype fp32 --layout NHWC")
 _QUICK_TESTS = ("--device", "fake", "--only", "test_dropout_cuda")
 STEPS = (
-    Step("build", "gpu_build", (), ("--device", "cpu"), 80, 300, 300),
+    Step("build", "gpu_build", (), ("--device", "cpu"), 80, 1000, 1000),
     Step(
         "contact",
         "golden",
