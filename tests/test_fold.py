@@ -184,7 +184,7 @@ def test_changes_are_seen(name: str, mode: Any) -> None:
 
 def test_the_check_of_changes_is_what_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The positive control: without the fingerprint a change is not seen."""
-    monkeypatch.setattr("braze.nn._fold._fingerprint", lambda tensors: 0)
+    monkeypatch.setattr("braze.nn._folded._fingerprint", lambda tensors: 0)
     fused = braze.fuse(nn.Sequential(conv(bias=True), bn(), nn.ReLU())).eval()
     x = image().float()
     with torch.no_grad():

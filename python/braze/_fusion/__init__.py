@@ -13,7 +13,7 @@ from braze._fusion.plan import is_library_leaf
 from braze._fusion.report import OPTIONS, BlockReport, FusionReport, own_norms, report
 from braze._fusion.verify import FusionError, check_same
 from braze.nn import dropout as braze_dropout
-from braze.nn._fold import drop_folded
+from braze.nn._folded import drop_folded
 from braze.nn._norms import REPLACED, norm_activation
 
 __all__ = ["BlockReport", "FusionError", "FusionReport", "fuse", "fusion_report", "unfuse"]
@@ -36,9 +36,10 @@ def fuse(
     stay valid, ``isinstance`` too. In training, norm -> activation, norm -> sum -> activation and norm + norm
     -> activation become one call of :mod:`braze.nn.functional`, a convolution's bias before a batch norm is not
     added, activation -> dropout and dropout -> sum are one pass. In ``eval()`` without gradients, convolution,
-    batch norm, sum and activation are one convolution of oneDNN on the CPU, whose folded weights are kept until
-    a tensor they come from changes (its version counter, or one of 64 elements spread over it), and dropped by
-    ``train()``, ``.to()`` and the like.
+    batch norm, sum and activation are one convolution of oneDNN on the CPU; on CUDA one of cuDNN if that is
+    faster (with ReLU only), or one and a kernel. The folded weights are kept until a tensor they come from
+    changes (its version counter or memory, on the CPU also one of 64 elements spread over it), and dropped by
+    ``train()``, ``.to()`` and the like. A captured CUDA graph goes on with those it was captured with.
 
     Every module's own forward is traced on its own, with its children as leaves, once for training and once
     for evaluation. What it read of itself is checked again at every call; when that no longer holds (an

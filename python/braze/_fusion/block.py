@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from braze._fusion.kinds import ONE_TENSOR, kinds_of
 from braze._fusion.plan import Plan, original_class, plan
 from braze._fusion.tracing import LOCK, Untraceable
-from braze.nn._fold import drop_folded
+from braze.nn._folded import drop_folded
 from braze.nn._route import is_plain
 
 __all__ = ["BlockFusion", "fused_class", "fusion_of", "in_channels_last", "swap_in", "swap_out"]

@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook as _hooked
 
 from braze.nn._activation import ActivationLike, has_hooks, resolve
 from braze.nn._conv_bn import conv_bn_act
+from braze.nn._folded import drop_folded
 from braze.nn._route import is_plain
 from braze.nn.batch_norm import (
     BatchNormAct1d,
@@ -84,6 +85,12 @@ class FusedConv(nn.Module):
             dtype=dtype,
         )
 
+    def train(self, mode: bool = True) -> Any:
+        """As :meth:`torch.nn.Module.train`; folded weights are dropped."""
+        if mode:
+            drop_folded(self.conv)
+        return super().train(mode)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, bn = self.conv, self.bn
         result: Tensor
@@ -114,9 +121,13 @@ class ConvBNAct2d(FusedConv):
     running mean accounts for it, and its gradient is exactly zero. With running statistics (``eval()``, also
     of ``bn`` alone in a training model), hooks or a parametrized convolution, it is added.
 
-    With running statistics and no gradients wanted (``torch.no_grad``, ``torch.inference_mode``), a 2d module
-    on the CPU is one convolution of oneDNN, into whose weights the batch norm is folded. They are kept, and
-    folded again when a parameter or a running statistic has changed.
+    With running statistics and no gradients wanted (``torch.no_grad``, ``torch.inference_mode``), the batch
+    norm of a 2d module is folded into the convolution's weights. On the CPU the module is one call of oneDNN.
+    On CUDA it is a convolution and one kernel, or, with ReLU, one call of cuDNN if that is the faster of the
+    two: both are timed once per convolution, shape, dtype and memory format. Folded weights are kept until a
+    parameter or a running statistic changes or ``train()`` is called; what is changed in place through
+    ``.data`` is not seen on CUDA. A captured graph goes on with the weights folded when it was captured;
+    nothing is folded or timed in a capture, so call the module once before.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as

@@ -1,0 +1,93 @@
+"""A folded convolution with what follows it as one call of oneDNN, on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from braze.nn._composite import ACTIVATIONS
+from braze.nn._folded import Call, Folded, find, fold, keep, making
+
+__all__ = ["run", "takes"]
+
+_MAX_SHAPES = 2  # of inputs for which a packed weight is kept
+
+# oneDNN's name, its scalars and its algorithm.
+_POST_OPS: dict[str, tuple[str, list[float], str]] = {
+    "identity": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "sigmoid": ("sigmoid", [], ""),
+    "tanh": ("tanh", [], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "hardswish": ("hardswish", [], ""),
+    "hardsigmoid": ("hardsigmoid", [], ""),
+}
+_NO_POST_OP = _POST_OPS["identity"]
+
+
+def takes(dtype: torch.dtype, last: bool, adds: bool) -> bool:
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    # Contiguous, oneDNN would add in a pass of its own, where the batch norm's kernel does all in one.
+    if adds and not last:
+        return False
+    if dtype is torch.float32:
+        return True
+    mkldnn = torch.ops.mkldnn
+    if dtype is torch.bfloat16:
+        return bool(mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float16 and bool(mkldnn._is_mkldnn_fp16_supported())
+
+
+def run(call: Call) -> Tensor:
+    conv, x, residual, activation = call.conv, call.x, call.residual, call.activation
+    folded = find(call)
+    keep(conv, folded)
+    weight = _weight(folded, call)
+    arguments = (weight, folded.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    pointwise = torch.ops.mkldnn._convolution_pointwise
+    result: Tensor
+    if residual is None:
+        post = _post_op(activation, call.parameter)
+        result = pointwise.default(x, *arguments, *(post or _NO_POST_OP))
+        done = post is not None
+    else:
+        unary = "relu" if activation == "relu" else None
+        result = pointwise.binary(x, residual, *arguments, "add", 1.0, unary, [], None)
+        done = unary is not None or activation == "identity"
+    return result if done else ACTIVATIONS[activation](result, call.parameter)
+
+
+def _post_op(activation: str, parameter: float) -> tuple[str, list[float], str] | None:
+    if activation == "leaky_relu":
+        return ("leaky_relu", [parameter], "")
+    return _POST_OPS.get(activation)
+
+
+def _weight(folded: Folded, call: Call) -> Tensor:
+    """The folded weight for inputs of this shape."""
+    conv, shape = call.conv, call.x.shape
+    found = folded.plain if folded.plain is not None else folded.packed.get(shape)
+    if found is not None:
+        return found
+    with making(call):
+        weight, bias = fold(folded)
+        folded.bias = bias.to(weight.dtype)
+        if not call.last or len(folded.packed) == _MAX_SHAPES:
+            layout = torch.channels_last if call.last else torch.contiguous_format
+            folded.plain = weight.contiguous(memory_format=layout)
+            folded.packed.clear()
+            return folded.plain
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(memory_format=torch.channels_last),
+            list(conv.padding),
+            list(conv.stride),
+            list(conv.dilation),
+            conv.groups,
+            list(shape),
+        )
+        folded.packed[shape] = packed
+        return packed
