@@ -147,8 +147,26 @@ def test_out_of_memory_apart_is_raised(cudnn: Cudnn, monkeypatch: pytest.MonkeyP
     assert cudnn.take() == [*MEASURING, "fused"]
 
 
-def test_captures_measure_and_fold_nothing(cudnn: Cudnn) -> None:
+def test_captures_do_not_fold_what_may_still_be_trained(cudnn: Cudnn) -> None:
+    """A graph would go on with the weights that were folded, whatever an optimizer does to the parameters."""
     model = module()
+    check(model, image())
+    cudnn.take()
+    for parameter in model.parameters():
+        model.requires_grad_(False)
+        parameter.requires_grad_()
+        cudnn.capturing = True
+        check(model, image())
+        assert not cudnn.take()
+        cudnn.capturing = False
+    model.requires_grad_(False)
+    cudnn.capturing = True
+    check(model, image())
+    assert cudnn.take() == ["fused"]
+
+
+def test_captures_measure_and_fold_nothing(cudnn: Cudnn) -> None:
+    model = module().requires_grad_(False)
     cudnn.capturing = True
     check(model, image())
     assert not cudnn.take() and folded(model) is None
@@ -170,7 +188,7 @@ def test_captures_measure_and_fold_nothing(cudnn: Cudnn) -> None:
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_what_a_graph_reads_lives_as_long_as_the_convolution(cudnn: Cudnn, captured: bool) -> None:
-    model = module()
+    model = module().requires_grad_(False)
     check(model, image())
     cudnn.capturing = captured
     check(model, image())

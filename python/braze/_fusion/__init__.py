@@ -39,7 +39,8 @@ def fuse(
     batch norm, sum and activation are one convolution of oneDNN on the CPU; on CUDA one of cuDNN if that is
     faster (with ReLU only), or one and a kernel. The folded weights are kept until a tensor they come from
     changes (its version counter or memory, on the CPU also one of 64 elements spread over it), and dropped by
-    ``train()``, ``.to()`` and the like. A captured CUDA graph goes on with those it was captured with.
+    ``train()``, ``.to()`` and the like. A captured CUDA graph has none, unless the parameters are frozen
+    (``requires_grad_(False)``) and the model was called before: then it goes on with those of the capture.
 
     Every module's own forward is traced on its own, with its children as leaves, once for training and once
     for evaluation. What it read of itself is checked again at every call; when that no longer holds (an

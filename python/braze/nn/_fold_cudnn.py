@@ -32,13 +32,15 @@ def takes(dtype: torch.dtype, last: bool, adds: bool) -> bool:
 
 
 def run(call: Call) -> Tensor | None:
-    """None: nothing is folded, and this is no time to fold."""
+    """None: nothing is folded, and this is no time to fold or to use what is."""
     with torch.cuda.device_of(call.x):
         folded = find(call)
         capturing = torch.cuda.is_current_stream_capturing()
         if folded.plain is None and (capturing or not _make(call, folded)):
             return None
         if capturing:
+            if any(tensor is not None and tensor.requires_grad for tensor in folded.sources):
+                return None  # its replays must follow what an optimizer does to the parameters
             _captured.setdefault(call.conv, set()).add(folded)
         if _fusible(call) and _prefers_fused(call, folded, capturing):
             try:

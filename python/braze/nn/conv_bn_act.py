@@ -126,8 +126,9 @@ class ConvBNAct2d(FusedConv):
     On CUDA it is a convolution and one kernel, or, with ReLU, one call of cuDNN if that is the faster of the
     two: both are timed once per convolution, shape, dtype and memory format. Folded weights are kept until a
     parameter or a running statistic changes or ``train()`` is called; what is changed in place through
-    ``.data`` is not seen on CUDA. A captured graph goes on with the weights folded when it was captured;
-    nothing is folded or timed in a capture, so call the module once before.
+    ``.data`` is not seen on CUDA. A captured graph computes the batch norm at every replay, unless all
+    parameters are frozen (``requires_grad_(False)``) and the module was called once before: then it goes on
+    with the weights folded by then, whatever becomes of the parameters.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as
