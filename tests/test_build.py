@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,46 @@ def test_runs_on_the_best_instruction_set_available() -> None:
     assert sets[0] == "baseline" and _native._C.instruction_set() == sets[-1]
     assert not _native._C.set_instruction_set("abacus")
     assert _native._C.instruction_set() == sets[-1]
+
+
+COUNT_SETS = """
+#include <cstdio>
+#include "instruction_set.h"
+#define BRAZE_LOOPS "one_set.inl"
+#include "instruction_sets.inl"
+#define BRAZE_NAME(isa) isa::name
+int main() {
+  const char* const compiled[] = BRAZE_FOR_EACH_ISA(BRAZE_NAME);
+  for (const char* name : compiled) printf("%s ", name);
+  for (const auto& name : braze::cpu::available_instruction_sets()) printf("|%s", name.c_str());
+}
+"""
+ONE_SET = """
+#define BRAZE_TEXT_OF(isa) #isa
+#define BRAZE_TEXT(isa) BRAZE_TEXT_OF(isa)
+namespace BRAZE_ISA { const char* const name = BRAZE_TEXT(BRAZE_ISA); }
+"""
+
+
+@pytest.mark.parametrize("only_baseline", [False, True])
+def test_instruction_sets_offered_are_those_compiled(tmp_path: Path, only_baseline: bool) -> None:
+    """Or a kernel would be looked up past the end of its table."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "main.cpp").write_text(COUNT_SETS)
+    (tmp_path / "one_set.inl").write_text(ONE_SET)
+    sources = [tmp_path / "main.cpp", ROOT / "csrc/cpu/instruction_set.cpp"]
+    flags = ["-std=c++20", f"-I{ROOT}/csrc/cpu", f"-I{tmp_path}"]
+    flags += ["-DBRAZE_BASELINE_ONLY"] if only_baseline else []
+    subprocess.run([compiler, *flags, *sources, "-o", tmp_path / "a.out"], check=True)
+    run = subprocess.run([tmp_path / "a.out"], capture_output=True, text=True, check=True)
+    compiled, *offered = (part.strip() for part in run.stdout.split("|"))
+    assert offered == compiled.split()[: len(offered)]
+    if only_baseline:
+        assert offered == compiled.split() == ["baseline"]
+    else:
+        assert offered == _native._C.available_instruction_sets()
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,8 @@ EXPRESSIONS = [
     (KERNELS_FILE, "(argument.blocks_done, @gridDim.x@)", "gridDim.x + 1"),
     (KERNELS_FILE, "(argument.blocks_done, @gridDim.x@)", "1u"),
     (KERNELS_FILE, "if (@!is_last_block(argument.blocks_done, gridDim.x)@) return;", "false"),
+    (ZEROS, "mode_ = @cudaStreamCaptureModeRelaxed@;", "cudaStreamCaptureModeGlobal"),
+    (ZEROS, "~BesideCaptures() { @(void)cudaThreadExchangeStreamCaptureMode(&mode_)@; }", "(void)0"),
     (KERNELS_FILE, "@i < argument.num_tensors@;", "i < argument.num_tensors - 1"),
     (KERNELS_FILE, "@i < argument.num_tensors@;", "i < kBlockThreads && i < argument.num_tensors"),
     (KERNELS_FILE, "if (@prepared_hyper != now[i].hyper || prepared_step != step@)",

@@ -291,7 +291,7 @@ cudaError_t StepLauncher::launch(const StepWork& work, const std::vector<Hyper>&
   const bool capturing = status != cudaStreamCaptureStatusNone;
   if (kOnDevice && has_steps_ && blocks_done_ == nullptr) {
     if (capturing) return cudaErrorStreamCaptureUnsupported;
-    if (const cudaError_t error = take_zeros(1, false, &blocks_done_); error != cudaSuccess) {
+    if (const cudaError_t error = take_zeros(1, &blocks_done_); error != cudaSuccess) {
       return error;
     }
   }

@@ -8,12 +8,23 @@ namespace braze::cuda {
 namespace {
 
 constexpr size_t kSlabWords = size_t{1} << 18;
-constexpr size_t kSpareWords = kSlabWords / 2;  // left over for captures
-constexpr size_t kLineWords = 32;               // no two users share a line of memory
+constexpr size_t kLineWords = 32;  // no two users share a line of memory
 
 struct Slab {
   unsigned int* free = nullptr;
   size_t words = 0;
+};
+
+// Allocating and waiting would otherwise invalidate what this thread or others capture.
+class BesideCaptures {
+ public:
+  BesideCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 // A stream of its own: the wait is for the fill alone, and then all streams see zeros.
@@ -28,6 +39,7 @@ cudaError_t fill(unsigned int* memory, size_t words) {
 }
 
 cudaError_t replace(Slab& slab, size_t words) {
+  const BesideCaptures relaxed;
   unsigned int* memory = nullptr;
   cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&memory), words * sizeof(unsigned int));
   if (error != cudaSuccess) return error;
@@ -42,7 +54,7 @@ cudaError_t replace(Slab& slab, size_t words) {
 
 }  // namespace
 
-cudaError_t take_zeros(size_t words, bool capturing, unsigned int** zeros) {
+cudaError_t take_zeros(size_t words, unsigned int** zeros) {
   // Never destroyed: at the end of the process the driver may be gone already.
   static auto* const mutex = new std::mutex;
   static auto* const slabs = new std::vector<Slab>;
@@ -53,9 +65,8 @@ cudaError_t take_zeros(size_t words, bool capturing, unsigned int** zeros) {
   const auto index = static_cast<size_t>(device);
   if (slabs->size() <= index) slabs->resize(index + 1);
   Slab& slab = (*slabs)[index];
-  if (capturing && slab.words < words) return cudaErrorStreamCaptureUnsupported;
-  if (!capturing && slab.words < words + kSpareWords) {
-    const cudaError_t error = replace(slab, std::max(kSlabWords, words + kSpareWords));
+  if (slab.words < words) {
+    const cudaError_t error = replace(slab, std::max(kSlabWords, words));
     if (error != cudaSuccess) return error;
   }
   *zeros = slab.free;

@@ -8,9 +8,8 @@
 namespace braze::cuda {
 
 // `words` on the current device, for launches that follow each other. By cudaMalloc and never
-// freed: a captured graph may outlive whoever asked for them. Nothing can be allocated while a
-// stream is captured: then what earlier calls left over has to do, and where that is too little the
-// result is cudaErrorStreamCaptureUnsupported.
-cudaError_t take_zeros(size_t words, bool capturing, unsigned int** zeros);
+// freed: a captured graph may outlive whoever asked for them. May be called while streams are
+// captured, and puts nothing into their graphs.
+cudaError_t take_zeros(size_t words, unsigned int** zeros);
 
 }  // namespace braze::cuda

@@ -24,7 +24,7 @@ constexpr size_t kMinTickets = 4096;
 // other. A graph may be replayed on any stream, beside others: each capture has sets of its own.
 class Tickets {
  public:
-  // Null where a stream is captured and nothing is left that was allocated before.
+  // Null where the driver has no memory: torch may have some.
   unsigned int* get(int device, cudaStream_t stream, size_t count) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long capture = 0;
@@ -35,8 +35,11 @@ class Tickets {
     if (set.count < count || (capturing && set.capture != capture)) {
       const size_t wanted = std::max(kMinTickets, count);
       unsigned int* zeros = nullptr;
-      const cudaError_t error = cuda::take_zeros(wanted, capturing, &zeros);
-      if (error == cudaErrorStreamCaptureUnsupported) return nullptr;
+      const cudaError_t error = cuda::take_zeros(wanted, &zeros);
+      if (error == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        return nullptr;
+      }
       check_launch(error, kOwner, "a kernel", device);
       set = {zeros, wanted, capture};
     }

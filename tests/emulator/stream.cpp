@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <unordered_set>
+#include <utility>
 
 namespace emulator {
 namespace {
@@ -18,6 +19,8 @@ Streams& streams() {
   static Streams* const instance = new Streams;
   return *instance;
 }
+
+thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 CUstream_st* null_stream(int device) {
   auto& null = streams().null;
@@ -148,11 +151,14 @@ cudaError_t submit(CUstream_st* stream, std::function<void()> run, int kernel_de
 }
 
 bool forbidden_in_capture() {
+  if (thread_mode == cudaStreamCaptureModeRelaxed) return false;
   bool forbidden = false;
   for (CUstream_st* stream : streams().live) {
     if (!stream->capture || stream->capture->mode == cudaStreamCaptureModeRelaxed) continue;
     const bool mine = stream->capture->thread == std::this_thread::get_id();
-    if (!mine && stream->capture->mode == cudaStreamCaptureModeThreadLocal) continue;
+    const bool local = thread_mode == cudaStreamCaptureModeThreadLocal ||
+                       stream->capture->mode == cudaStreamCaptureModeThreadLocal;
+    if (!mine && local) continue;
     stream->capture->invalid = true;
     forbidden = true;
   }
@@ -253,6 +259,12 @@ cudaError_t cudaStreamGetDevice(cudaStream_t handle, int* device) {
   CUstream_st* stream = find_stream(handle);
   if (stream == nullptr || device == nullptr) return result(cudaErrorInvalidResourceHandle);
   give(device, stream->device);
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  if (mode == nullptr) return result(cudaErrorInvalidValue);
+  std::swap(*mode, thread_mode);
   return cudaSuccess;
 }
 
