@@ -114,6 +114,7 @@ SANITIZED = [
     "test_cuda_capture.py::test_replays_equal_eager_steps",
     "test_cuda_capture.py::test_five_thousand_tensors[SGD, momentum]",
     "test_cuda_capture.py::test_without_a_warm_up",
+    "test_cuda_capture.py::test_a_graph_outlives_its_optimizer",
     "test_cuda_devices.py",
     "test_cuda_amp.py::test_same_bits_as_on_the_cpu",
     "test_layouts_overlap.py",
