@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import braze.nn
 import torch
 from torch import Tensor, nn
+
+from .resnet50 import convolutions
 
 Call = Callable[[], Any]
 # How often an activation is read or written at the least: forward x, x, y; backward x and dy twice, dx.
@@ -42,24 +45,9 @@ class Layer:
 
 def resnet50_layers() -> tuple[Layer, ...]:
     """Its 53 batch norms for 224 x 224 images, by shape, the largest first."""
-    counts: dict[tuple[int, int], int] = {(64, 112): 1}
-    joins: dict[tuple[int, int], int] = {}
-
-    def add(channels: int, side: int) -> None:
-        counts[channels, side] = counts.get((channels, side), 0) + 1
-
-    side = 56
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        out = 7 * 512 // width
-        joins[4 * width, out] = blocks
-        for block in range(blocks):
-            add(width, side)
-            side = out  # the 3x3 convolution of a stage's first block has the stride
-            add(width, side)
-            add(4 * width, side)
-            if block == 0:  # the shortcut's projection
-                add(4 * width, side)
-    layers = [Layer(c, s, n, joins.get((c, s), 0)) for (c, s), n in counts.items()]
+    counts = Counter((c.outputs, c.out) for c in convolutions())
+    joins = Counter((c.outputs, c.out) for c in convolutions() if c.joins)
+    layers = [Layer(*shape, n, joins[shape]) for shape, n in counts.items()]
     return tuple(sorted(layers, key=lambda layer: -layer.channels * layer.side**2))
 
 

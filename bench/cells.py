@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .resnet50 import convolutions
+
 OPTIONS: dict[str, dict[str, float]] = {
     "SGD": {"lr": 1e-3, "momentum": 0.9},
     "Adam": {"lr": 1e-3},
@@ -46,22 +48,9 @@ def _flat(name: str, numel: int, dtype: torch.dtype, goal: float, goal_sgd: floa
 def resnet50_shapes() -> tuple[tuple[int, ...], ...]:
     """ResNet-50's 161 parameters in the model's order: 53 convolutions, 53 batch norms, 1 linear layer."""
     shapes: list[tuple[int, ...]] = []
-
-    def convolution(inputs: int, outputs: int, kernel: int) -> None:
-        shapes.extend([(outputs, inputs, kernel, kernel), (outputs,), (outputs,)])
-
-    convolution(3, 64, 7)
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolution(inputs, width, 1)
-            convolution(width, width, 3)
-            convolution(width, 4 * width, 1)
-            if block == 0:  # the shortcut's projection
-                convolution(inputs, 4 * width, 1)
-            inputs = 4 * width
-    shapes.extend([(1000, 2048), (1000,)])
-    return tuple(shapes)
+    for c in convolutions():
+        shapes.extend([(c.outputs, c.inputs, c.kernel, c.kernel), (c.outputs,), (c.outputs,)])
+    return (*shapes, (1000, 2048), (1000,))
 
 
 CELLS = (

@@ -27,11 +27,12 @@ if not __package__:  # run as a script: the folder above is where the package li
     __package__ = "bench"
 
 from .files import collect_folder, slug, write_json
-from .gpu_run import Log, Results, Row, StepFailed, run_child
+from .gpu_run import Log, Results, run_child
 from .gpu_steps import STEPS, Step
+from .rows import Hopeless, Row
 from .sources import find_root
 
-# A lent machine's command has ten minutes; some of them are for what comes before and after.
+# A GPU is often to be had for ten minutes; some of them are for what comes before and after.
 BUDGET_S = 560.0
 # Nothing begins with less time than this.
 LEAST_S = 8.0
@@ -54,11 +55,11 @@ def _output(command: list[str]) -> str:
 
 
 def gather_facts(root: Path, device: str) -> dict[str, Any]:
-    """Device and versions, as every result file carries them. Raises StepFailed without the device."""
+    """Device and versions, as every result file carries them. Raises Hopeless without the device."""
     text = _output([sys.executable, "-c", FACTS])
     seen = json.loads(text.rpartition("FACTS ")[2]) if "FACTS " in text else {}
     if not seen:
-        raise StepFailed(f"{sys.executable} cannot import torch; choose the Python that has it")
+        raise Hopeless(f"{sys.executable} cannot import torch; choose the Python that has it")
     project = (root / "pyproject.toml").read_text()
     versions = {
         "braze": project.partition("\nversion = ")[2].split('"')[1],
@@ -69,7 +70,7 @@ def gather_facts(root: Path, device: str) -> dict[str, Any]:
     if device == "cpu":
         return {"device": {"type": "cpu", "name": "rehearsal"}, "versions": versions}
     if not seen["available"]:
-        raise StepFailed(
+        raise Hopeless(
             f"torch {seen['torch']} finds no CUDA device here. Rehearse the run without one: "
             "python3 bench/gpu.py --device cpu"
         )
@@ -280,7 +281,7 @@ def main(argv: list[str]) -> int:
     try:
         root = find_root(Path(__file__).parent)
         facts = gather_facts(root, arguments.device)
-    except (FileNotFoundError, StepFailed) as error:
+    except (FileNotFoundError, Hopeless) as error:
         print(f"bench/gpu.py: {error}", file=sys.stderr)
         return 2
     out = (arguments.out or root / "build" / "gpu").resolve()

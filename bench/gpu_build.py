@@ -126,11 +126,8 @@ def build(root: Path, out: Path, architecture: str, row: Row) -> None:
         row["how"] = "compiled"
         compile_to(root, out, architecture, wanted)
     row["seconds"] = round(time.monotonic() - began, 1)
-    for link in site.joinpath("braze").iterdir():  # an archive holds no links of another checkout
-        if link.is_symlink():
-            link.unlink()
     if row["how"] == "compiled":
-        pack(out)
+        pack(out)  # before there are links to this checkout
     link_python(root, site)
     _provide_expecttest(out / "shim")
     show = "import braze\nfor k, v in braze.build_info().items(): print(k, v)"

@@ -18,12 +18,7 @@ from typing import Any
 
 from .files import collect_folder, read_json, write_json
 from .gpu_steps import Step
-
-Row = dict[str, Any]
-
-
-class StepFailed(Exception):
-    """The step cannot go on; the text is for a person."""
+from .rows import Row
 
 
 @dataclass

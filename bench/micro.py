@@ -10,8 +10,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from . import cuda_clock, rows
 from .cuda_clock import Clock
+from .resnet50 import Convolution, convolutions
 from .rows import Row, Work
 from .sanitize import find_tool
 from .sources import find_root
@@ -80,56 +82,18 @@ def kernels(device: str, row: Row) -> None:
         raise RuntimeError(f"no kernel was found in {_native.CUDA_FILE}")
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """``count`` of them; ``side``: of the input."""
-
-    inputs: int
-    outputs: int
-    kernel: int
-    stride: int
-    side: int
-    count: int = 1
-
-    @property
-    def name(self) -> str:
-        stride = f"/{self.stride}" if self.stride > 1 else ""
-        return f"conv {self.inputs}-{self.outputs} {self.kernel}x{self.kernel}{stride} {self.side}"
-
-    @property
-    def out(self) -> int:
-        return -(-self.side // self.stride)
-
-    def flops(self, batch: int) -> int:
-        return 2 * batch * self.out**2 * self.outputs * self.inputs * self.kernel**2
-
-    def geometry(self) -> tuple[list[int], list[int], list[int], int]:
-        """Stride, padding, dilation, groups: cuDNN's order in torch."""
-        return [self.stride] * 2, [self.kernel // 2] * 2, [1, 1], 1
+def name_of(conv: Convolution) -> str:
+    stride = f"/{conv.stride}" if conv.stride > 1 else ""
+    return f"conv {conv.inputs}-{conv.outputs} {conv.kernel}x{conv.kernel}{stride} {conv.side}"
 
 
-def resnet50_convolutions() -> list[Convolution]:
-    """Its 53 convolutions for 224 x 224 images, by shape, in the model's order."""
-    counts: dict[Convolution, int] = {Convolution(3, 64, 7, 2, 224): 1}
+def flops_of(conv: Convolution, batch: int) -> int:
+    return 2 * batch * conv.out**2 * conv.outputs * conv.inputs * conv.kernel**2
 
-    def add(*shape: int) -> None:
-        key = Convolution(*shape)
-        counts[key] = counts.get(key, 0) + 1
 
-    inputs, side = 64, 56
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            stride = 2 if block == 0 and width > 64 else 1
-            add(inputs, width, 1, 1, side)
-            add(width, width, 3, stride, side)
-            if block == 0:  # the shortcut's projection
-                add(inputs, 4 * width, 1, stride, side)
-            side //= stride
-            add(width, 4 * width, 1, 1, side)
-            inputs = 4 * width
-    return [
-        Convolution(c.inputs, c.outputs, c.kernel, c.stride, c.side, n) for c, n in counts.items()
-    ]
+def shapes() -> Counter[Convolution]:
+    """ResNet-50's convolutions and how many there are of each."""
+    return Counter(replace(conv, joins=False) for conv in convolutions())
 
 
 def calls(conv: Convolution, batch: int, device: str) -> dict[str, Callable[[], Any]]:
@@ -143,7 +107,8 @@ def calls(conv: Convolution, batch: int, device: str) -> dict[str, Callable[[], 
     weight = make(conv.outputs, conv.inputs, conv.kernel, conv.kernel)
     dy = make(batch, conv.outputs, conv.out, conv.out)
     bias = torch.randn(conv.outputs, device=device).to(torch.bfloat16)
-    stride, padding, dilation, groups = conv.geometry()
+    # cuDNN's order in torch.
+    stride, padding, dilation, groups = [conv.stride] * 2, [conv.kernel // 2] * 2, [1, 1], 1
 
     def forward(bias: Tensor | None = None) -> Tensor:
         return torch.conv2d(x, weight, bias, stride=stride, padding=padding)
@@ -158,19 +123,18 @@ def calls(conv: Convolution, batch: int, device: str) -> dict[str, Callable[[], 
             return forward(bias).relu_()
         return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
 
-    found: dict[str, Callable[[], Any]] = {
+    return {
         "forward": forward,
         "bias_relu": lambda: forward(bias).relu_(),
         "fused_relu": fused,
         "dgrad": lambda: backward(True),
         "wgrad": lambda: backward(False),
     }
-    return found
 
 
-def convolution(conv: Convolution, clock: Clock, batch: int, row: Row) -> None:
-    """Microseconds with a cold L2; what cuDNN refuses is null."""
-    row["count"], row["batch"], row["failed"] = conv.count, batch, {}
+def measure(conv: Convolution, count: int, clock: Clock, batch: int, row: Row) -> None:
+    """Microseconds with a cold L2; what cuDNN refuses is in ``failed``."""
+    row["count"], row["batch"], row["failed"] = count, batch, {}
     for name, call in calls(conv, batch, clock.name).items():
         try:
             call()
@@ -184,7 +148,7 @@ def convolution(conv: Convolution, clock: Clock, batch: int, row: Row) -> None:
         if not times:
             times = [clock.wall(call, 5).device]
         row[f"{name}_us"] = statistics.median(times) * 1e6
-        row[f"{name}_tflops"] = conv.flops(batch) / statistics.median(times) / 1e12
+        row[f"{name}_tflops"] = flops_of(conv, batch) / statistics.median(times) / 1e12
 
 
 def lines(row: Row) -> str:
@@ -206,19 +170,18 @@ def main(argv: list[str]) -> int:
     rows.add_options(parser)
     arguments = parser.parse_args(argv)
     clock = cuda_clock.open_clock(parser, arguments.device)
-    convolutions = resnet50_convolutions()
-    batch = BATCH
+    timed, batch = list(shapes().items()), BATCH
     if arguments.device == "cpu":
-        convolutions, batch = convolutions[-2:], 1
+        timed, batch = timed[-2:], 1
 
     def of(name: str) -> Work:
         return Work(name, lambda row: table(arguments.device, row, name))
 
-    def timed(conv: Convolution) -> Work:
-        return Work(conv.name, lambda row: convolution(conv, clock, batch, row))
+    def convolved(conv: Convolution, count: int) -> Work:
+        return Work(name_of(conv), lambda row: measure(conv, count, clock, batch, row))
 
     work = [*map(of, TABLES), Work("kernels", lambda row: kernels(arguments.device, row))]
-    work += map(timed, convolutions)
+    work += [convolved(*pair) for pair in timed]
     names = rows.choose(parser, [one.name for one in work], arguments.only)
     wanted = [one for one in work if one.name in names]
     return rows.run(wanted, arguments, dict(clock.facts()), lines)

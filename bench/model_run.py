@@ -25,7 +25,7 @@ from .model_cells import (
     settle,
     waiting,
 )
-from .rows import Row, Work
+from .rows import Row, Work, goal
 from .timing import interleave
 
 # What is compared; the second is braze.
@@ -138,6 +138,15 @@ def measure(
         and "peak_mb" in figures.get(ours, {})
         and figures[ours]["peak_mb"] > model_peak.SLACK * figures[other]["peak_mb"]
     ]
+    row["goals"] = [
+        goal(
+            f"{cell.name}: at least {pair['goal']} x {pair['other']}",
+            pair["ratio_min"],
+            pair["met"],
+        )
+        for pair in row["ratios"]
+        if pair["goal"] is not None
+    ]
     broken = [name for name in row["failed"] if not name.startswith("compile")]
     row["ok"] = not (row["needs_more_memory"] or broken)
 
@@ -156,10 +165,7 @@ def lines(row: Row) -> str:
             text.append(line + (f"{figures['peak_mb']:9.1f}" if "peak_mb" in figures else ""))
         for ratio in row["ratios"]:
             pair = f"  {ratio['other']} / {ratio['braze']}"
-            line = f"{pair:30}{ratio['ratio_min']:6.2f}  median{ratio['ratio_median']:6.2f}"
-            if ratio["goal"] is not None:
-                line += f"  goal {ratio['goal']:.2f} {'met' if ratio['met'] else 'MISSED'}"
-            text.append(line)
+            text.append(f"{pair:30}{ratio['ratio_min']:6.2f}  median{ratio['ratio_median']:6.2f}")
         text += [f"  {name} needs MORE MEMORY than eager" for name in row["needs_more_memory"]]
     text += [f"  {name} left out: {reason}" for name, reason in row.get("failed", {}).items()]
     if "note" in row:

@@ -93,6 +93,16 @@ def _allocated() -> int:
     return bytes_now
 
 
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Stand-ins for cuDNN's fused convolutions, which run on CPU tensors and keep their arguments."""
+    import cudnn_stand_in
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield cudnn_stand_in.installed(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def clean_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """No test leaves a stream, a graph or a setting of the emulator behind."""

@@ -114,7 +114,11 @@ def fake(checkout: Path) -> FakeRun:
 def test_a_killed_run_keeps_its_rows_and_the_next_one_goes_on(fake: FakeRun) -> None:
     process = fake.start("hang")
     deadline = time.monotonic() + 30
-    while "three" not in fake.calls() and time.monotonic() < deadline:
+    # The driver reads behind its child, and the copy is written last.
+    sent = fake.root / "sent" / "gpu.json"
+    while time.monotonic() < deadline:
+        if "three" in fake.calls() and sent.exists() and "two" in fake.rows("sent"):
+            break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -379,10 +383,12 @@ def test_sanitizers_must_find_their_bug(
 
 
 def test_resnet50s_convolutions() -> None:
-    convolutions = micro.resnet50_convolutions()
-    assert sum(c.count for c in convolutions) == 53
+    shapes = micro.shapes()
+    assert shapes.total() == 53 and len({micro.name_of(conv) for conv in shapes}) == len(shapes)
     # 4.09 GFLOP multiply-adds an image, as its paper has it, but for the linear layer.
-    assert sum(c.flops(1) * c.count for c in convolutions) == pytest.approx(2 * 4.09e9, rel=0.01)
+    assert sum(micro.flops_of(c, 1) * n for c, n in shapes.items()) == pytest.approx(
+        2 * 4.09e9, rel=0.01
+    )
     conv = micro.Convolution(8, 16, 3, 2, 9)
     calls = micro.calls(conv, 2, "cpu")
     assert calls["forward"]().shape == (2, 16, conv.out, conv.out)
@@ -411,7 +417,7 @@ def test_cudnn_refusing_a_convolution_costs_one_figure(monkeypatch: pytest.Monke
     monkeypatch.setattr(micro, "calls", lambda *_: calls)
     clock = micro.cuda_clock.Rehearsal()
     row: dict[str, Any] = {}
-    micro.convolution(micro.Convolution(8, 8, 1, 1, 4), clock, 1, row)
+    micro.measure(micro.Convolution(8, 8, 1, 1, 4), 1, clock, 1, row)
     assert row["forward_us"] > 0 and "unable" in row["failed"]["fused_relu"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import braze
@@ -19,20 +19,12 @@ from cudnn_stand_in import (
     check,
     expected,
     image,
-    installed,
     module,
 )
 from fuse_cases import Residual
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.cpu_only("has stand-ins for what is CUDA's")
-
-
-@pytest.fixture
-def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield installed(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -11,19 +11,12 @@ import torch
 from braze import _native
 from braze.nn import _fold, _fold_cudnn
 from braze.nn._conv_bn import conv_bn_act
-from cudnn_stand_in import MEASURING, NHWC, Cudnn, check, folded, image, installed, module
+from cudnn_stand_in import MEASURING, NHWC, Cudnn, check, folded, image, module
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.cpu_only("has stand-ins for what is CUDA's")
-
-
-@pytest.fixture
-def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield installed(monkeypatch)
 
 
 # What is not for the fused call is a folded convolution and one kernel.

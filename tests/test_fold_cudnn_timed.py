@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cudnn_stand_in import LAYOUTS, MEASURING, NHWC, Cudnn, check, folded, image, installed, module
+from cudnn_stand_in import LAYOUTS, MEASURING, NHWC, Cudnn, check, folded, image, module
 from torch import Tensor
 
 pytestmark = pytest.mark.cpu_only("has stand-ins for what is CUDA's")
-
-
-@pytest.fixture
-def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield installed(monkeypatch)
 
 
 def test_timed_once(cudnn: Cudnn) -> None:
