@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from braze._fusion.block import BlockFusion, fusion_of, in_channels_last, swap_in, swap_out
@@ -57,14 +58,13 @@ def fuse(
             and buffers, without dropout; and in its own dtype in evaluation.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or one of ``torch.jit``, which has no forward to be traced.
         FusionError: with ``example``, the fused model computes something else. The model is left as it was.
 
     Differences from the model as it was: intermediate values are not rounded to 16 bits or stored; hooks on a
     module registered afterwards make its block run unfused; ``torch.jit.script`` needs :func:`unfuse` first.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     unfuse(model)
     before = copy.deepcopy(model) if example is not None else None
     try:
@@ -76,6 +76,17 @@ def fuse(
         unfuse(model)
         raise
     return _to_channels_last(model) if channels_last else model
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model is a {type(model).__name__} of torch.jit, whose forward is compiled already: give "
+            "braze.fuse the model that was scripted or traced (torch.jit.trace takes a fused one, "
+            "torch.jit.script does not)"
+        )
 
 
 def _to_channels_last(model: ModuleT) -> ModuleT:
@@ -129,5 +140,9 @@ def unfuse(model: ModuleT) -> ModuleT:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """What :func:`fuse` did to ``model``, or would do: every block, what is fused, what is left and why."""
+    """What :func:`fuse` did to ``model``, or would do: every block, what is fused, what is left and why.
+
+    Raises TypeError as :func:`fuse` does.
+    """
+    _check_module(model)
     return report(model)

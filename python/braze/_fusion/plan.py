@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.fx import Graph, Node
 
@@ -41,7 +42,8 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def is_library_leaf(module: nn.Module) -> bool:
     kind = original_class(module)
-    return kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Sequential
+    library = kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Sequential
+    return library or isinstance(module, torch.jit.ScriptModule)
 
 
 def _trace_alone(module: nn.Module, training: bool) -> BlockTracer | None:
