@@ -18,6 +18,8 @@ from braze.nn._route import ops, takes_addend, takes_batch_norm, transformed
 
 __all__ = ["ALLOCATING", "act_dropout", "dropout_add", "is_dropout", "norm_act", "norm_add_act"]
 
+_DROPOUTS = (nn.Dropout, braze_dropout.Dropout)
+
 
 def norm_act(
     conv: Any,
@@ -100,7 +102,7 @@ def norm_add_act(
 
 
 def is_dropout(module: nn.Module) -> bool:
-    return type(module) in (nn.Dropout, braze_dropout.Dropout) and not has_hooks(module)
+    return type(module) in _DROPOUTS and not has_hooks(module)
 
 
 def act_dropout(

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from braze._fusion import calls
 from braze.nn import dropout as braze_dropout
+from braze.nn import functional as braze_functional
 from braze.nn._activation import Activation, has_hooks, is_activation_function, resolve
 from braze.nn._norms import full_name, norm_activation
 
@@ -51,6 +52,8 @@ _METHODS = {
     "tanh": torch.tanh,
     "tanh_": torch.tanh_,
 }
+# The name may stand for either when a forward looks it up, and torch's hands its name's on.
+_DROPOUT_FUNCTIONS = (F.dropout, braze_functional.dropout)
 _ALL_DROPOUTS = frozenset(braze_dropout.REPLACED) | frozenset(braze_dropout.REPLACED.values())
 # In eval(), or with this attribute zero, they return their input.
 _SKIPPABLE: dict[str, str] = {
@@ -167,7 +170,7 @@ def dropout_of(node: Node, modules: Modules) -> DropoutNode | None:
         if operand is None or not calls.is_dropout(module):
             return None
         return DropoutNode(operand, None, None, bool(module.inplace))
-    if node.op != "call_function" or node.target is not F.dropout or len(node.args) > 4:
+    if node.op != "call_function" or node.target not in _DROPOUT_FUNCTIONS or len(node.args) > 4:
         return None
     names = ("input", "p", "training", "inplace")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}

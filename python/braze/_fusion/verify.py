@@ -12,18 +12,24 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from braze.nn import functional
+
 __all__ = ["FusionError", "check_same"]
 
 # Relative, of the whole tensor: in fp64 only the order of sums differs.
 _WIDE = 1e-6
 _OWN = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
-_DROPOUTS = (
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
+_DROPOUTS = frozenset(
+    function
+    for library in (F, functional)
+    for function in (
+        library.dropout,
+        library.dropout1d,
+        library.dropout2d,
+        library.dropout3d,
+        library.alpha_dropout,
+        library.feature_alpha_dropout,
+    )
 )
 
 

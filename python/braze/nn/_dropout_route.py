@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
-from torch.overrides import has_torch_function
+from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.utils._device import DeviceContext
 
 from braze._native import _C
 from braze.nn._route import is_plain
@@ -16,10 +17,12 @@ OPS = torch.ops.braze
 
 
 def overridden(*inputs: Tensor) -> bool:
-    """Whether a class of tensors has its own way with torch's functions. A mode, as of
-    ``torch.set_default_device``, has none with plain tensors, unless it is what exports them."""
+    """Whether a class of tensors or a mode has its own way with torch's functions; that of
+    ``torch.set_default_device`` has none with a dropout."""
     return has_torch_function(inputs) and (
-        torch.compiler.is_compiling() or not all(map(is_plain, inputs))
+        torch.compiler.is_compiling()
+        or not all(map(is_plain, inputs))
+        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
     )
 
 
