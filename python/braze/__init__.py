@@ -1,7 +1,8 @@
 """braze: fused training kernels for PyTorch.
 
-``import braze.nn as nn`` is a drop-in for ``torch.nn``, ``import braze.optim as optim`` for ``torch.optim``,
-and ``braze.fuse(model)`` fuses a model that is there already.
+``import braze.nn as nn`` is a drop-in for ``torch.nn``, ``import braze.optim as optim`` for ``torch.optim``;
+``braze.install()`` puts them into torch for programs that cannot be changed, and ``braze.fuse(model)`` fuses a
+model that is there already.
 """
 
 from braze import _native as _native
@@ -12,6 +13,8 @@ from braze._fusion import FusionReport as FusionReport
 from braze._fusion import fuse as fuse
 from braze._fusion import fusion_report as fusion_report
 from braze._fusion import unfuse as unfuse
+from braze._install import install as install
+from braze._install import uninstall as uninstall
 from braze.info import build_info as build_info
 
 __version__ = "0.1.0"
@@ -21,7 +24,9 @@ __all__ = [
     "build_info",
     "fuse",
     "fusion_report",
+    "install",
     "nn",
     "optim",
     "unfuse",
+    "uninstall",
 ]

@@ -2,11 +2,14 @@
 
 import typing as _typing
 
+from torch.serialization import add_safe_globals as _add_safe_globals
+
 if not _typing.TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
 
 import braze.nn.functional as functional  # noqa: F401  (`from` finds the star's, torch's)
-from braze.nn import _aliases
+from braze.nn import _aliases, _folded
+from braze.nn._to_torch import to_torch as to_torch
 from braze.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from braze.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from braze.nn.batch_norm import BatchNorm3d as BatchNorm3d
@@ -32,6 +35,17 @@ from braze.nn.sync_batch_norm import SyncBatchNormAct as SyncBatchNormAct
 from braze.nn.sync_batch_norm import convert_sync_batchnorm as convert_sync_batchnorm
 
 _aliases.install()
+# Pickles of models load with weights_only=True where the user allows the other classes in them.
+_add_safe_globals(
+    [
+        _folded.Folded,
+        *(
+            v
+            for v in vars().values()
+            if isinstance(v, type) and v.__module__.startswith("braze.nn.")
+        ),
+    ]
+)
 
 if _typing.TYPE_CHECKING:
     # Last, and without torch's `functional`: a checker keeps the first of two.
