@@ -22,7 +22,7 @@ REPLACED = {
 }
 ADDED = {
     *(f"{kind}{d}d" for kind in ("BatchNormAct", "ConvBNAct", "ConvBNReLU") for d in (1, 2, 3)),
-    *("SyncBatchNormAct", "convert_sync_batchnorm", "ActDropout", "DropoutAdd"),
+    *("SyncBatchNormAct", "convert_sync_batchnorm", "ActDropout", "DropoutAdd", "to_torch"),
 }
 FUNCTIONS_REPLACED = {
     *("batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d"),
