@@ -105,7 +105,7 @@ PYBIND11_MODULE(_C, m) {
     const auto terms = braze::dropout_terms_of(p, alpha);
     return std::make_tuple(terms.scale, terms.shift, terms.dropped);
   });
-  m.def("fingerprint", &braze::fingerprint, py::arg("tensors"));
+  m.def("fingerprint", &braze::fingerprint, py::arg("tensors"), NoGil());
   m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
   m.def("instruction_set", &braze::cpu::instruction_set);
   m.def("set_instruction_set", &braze::cpu::set_instruction_set, py::arg("name"));

@@ -86,8 +86,8 @@ def dropout_terms(p: float, alpha: bool, /) -> tuple[float, float, float]:
     """Scale and shift of a kept element, and what a dropped one becomes."""
 
 def fingerprint(tensors: tuple[Tensor | None, ...]) -> int:
-    """Changes when one of the tensors is another one, has another memory or version, or, on the CPU, when one
-    of 64 elements spread over it has changed."""
+    """Changes when one of the tensors is another one, has another memory or version, or, on the CPU, other
+    contents."""
 
 def available_instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
