@@ -234,6 +234,7 @@ def test_nested_tensors_are_torchs() -> None:
 @pytest.mark.parametrize(
     "bad", [([1.0], True), (None, True), (torch.ones(2, 3), torch.tensor(True))]
 )
+@pytest.mark.filterwarnings("ignore:dropout2d")
 def test_errors_have_torchs_types(name: str, bad: tuple[Any, Any]) -> None:
     found = []
     for module in (bF, F):

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import has_torch_function
 
+from braze import _native
 from braze._native import _C
 from braze.nn._route import DTYPES, is_plain
 
@@ -46,9 +47,7 @@ def _compilable(input: Tensor) -> bool:
     return (
         input.dtype in DTYPES
         and input.layout is torch.strided
-        and (
-            input.device.type == "cpu" or (input.device.type == "cuda" and "cuda" in _C.backends())
-        )
+        and (input.is_cpu or (input.is_cuda and _native.CUDA_FILE is not None))
     )
 
 
