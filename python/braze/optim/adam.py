@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
+from torch.optim.adam import Adam as TorchAdam
 from torch.optim.adam import adam as adam
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -14,7 +14,7 @@ from braze.optim._step import FusedStep
 __all__ = ["Adam", "adam"]
 
 
-class Adam(FusedStep, torch.optim.Adam):
+class Adam(FusedStep, TorchAdam):
     r"""Adam; a drop-in for :class:`torch.optim.Adam` with one native call per step.
 
     For each parameter :math:`p` with gradient :math:`g` at its step :math:`t`:
@@ -65,7 +65,7 @@ class Adam(FusedStep, torch.optim.Adam):
     """
 
     _algorithm: ClassVar[str] = "adam"
-    _torch_class: ClassVar[type[Optimizer]] = torch.optim.Adam
+    _torch_class: ClassVar[type[Optimizer]] = TorchAdam
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Adam(FusedStep, torch.optim.Adam):
         accumulation: str = "mean",
     ) -> None:
         self._check_extras(accumulation_steps, accumulation, l1)
-        torch.optim.Adam.__init__(
+        TorchAdam.__init__(
             self,
             params,
             lr,
