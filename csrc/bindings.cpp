@@ -39,7 +39,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "step",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double grad_scale,
-             double window_weight, bool mean, bool need_gradient,
+             double window_weight, bool mean, bool counts,
              const std::optional<at::Tensor>& loss_scale,
              const std::optional<at::Tensor>& found_inf) {
             braze::StepScalars scalars;
@@ -47,13 +47,12 @@ PYBIND11_MODULE(_C, m) {
             scalars.amp = {loss_scale ? &*loss_scale : nullptr, found_inf ? &*found_inf : nullptr};
             scalars.window_weight = window_weight;
             scalars.mean = mean;
-            scalars.need_gradient = need_gradient;
+            scalars.counts = counts;
             return plan.step(groups.ptr(), state.ptr(), scalars);
           },
           py::arg("groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
-          py::arg("window_weight") = -1.0, py::arg("mean") = false,
-          py::arg("need_gradient") = false, py::arg("loss_scale") = py::none(),
-          py::arg("found_inf") = py::none())
+          py::arg("window_weight") = -1.0, py::arg("mean") = false, py::arg("counts") = false,
+          py::arg("loss_scale") = py::none(), py::arg("found_inf") = py::none())
       .def(
           "fold",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double weight,

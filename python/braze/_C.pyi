@@ -10,8 +10,8 @@ class StepPlan:
     ``step`` and ``fold`` return ``""`` when done and ``"none"`` when there was no gradient.
     ``step`` also returns ``"overflow"`` (found_inf is set: nothing was changed) and ``"deferred"`` (done, but
     only the device knows whether found_inf was set and the step did nothing).
-    Otherwise nothing was changed, and the word says why the kernels cannot do it: ``"sparse"``,
-    ``"subclass"``, ``"dtype"``, ``"differentiable"``, ``"meta"``, ``"device"``, or ``"cuda:0"``.
+    Otherwise nothing was changed, and the word says why the kernels cannot do it: ``"mode"``,
+    ``"sparse"``, ``"subclass"``, ``"dtype"``, ``"differentiable"``, ``"meta"``, ``"device"``, or ``"cuda:0"``.
     """
 
     def __init__(self, algorithm: str, owner: str) -> None: ...
@@ -22,7 +22,7 @@ class StepPlan:
         grad_scale: float = 1.0,
         window_weight: float = -1.0,
         mean: bool = False,
-        need_gradient: bool = False,
+        counts: bool = False,
         loss_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> str: ...
