@@ -39,7 +39,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "step",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double grad_scale,
-             double window_weight, bool mean, bool need_gradient,
+             double window_weight, bool mean, bool counts,
              const std::optional<at::Tensor>& loss_scale,
              const std::optional<at::Tensor>& found_inf) {
             braze::StepScalars scalars;
@@ -47,13 +47,12 @@ PYBIND11_MODULE(_C, m) {
             scalars.amp = {loss_scale ? &*loss_scale : nullptr, found_inf ? &*found_inf : nullptr};
             scalars.window_weight = window_weight;
             scalars.mean = mean;
-            scalars.need_gradient = need_gradient;
+            scalars.counts = counts;
             return plan.step(groups.ptr(), state.ptr(), scalars);
           },
           py::arg("groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
-          py::arg("window_weight") = -1.0, py::arg("mean") = false,
-          py::arg("need_gradient") = false, py::arg("loss_scale") = py::none(),
-          py::arg("found_inf") = py::none())
+          py::arg("window_weight") = -1.0, py::arg("mean") = false, py::arg("counts") = false,
+          py::arg("loss_scale") = py::none(), py::arg("found_inf") = py::none())
       .def(
           "fold",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double weight,
@@ -105,7 +104,7 @@ PYBIND11_MODULE(_C, m) {
     const auto terms = braze::dropout_terms_of(p, alpha);
     return std::make_tuple(terms.scale, terms.shift, terms.dropped);
   });
-  m.def("fingerprint", &braze::fingerprint, py::arg("tensors"));
+  m.def("fingerprint", &braze::fingerprint, py::arg("tensors"), NoGil());
   m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
   m.def("instruction_set", &braze::cpu::instruction_set);
   m.def("set_instruction_set", &braze::cpu::set_instruction_set, py::arg("name"));

@@ -233,24 +233,50 @@ def test_zero_grad_between_micro_steps_loses_nothing() -> None:
     assert_same(train(True), train(False))
 
 
-def test_calls_without_gradients_do_not_count() -> None:
-    params = parameters()
-    optimizer = build("SGD", params, accumulation_steps=2)
-    before = [p.detach().clone() for p in params]
-    for _ in range(5):
-        optimizer.step()
-        optimizer.accumulate()
-    assert "accumulated_weight" not in optimizer.param_groups[0]
-    put(params, gradients(0))
+@pytest.mark.parametrize("flags", TORCH_FLAGS, ids=["native", "torch"])
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_without_gradients_is_one_with_zeros(
+    kind: str, mode: str, flags: dict[str, Any]
+) -> None:
+    """So that the ranks of a distributed run, one of which has nothing to do, stay in step."""
+    for pattern in itertools.product((True, False), repeat=3):
+        empty, zero = parameters(), parameters()
+        a, b = (
+            build(kind, params, accumulation_steps=3, accumulation=mode, **flags)
+            for params in (empty, zero)
+        )
+        for window in range(2):
+            for j, present in enumerate(pattern):
+                grads = gradients(3 * window + j)
+                put(zero, [g if present else torch.zeros_like(g) for g in grads])
+                put(empty, grads if present else [])
+                a.step()
+                b.step()
+                assert a.updated is (j == 2 and any(pattern))
+                assert b.updated is (j == 2)
+            if any(pattern):
+                assert_close(empty, zero)
+            else:
+                assert_same(empty, parameters())
+                assert not a.state
+
+
+@pytest.mark.parametrize("flags", TORCH_FLAGS, ids=["native", "torch"])
+def test_the_weight_of_an_empty_accumulate_counts(flags: dict[str, Any]) -> None:
+    p = Parameter(torch.zeros(1))
+    optimizer = braze.optim.SGD([p], lr=1.0, **flags)
+    optimizer.accumulate(3.0)
+    p.grad = torch.full((1,), 8.0)
+    optimizer.accumulate(1.0)
     optimizer.step()
-    for _ in range(3):
-        optimizer.zero_grad()
-        optimizer.step()
-        assert not optimizer.updated
-    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-    put(params, gradients(1))
+    assert p.item() == -2.0
+    optimizer.accumulate(3.0)
     optimizer.step()
-    assert optimizer.updated
+    assert not optimizer.updated and p.item() == -2.0
+    p.grad = torch.full((1,), 1.0)
+    optimizer.step()
+    assert p.item() == -3.0
 
 
 def test_accumulate_then_step_counts_the_step() -> None:

@@ -28,10 +28,10 @@ EACH = pytest.mark.parametrize("kind", ALL)
 EACH_DEFERRED = pytest.mark.parametrize("kind", DEFERRED)
 
 
-def make(where: torch.device, kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def make(where: torch.device, kind: str, dtype: torch.dtype = torch.float32, **flags: Any) -> Any:
     name, options = ALL[kind]
     params = [Parameter(values(s, i, dtype).to(where)) for i, s in enumerate(SHAPES)]
-    return getattr(optim, name)(params, **options)
+    return getattr(optim, name)(params, **{**options, **flags})
 
 
 def params_of(optimizer: Any) -> list[Parameter]:
@@ -212,10 +212,11 @@ def test_accumulation_with_a_scaler(device: Device, kind: str) -> None:
     same_on_both(device, scenario)
 
 
+@pytest.mark.parametrize("fused", [True, None])
 @EACH
-def test_a_real_scaler(device: Device, kind: str) -> None:
+def test_a_real_scaler(device: Device, kind: str, fused: bool | None) -> None:
     with device.on():
-        optimizer = make(device.place, kind)
+        optimizer = make(device.place, kind, fused=fused)
         scaler = torch.amp.GradScaler(device.place.type, init_scale=2.0**10)
         params = params_of(optimizer)
         for seed in range(4):
@@ -225,5 +226,7 @@ def test_a_real_scaler(device: Device, kind: str) -> None:
             scaler.scale(loss * (float("inf") if seed == 1 else 1.0)).backward()
             scaler.step(optimizer)
             scaler.update()
-            assert optimizer.updated is (seed != 1)
+            assert optimizer.updated is (seed != 1 or not fused)
+            if seed != 1:
+                assert_same([p.grad for p in params], weights)
         assert scaler.get_scale() == 2.0**9

@@ -293,7 +293,7 @@ def test_accumulation(device: Device, name: str) -> None:
             device.capture(optimizer.step)
         assert_same(everything(optimizer), before)
         assert p.grad is not None
-        assert "accumulated_steps" not in optimizer.param_groups[0]
+        assert "accumulated_steps" not in optimizer.state_dict()["param_groups"][0]
         for _ in range(2):
             p.grad = torch.ones_like(p)
             optimizer.step()

@@ -285,7 +285,7 @@ def test_cuda_tensors_without_kernels(monkeypatch: pytest.MonkeyPatch, steps: in
     assert _native.cuda_missing() in message and "the reason" in message
     assert "foreach=True" in message
     assert torch.equal(p.detach(), torch.ones(3)) and not optimizer.state
-    assert "accumulated_steps" not in optimizer.param_groups[0]
+    assert "accumulated_steps" not in optimizer.state_dict()["param_groups"][0]
 
 
 # ------------------------------------------------------------------ the test device itself

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import braze
+import braze.nn as bnn
 import pytest
 import torch
+from braze._native import _C
 from fuse_cases import Residual, bn, conv, image
 from torch import Tensor, nn
 
@@ -180,6 +182,75 @@ def test_changes_are_seen(name: str, mode: Any) -> None:
         ours = fused(x)
         _same(ours, plain(x))
     assert name == "channels last" or ours.shape != before.shape or not torch.equal(ours, before)
+
+
+@pytest.mark.cpu_only("a device's memory is not read at each call")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_no_write_through_data_is_missed(layout: Any) -> None:
+    """One element anywhere, one bit of it, and changes that leave sums as they are."""
+    fused = braze.fuse(nn.Sequential(conv(bias=True), bn(), nn.ReLU())).eval()
+    fused.to(memory_format=layout)
+    seen = {_fingerprint(fused)}
+    for tensor in [*fused.parameters(), *fused.buffers()][:-1]:
+        memory = tensor.data.as_strided((tensor.numel(),), (1,)).view(torch.int32)
+        for i in range(len(memory)):
+            for bit in (0, 23, 31):
+                memory[i] ^= 1 << bit if bit < 31 else -(1 << 31)
+                seen.add(_fingerprint(fused))
+    count = 1 + 3 * sum(t.numel() for t in [*fused.parameters(), *fused.buffers()][:-1])
+    weight = fused[0].weight.data
+    for change in (lambda: weight.copy_(weight.roll(1, 0)), lambda: weight.neg_()):
+        change()
+        seen.add(_fingerprint(fused))
+    assert len(seen) == count + 2
+
+
+def _fingerprint(fused: Any) -> int:
+    norm = fused[1]
+    return _C.fingerprint(
+        (
+            fused[0].weight,
+            fused[0].bias,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: bnn.ConvBNReLU2d(4, 4, 3), lambda: braze.fuse(Residual(4, 4))]
+)
+def test_eval_folds_anew_what_only_a_device_could_tell(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    x = image().float()
+    with torch.no_grad():
+        model(x)
+    (folded, *_) = kept = [
+        m.__dict__["_braze_folded"] for m in model.modules() if "_braze_folded" in m.__dict__
+    ]
+    on_cpu = all(t is None or t.is_cpu for t in folded.sources)
+    folded.faster["shape"] = True
+    model.eval()
+    assert (folded.key != ()) is on_cpu
+    for f in kept:
+        f.sources = (*f.sources, torch.empty(1, device="meta"))
+    model.eval()
+    assert all(f.key == () and (f is not folded or f.faster) for f in kept)
+
+
+def test_memory_of_many_chunks_is_read_to_the_end() -> None:
+    weight = torch.zeros(100_003, device="cpu")
+    found = set()
+    for i in range(-1, len(weight), 997):
+        if i >= 0:
+            weight.data[i] = 1
+        found.add(_C.fingerprint((weight,)))
+    weight.data[-1] = 1
+    assert _C.fingerprint((weight,)) not in found and len(found) == 1 + len(
+        range(996, len(weight), 997)
+    )
 
 
 def test_the_check_of_changes_is_what_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,18 @@ def test_changes_are_seen() -> None:
         plain.load_state_dict({name: value * 2 for name, value in plain.state_dict().items()})
 
 
+def test_writes_through_data_are_seen_after_eval() -> None:
+    plain = to_device(nn.Sequential(nn.Conv2d(8, 8, 3), bn(8), nn.ReLU()), torch.float32, "nhwc")
+    fused = braze.fuse(copy.deepcopy(plain))
+    x = image(2, 8, 9, 9, dtype=torch.float32, layout="nhwc")
+    before = fused(x)
+    for model in (plain, fused):
+        model[0].weight.data[3] = 1.0
+        model.eval()
+    check(plain, fused, x)
+    assert not torch.equal(fused(x), before)
+
+
 def test_cudnns_two_calls() -> None:
     """They exist and do what they are called for, whichever is faster."""
     plain = to_device(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 from collections.abc import Callable
@@ -374,3 +375,50 @@ def test_fused_dropout_drops() -> None:
     torch.testing.assert_close(y[y != 0], (x / 0.75)[y != 0])
     model.eval()
     assert torch.equal(model(x), x)
+
+
+class _OwnInit(nn.BatchNorm2d):
+    """As published nets for CIFAR have it."""
+
+    def __init__(self, channels: int, decay: float = 0.9) -> None:
+        super().__init__(channels, eps=1e-3, momentum=1 - decay)
+        self.weight.requires_grad_(False)
+        self.history: list[float] = []
+
+    def extra_repr(self) -> str:
+        return "mine"
+
+    def remember(self) -> None:
+        self.history.append(0.0)
+
+
+class _OwnInitTwice(_OwnInit, abc.ABC):
+    pass
+
+
+class _OwnForward(_OwnInit):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input * 2)
+
+
+class _OwnWeight(_OwnInit):
+    @property
+    def running_var(self) -> Tensor:  # type: ignore[override]
+        return torch.ones(4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", [_OwnInit, _OwnInitTwice])
+def test_a_norm_with_a_constructor_of_its_own_is_fused(kind: type[_OwnInit]) -> None:
+    model = nn.Sequential(conv(), kind(4), nn.ReLU()).double()
+    fused = braze.fuse(copy.deepcopy(model))
+    assert braze.fusion_report(fused).joined == ["1"] and type(fused[1]) is kind
+    assert_same_outcome(outcome(fused, image()), outcome(model, image()))
+
+
+@pytest.mark.parametrize(("kind", "own"), [(_OwnForward, "forward"), (_OwnWeight, "running_var")])
+def test_a_norm_that_computes_something_else_is_not(kind: type[_OwnInit], own: str) -> None:
+    model = nn.Sequential(conv(), bn(), nn.ReLU()).double()
+    model[1].__class__ = kind
+    fused = braze.fuse(copy.deepcopy(model))
+    assert f"it has {own} of its own" in braze.fusion_report(fused).left["1"]
+    assert_same_outcome(outcome(fused, image()), outcome(model, image()))

@@ -17,7 +17,7 @@ from torch import nn
 
 REPLACED = {
     "functional",
-    *(f"{kind}{d}d" for kind in ("BatchNorm", "Dropout") for d in (1, 2, 3)),
+    *(f"{kind}{d}d" for kind in ("BatchNorm", "LazyBatchNorm", "Dropout") for d in (1, 2, 3)),
     *("Dropout", "AlphaDropout", "FeatureAlphaDropout", "SyncBatchNorm"),
 }
 ADDED = {

@@ -112,7 +112,18 @@ at::Tensor lay_out_channels(const at::Tensor& input, DropoutMask& mask) {
 }
 
 at::Tensor lay_out(const at::Tensor& input, bool feature, DropoutArgs& args) {
-  return feature ? lay_out_channels(input, args.mask) : dense(input);
+  const at::Tensor x = dense(input);
+  return feature ? lay_out_channels(x, args.mask) : x;
+}
+
+// `out` in the order that torch gives the result: whole channels are neither rows nor pixels in
+// some.
+at::Tensor ordered(const at::Tensor& out, const at::Tensor& input, bool feature) {
+  if (!feature || same_order(out, input)) return out;
+  at::Tensor result = at::empty_like(input);
+  if (same_order(out, result)) return out;
+  result.copy_(out);
+  return result;
 }
 
 // The implementations, for CPU and device tensors alike. What can fail comes before the draw.
@@ -127,7 +138,7 @@ DropoutResult dropout_impl(const at::Tensor& input, double p, bool alpha, bool f
   set_pointers(args, x, nullptr, out);
   args.random = place.draw(generator);
   place.run(args);
-  return {out, state};
+  return {ordered(out, input, feature), state};
 }
 
 at::Tensor dropout_inplace_impl(at::Tensor& input, double p, bool alpha, bool feature,
@@ -156,7 +167,7 @@ at::Tensor dropout_apply_impl(const at::Tensor& input, const at::Tensor& state, 
   set_pointers(args, x, nullptr, out);
   use_state(state, args);
   place.run(args);
-  return out;
+  return ordered(out, input, feature);
 }
 
 DropoutResult dropout_add_impl(const at::Tensor& input, const at::Tensor& residual, double p,
@@ -280,10 +291,12 @@ at::Tensor act_dropout_backward(const at::Tensor& grad, const at::Tensor& saved,
 }
 
 bool dropout_takes(const at::Tensor& input) {
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-      input._fw_grad(0).defined()) {
-    return false;
+  using c10::DispatchKey;
+  // A trace should not need braze to be run.
+  for (const DispatchKey key : {DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::Tracer}) {
+    if (c10::impl::tls_is_dispatch_key_included(key)) return false;
   }
+  if (input._fw_grad(0).defined() || input.is_nested()) return false;
   return real_dtype(input.scalar_type()).has_value() && !input.is_complex() && is_plain(input) &&
          (input.is_cpu() || device_place(input).backend != nullptr);
 }

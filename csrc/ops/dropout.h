@@ -39,7 +39,7 @@ at::Tensor act_dropout_backward(const at::Tensor& grad, const at::Tensor& saved,
                                 double parameter);
 
 // Whether the operators take this tensor: one with data on a device that has kernels, of one of
-// their dtypes, outside functorch's transforms and forward-mode AD.
+// their dtypes, without a tangent, outside functorch's transforms and torch.jit.trace.
 bool dropout_takes(const at::Tensor& input);
 
 DropoutTerms<double> dropout_terms_of(double p, bool alpha);

@@ -1,6 +1,7 @@
 // Dropout's gradients. Nothing is saved but the mask's seed and offset, and what an activation
 // needs.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_make_dual.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu_backward.h>
@@ -279,8 +280,21 @@ at::Tensor dropout_inplace_autograd(at::Tensor& input, double p, bool alpha, boo
   return state;
 }
 
+// `linear` of a gradient that has a tangent: forward over reverse.
+template <class Linear>
+at::Tensor with_tangent(const at::Tensor& grad, const Linear& linear) {
+  const at::Tensor primal = linear(grad._fw_primal(0));
+  return at::_make_dual(primal, linear(grad._fw_grad(0)), 0);
+}
+
 at::Tensor dropout_apply_autograd(const at::Tensor& input, const at::Tensor& state, double p,
                                   bool alpha, bool feature, bool gradient) {
+  if (gradient && input._fw_grad(0).defined()) {
+    const std::vector<int64_t> order = order_in_memory(input);
+    return with_tangent(input, [&](const at::Tensor& part) {
+      return dropout_apply(feature ? part : in_order(part, order), state, p, alpha, feature, true);
+    });
+  }
   if (needs_grad(input)) return DropoutApply::apply(input, state, p, alpha, feature, gradient)[0];
   const at::AutoDispatchBelowADInplaceOrView guard;
   return dropout_apply(input, state, p, alpha, feature, gradient);
@@ -327,6 +341,11 @@ at::Tensor act_dropout_backward_autograd(const at::Tensor& grad, const at::Tenso
                                          const at::Tensor& state, double p, std::string_view name,
                                          double parameter) {
   const Activation activation = activation_named(name);
+  if (grad._fw_grad(0).defined()) {
+    return with_tangent(grad, [&](const at::Tensor& part) {
+      return act_dropout_backward(part, saved, state, p, name, parameter);
+    });
+  }
   if (needs_grad(saved) && !has_two_slopes(activation) && activation != Activation::identity) {
     const at::Tensor copy = saved.is_non_overlapping_and_dense() ? saved : at::empty_like(saved);
     const at::Tensor dropped =

@@ -8,8 +8,9 @@
 
 namespace braze {
 
-// Of each tensor: which object it is, where its memory is, its version counter, and, on the CPU, up
-// to 64 of its words, for what is written past the counter (tensor.data). 0.7 us a tensor.
+// Of each tensor: which object it is, where its memory is, its version counter, and, on the CPU,
+// what is in its memory, for what is written past the counter (tensor.data). As fast as memory is
+// read.
 int64_t fingerprint(const std::vector<std::optional<at::Tensor>>& tensors);
 
 }  // namespace braze

@@ -122,6 +122,11 @@ void StepPlan::adopt_state(Slot& slot, SeenTensor& entry, PyObject* object, PyOb
     slot.obstacle = "subclass";
     return;
   }
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  if (tensor.is_sparse() && grad.defined() && grad.is_sparse()) {  // torch's own code made it
+    slot.obstacle = "sparse";
+    return;
+  }
   const bool counts = &entry == &slot.step;  // which the CPU may keep for any device
   TORCH_CHECK_VALUE(
       is_plain(tensor) && (tensor.device() == param.device() || (counts && tensor.is_cpu())),

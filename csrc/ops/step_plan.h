@@ -49,12 +49,12 @@ struct Slot {
 
 // Scalars of one call that do not come from param_groups.
 struct StepScalars {
-  double grad_scale = 1;       // 1 / loss scale: multiplies the gradients that are present
-  DeviceScale amp;             // a GradScaler's tensors, on any device; grad_scale is 1 then
-  double window_weight = -1;   // >= 0: an accumulation window with this sum of weights closes now
-  bool mean = false;           // divide the window's sum by its weights; present gradients weigh 1
-  bool need_gradient = false;  // without a present gradient, leave the window open
-  double divisor = 1;          // derived
+  double grad_scale = 1;      // 1 / loss scale: multiplies the gradients that are present
+  DeviceScale amp;            // a GradScaler's tensors, on any device; grad_scale is 1 then
+  double window_weight = -1;  // >= 0: an accumulation window with this sum of weights closes now
+  bool mean = false;          // divide the window's sum by its weights; present gradients weigh 1
+  bool counts = false;        // the closing call weighs 1 even if it brings no gradient
+  double divisor = 1;         // derived
 };
 
 class StepPlan {
@@ -64,8 +64,8 @@ class StepPlan {
 
   // One optimizer step over everything that has a gradient. Returns "" when done, "none" when there
   // was nothing to do; otherwise nothing changed and the word says why torch's own code must do
-  // this step: "sparse", "subclass", "dtype", "differentiable", "meta", or the device of a
-  // parameter that has no kernel here. "overflow": found_inf is set, nothing changed. "deferred":
+  // this step: "mode", "sparse", "subclass", "dtype", "differentiable", "meta", or the device of
+  // a parameter that has no kernel here. "overflow": found_inf is set, nothing changed. "deferred":
   // done, but whether found_inf made the step do nothing, only the device knows.
   std::string step(PyObject* groups, PyObject* state, StepScalars scalars);
 

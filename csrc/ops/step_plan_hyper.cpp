@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cmath>
 #include <limits>
 
 #include "step_plan_active.h"
@@ -26,6 +27,12 @@ namespace {
 // An option that stands in device memory, for a step on the CPU.
 double value_of(double number, PyObject* option) {
   return option == nullptr ? number : THPVariable_Unpack(option).item().toDouble();
+}
+
+// As torch does: of a fractional step count, too.
+BiasCorrection correction_at(double beta1, double beta2, double step) {
+  if (step == std::floor(step)) return bias_correction(beta1, beta2, step);
+  return {1 - std::pow(beta1, step), 1 / std::sqrt(1 - std::pow(beta2, step))};
 }
 
 }  // namespace
@@ -68,7 +75,7 @@ int32_t StepPlan::adam_hyper(Batch& batch, const Active& active, const StepScala
   rule.weight_decay = value_of(rule.weight_decay, o.device.weight_decay);
   if (rule.beta1 != power_.beta1 || rule.beta2 != power_.beta2 || active.step != power_.step) {
     power_ = {rule.beta1, rule.beta2, active.step,
-              bias_correction(rule.beta1, rule.beta2, active.step)};
+              correction_at(rule.beta1, rule.beta2, active.step)};
   }
   const AdamArgs<double> d = adam_args(rule, power_.correction, grad_scale, scalars.grad_scale);
   batch.adam.push_back({round_args<float>(d), d, d.l2 != 0 || d.l1 != 0, o.amsgrad});

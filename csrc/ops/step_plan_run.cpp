@@ -2,6 +2,7 @@
 // first write.
 #include <ATen/Functions.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -23,6 +24,9 @@ void write_step(const SeenTensor& entry, double value) {
     *static_cast<double*>(const_cast<void*>(entry.data)) = value;
   }
 }
+
+// A mode that watches operators (make_fx, a FakeTensor, a counter) must see those of the step.
+bool watched() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
 }  // namespace
 
@@ -234,15 +238,16 @@ void StepPlan::choose_hypers(const StepScalars& scalars) {
 }
 
 std::string StepPlan::step(PyObject* groups, PyObject* state, StepScalars scalars) {
+  if (watched()) return "mode";
   Guard guard(*this);
   refresh(groups, state);
   const bool window = scalars.window_weight >= 0;
   if (std::string reason = collect(window, !window); !reason.empty()) return reason;
   const bool present = std::any_of(active_.begin(), active_.end(),
                                    [](const Active& active) { return active.grad != nullptr; });
-  if (active_.empty() || (scalars.need_gradient && !present)) return "none";
+  if (active_.empty()) return "none";
   if (window && scalars.mean) {
-    scalars.divisor = scalars.window_weight + (present ? 1 : 0);
+    scalars.divisor = scalars.window_weight + (present || scalars.counts ? 1 : 0);
     TORCH_CHECK_VALUE(scalars.divisor != 0, owner_,
                       ": the weights of the accumulated gradients sum to 0");
   }
@@ -272,6 +277,7 @@ std::string StepPlan::step(PyObject* groups, PyObject* state, StepScalars scalar
 }
 
 std::string StepPlan::fold(PyObject* groups, PyObject* state, double weight, bool into_momentum) {
+  if (watched()) return "mode";
   Guard guard(*this);
   refresh(groups, state);
   if (std::string reason = collect(false, false); !reason.empty()) return reason;

@@ -10,8 +10,8 @@ class StepPlan:
     ``step`` and ``fold`` return ``""`` when done and ``"none"`` when there was no gradient.
     ``step`` also returns ``"overflow"`` (found_inf is set: nothing was changed) and ``"deferred"`` (done, but
     only the device knows whether found_inf was set and the step did nothing).
-    Otherwise nothing was changed, and the word says why the kernels cannot do it: ``"sparse"``,
-    ``"subclass"``, ``"dtype"``, ``"differentiable"``, ``"meta"``, ``"device"``, or ``"cuda:0"``.
+    Otherwise nothing was changed, and the word says why the kernels cannot do it: ``"mode"``,
+    ``"sparse"``, ``"subclass"``, ``"dtype"``, ``"differentiable"``, ``"meta"``, ``"device"``, or ``"cuda:0"``.
     """
 
     def __init__(self, algorithm: str, owner: str) -> None: ...
@@ -22,7 +22,7 @@ class StepPlan:
         grad_scale: float = 1.0,
         window_weight: float = -1.0,
         mean: bool = False,
-        need_gradient: bool = False,
+        counts: bool = False,
         loss_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> str: ...
@@ -86,8 +86,8 @@ def dropout_terms(p: float, alpha: bool, /) -> tuple[float, float, float]:
     """Scale and shift of a kept element, and what a dropped one becomes."""
 
 def fingerprint(tensors: tuple[Tensor | None, ...]) -> int:
-    """Changes when one of the tensors is another one, has another memory or version, or, on the CPU, when one
-    of 64 elements spread over it has changed."""
+    """Changes when one of the tensors is another one, has another memory or version, or, on the CPU, other
+    contents."""
 
 def available_instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...

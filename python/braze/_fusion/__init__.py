@@ -35,13 +35,14 @@ def fuse(
 
     Classes are swapped, the tree is not: parameters, names, ``state_dict``, hooks and optimizers made before
     stay valid, ``isinstance`` too. In training, norm -> activation, norm -> sum -> activation and norm + norm
-    -> activation become one call of :mod:`braze.nn.functional`, a convolution's bias before a batch norm is not
-    added, activation -> dropout and dropout -> sum are one pass. In ``eval()`` without gradients, convolution,
-    batch norm, sum and activation are one convolution of oneDNN on the CPU; on CUDA one of cuDNN if that is
-    faster (with ReLU only), or one and a kernel. The folded weights are kept until a tensor they come from
-    changes (its version counter or memory, on the CPU also one of 64 elements spread over it), and dropped by
-    ``train()``, ``.to()`` and the like. A captured CUDA graph has none, unless the parameters are frozen
-    (``requires_grad_(False)``) and the model was called before: then it goes on with those of the capture.
+    -> activation become one call of :mod:`braze.nn.functional`, a convolution's bias before a batch norm is
+    not added, activation -> dropout and dropout -> sum are one pass. In ``eval()`` without gradients,
+    convolution, batch norm, sum and activation are one convolution of oneDNN on the CPU; on CUDA one of cuDNN
+    if that is faster (with ReLU only), or one and a kernel. The folded weights are kept until a tensor they
+    come from changes, and dropped by ``train()``, ``.to()`` and the like. On the CPU no change is missed, as
+    they are read at each call; on CUDA what is written through ``tensor.data`` is seen after the next
+    ``eval()``. A captured CUDA graph has none, unless the parameters are frozen (``requires_grad_(False)``)
+    and the model was called before: then it goes on with those of the capture.
 
     Every module's own forward is traced on its own, with its children as leaves, once for training and once
     for evaluation. What it read of itself is checked again at every call; when that no longer holds (an

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from braze._fusion.kinds import ONE_TENSOR, kinds_of
 from braze._fusion.plan import Plan, original_class, plan
 from braze._fusion.tracing import LOCK, Untraceable
-from braze.nn._folded import drop_folded
+from braze.nn._folded import distrust, drop_folded
 from braze.nn._route import is_plain
 
 __all__ = ["BlockFusion", "fused_class", "fusion_of", "in_channels_last", "swap_in", "swap_out"]
@@ -104,9 +104,9 @@ class FusedBlock:
     _braze_original: type[nn.Module]
 
     def train(self, mode: bool = True) -> Any:
-        """As :meth:`torch.nn.Module.train`; folded weights are dropped."""
-        if mode:
-            _drop_folded(self)
+        """As :meth:`torch.nn.Module.train`; folded weights are dropped, by ``eval()`` on CUDA."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            (drop_folded if mode else distrust)(module)
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

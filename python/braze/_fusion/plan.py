@@ -16,6 +16,7 @@ from braze._fusion.match import Fusion, rewrite
 from braze._fusion.nodes import Modules, activation_of, addition_of, norm_of, passes_through, uses
 from braze._fusion.tracing import BlockTracer, Untraceable, trace
 from braze.nn._activation import has_hooks
+from braze.nn._norms import why_not
 
 __all__ = ["Plan", "is_library_leaf", "original_class", "plan"]
 
@@ -152,7 +153,7 @@ def _left(graph: Graph, modules: Modules) -> list[tuple[str, str]]:
             if has_hooks(module):
                 reason = "it has hooks"
             elif norm_of(node, modules) is None:
-                reason = f"{type(module).__name__} is not a batch norm that can be fused"
+                reason = why_not(module)
             elif uses(node) > 1:
                 reason = "its output is used elsewhere, too"
             else:

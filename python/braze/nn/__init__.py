@@ -16,6 +16,9 @@ from braze.nn.batch_norm import BatchNorm3d as BatchNorm3d
 from braze.nn.batch_norm import BatchNormAct1d as BatchNormAct1d
 from braze.nn.batch_norm import BatchNormAct2d as BatchNormAct2d
 from braze.nn.batch_norm import BatchNormAct3d as BatchNormAct3d
+from braze.nn.batch_norm import LazyBatchNorm1d as LazyBatchNorm1d
+from braze.nn.batch_norm import LazyBatchNorm2d as LazyBatchNorm2d
+from braze.nn.batch_norm import LazyBatchNorm3d as LazyBatchNorm3d
 from braze.nn.conv_bn_act import ConvBNAct1d as ConvBNAct1d
 from braze.nn.conv_bn_act import ConvBNAct2d as ConvBNAct2d
 from braze.nn.conv_bn_act import ConvBNAct3d as ConvBNAct3d

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch.nn.functional as torch_functional
 from torch import Tensor
+from torch.nn.functional import batch_norm as torch_batch_norm
 
 from braze.nn import _composite, _fake
 from braze.nn._activation import ActivationLike, resolve
@@ -67,9 +67,7 @@ def batch_norm(
             None,
         )
         return result
-    return torch_functional.batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps
-    )
+    return torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @overload

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import batch_norm as torch_batch_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, _: z,
@@ -43,7 +44,7 @@ def batch_norm(
         num_batches_tracked.add_(1)
         if momentum is None:
             factor = 1.0 / float(num_batches_tracked)
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
+    return torch_batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
 
 
 def batch_norm_act(

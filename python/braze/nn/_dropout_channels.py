@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
-from torch.overrides import handle_torch_function
+from torch.nn.functional import dropout1d as torch_dropout1d
+from torch.nn.functional import dropout2d as torch_dropout2d
+from torch.nn.functional import dropout3d as torch_dropout3d
+from torch.nn.functional import feature_alpha_dropout as torch_feature_alpha_dropout
 
 from braze.nn._dropout_route import check_p, drop, overridden
 
@@ -30,19 +31,16 @@ def feature_alpha_dropout(
     Raises:
         RuntimeError: also if ``input`` has fewer than two dimensions.
     """
-    if overridden(input):
-        result: Tensor = handle_torch_function(
-            F.feature_alpha_dropout, (input,), input, p=p, training=training, inplace=inplace
-        )
-        return result
-    check_p(p)
-    if not training or p == 0 or input.numel() == 0:
-        return F.feature_alpha_dropout(input, p, training, inplace)
-    return drop(input, p, inplace, True, True, generator, F.feature_alpha_dropout)
-
-
-def _torch_feature_dropout(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-    return (torch.feature_dropout_ if inplace else torch.feature_dropout)(input, p, training)
+    return drop(
+        torch_feature_alpha_dropout,
+        input,
+        p,
+        training,
+        inplace,
+        generator,
+        alpha=True,
+        feature=True,
+    )
 
 
 def _drop_channels(
@@ -56,20 +54,14 @@ def _drop_channels(
 ) -> Tensor:
     """``ndim``: dimensions of a batch; with one less it is a single sample, except for 2d, where torch reads
     (C, H, W) as (N, C, L). What torch warns of or refuses is left to it."""
-    if overridden(input):
-        result: Tensor = handle_torch_function(
-            torch_function, (input,), input, p=p, training=training, inplace=inplace
-        )
-        return result
+    dim = input.dim() if isinstance(input, Tensor) else ndim
+    if dim == ndim:
+        return drop(torch_function, input, p, training, inplace, generator, feature=True)
     check_p(p)
-    single = input.dim() == ndim - 1 and ndim != 4
-    if not training or p == 0 or input.numel() == 0 or not (single or input.dim() == ndim):
+    if dim != ndim - 1 or ndim == 4 or training is not True or p == 0 or overridden(input):
         return torch_function(input, p, training, inplace)
-    batch = input.unsqueeze(0) if single else input
-    output = drop(batch, p, inplace, False, True, generator, _torch_feature_dropout)
-    if inplace:
-        return input
-    return output.squeeze(0) if single else output
+    output = drop(torch_function, input.unsqueeze(0), p, True, inplace, generator, feature=True)
+    return input if inplace else output.squeeze(0)
 
 
 def dropout1d(
@@ -88,7 +80,7 @@ def dropout1d(
     Raises:
         RuntimeError: also if ``input`` has neither 2 nor 3 dimensions.
     """
-    return _drop_channels(F.dropout1d, 3, input, p, training, inplace, generator)
+    return _drop_channels(torch_dropout1d, 3, input, p, training, inplace, generator)
 
 
 def dropout2d(
@@ -109,7 +101,7 @@ def dropout2d(
     Raises:
         RuntimeError: also if ``input`` has fewer than 2 dimensions.
     """
-    return _drop_channels(F.dropout2d, 4, input, p, training, inplace, generator)
+    return _drop_channels(torch_dropout2d, 4, input, p, training, inplace, generator)
 
 
 def dropout3d(
@@ -126,4 +118,4 @@ def dropout3d(
     As ``torch.nn.functional.dropout3d``; arguments, dtypes, errors and differences are those of
     ``dropout``. Other numbers of dimensions are handed to torch, which warns of them.
     """
-    return _drop_channels(F.dropout3d, 5, input, p, training, inplace, generator)
+    return _drop_channels(torch_dropout3d, 5, input, p, training, inplace, generator)

@@ -10,12 +10,6 @@ def _fake_state(input: Tensor) -> Tensor:
     return input.new_empty(2, dtype=torch.int64)
 
 
-def _fake_output(input: Tensor, feature: bool) -> Tensor:
-    if feature and not (input.is_contiguous() or input.movedim(1, -1).is_contiguous()):
-        return torch.empty_like(input, memory_format=torch.contiguous_format)
-    return torch.empty_like(input)
-
-
 @torch.library.register_fake("braze::dropout")
 def _(
     input: Tensor,
@@ -26,7 +20,7 @@ def _(
     generator: Generator | None = None,
     distinct: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _fake_output(input, feature), _fake_state(input)
+    return torch.empty_like(input), _fake_state(input)
 
 
 @torch.library.register_fake("braze::dropout_")
@@ -50,7 +44,7 @@ def _(
     feature: bool = False,
     gradient: bool = False,
 ) -> Tensor:
-    return _fake_output(input, feature)
+    return torch.empty_like(input)
 
 
 @torch.library.register_fake("braze::dropout_add")

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
-from torch.overrides import handle_torch_function
+from torch.nn.functional import alpha_dropout as torch_alpha_dropout
+from torch.nn.functional import dropout as torch_dropout
 
 from braze._native import _C
 from braze.nn import _dropout_fake  # noqa: F401  (registers)
@@ -28,7 +28,7 @@ from braze.nn._dropout_channels import dropout1d as dropout1d
 from braze.nn._dropout_channels import dropout2d as dropout2d
 from braze.nn._dropout_channels import dropout3d as dropout3d
 from braze.nn._dropout_channels import feature_alpha_dropout as feature_alpha_dropout
-from braze.nn._dropout_route import OPS, check_p, distinct, drop, overridden, taken
+from braze.nn._dropout_route import call, check_p, drop, kernels, overridden
 
 __all__ = [
     "act_dropout",
@@ -72,17 +72,10 @@ def dropout(
 
     Differences from torch: other masks for the same seed, the same on every device and for any number of
     threads; a dropped element is +0 whatever it was (torch multiplies with 0, which keeps nan, makes inf
-    nan and negative numbers -0). Under functorch's transforms and forward-mode AD the mask is torch's.
+    nan and negative numbers -0). Under ``torch.vmap``, ``torch.jit.trace`` and ``torch.export`` torch's own
+    dropout draws, and for tensor subclasses.
     """
-    if overridden(input):
-        result: Tensor = handle_torch_function(
-            F.dropout, (input,), input, p=p, training=training, inplace=inplace
-        )
-        return result
-    check_p(p)
-    if not training or p == 0 or input.numel() == 0:
-        return F.dropout(input, p, training, inplace)
-    return drop(input, p, inplace, False, False, generator, F.dropout)
+    return drop(torch_dropout, input, p, training, inplace, generator)
 
 
 def alpha_dropout(
@@ -101,15 +94,7 @@ def alpha_dropout(
     ``dropout``. ``p = 1`` gives zeros, as in torch. Source: Klambauer et al., Self-normalizing neural
     networks (2017).
     """
-    if overridden(input):
-        result: Tensor = handle_torch_function(
-            F.alpha_dropout, (input,), input, p=p, training=training, inplace=inplace
-        )
-        return result
-    check_p(p)
-    if not training or p == 0 or input.numel() == 0:
-        return F.alpha_dropout(input, p, training, inplace)
-    return drop(input, p, inplace, True, False, generator, F.alpha_dropout)
+    return drop(torch_alpha_dropout, input, p, training, inplace, generator, alpha=True)
 
 
 def check_activation(activation: str) -> None:
@@ -150,26 +135,17 @@ def act_dropout(
     check_activation(activation)
     parameter = {"leaky_relu": negative_slope, "elu": alpha}.get(activation, 0.0)
     check_p(p)
-    if (
-        overridden(input)
-        or not training
-        or p == 0
-        or not taken(input)
-        or (inplace and torch.compiler.is_compiling())
-    ):
+    idle = overridden(input) or training is not True or p == 0
+    operators = None if idle else kernels(input)
+    if operators is None or (inplace and operators is not _C):
         output = dropout(
             ACTIVATIONS[activation](input, parameter), p, training, generator=generator
         )
         return input.copy_(output) if inplace else output
-    if torch.compiler.is_compiling():
-        result: Tensor = OPS.act_dropout(
-            input, p, activation, parameter, generator=generator, distinct=distinct(input)
-        )[0]
-        return result
-    if not inplace:
-        return _C.act_dropout(input, p, activation, parameter, generator, None)[0]
-    _C.act_dropout_(input, p, activation, parameter, generator)
-    return input
+    if inplace:
+        _C.act_dropout_(input, p, activation, parameter, generator)
+        return input
+    return call(operators, "act_dropout", input, p, activation, parameter, generator=generator)
 
 
 def dropout_add(
@@ -186,22 +162,17 @@ def dropout_add(
     else is as in ``dropout``; nothing but the mask's seed and offset is kept for the backward pass.
     """
     check_p(p)
+    idle = overridden(input, residual) or training is not True or p == 0
+    operators = None if idle else kernels(input)
     if (
-        overridden(input, residual)
-        or not training
-        or p == 0
-        or not (taken(input) and taken(residual))
+        operators is None
+        or kernels(residual) is not operators
         or residual.shape != input.shape
         or residual.dtype != input.dtype
         or residual.device != input.device
     ):
         return dropout(input, p, training, generator=generator) + residual
-    if torch.compiler.is_compiling():
-        result: Tensor = OPS.dropout_add(
-            input, residual, p, generator=generator, distinct=distinct(input)
-        )[0]
-        return result
-    return _C.dropout_add(input, residual, p, generator, None)[0]
+    return call(operators, "dropout_add", input, residual, p, generator=generator)
 
 
 def dropout_mask(

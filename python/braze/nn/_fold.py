@@ -90,10 +90,10 @@ def folded_conv_bn_act(
     """activation(norm(conv(input)) + residual) by a folded convolution; None where it cannot be had.
 
     Folded lazily, kept beside the convolution, and folded again when one of the six tensors is another one or
-    has changed. A change that torch does not count, one through ``tensor.data``, is seen on the CPU if it
-    changes one of 64 elements spread over the tensor, and on CUDA only if the memory is another one. In a
-    capture only frozen modules are folded, those whose parameters require no gradient, and folded before: the
-    graph's replays read what was folded then.
+    has changed. A change that torch does not count, one through ``tensor.data``, is seen on the CPU, where
+    all are read at each call, and on CUDA after the next ``eval()``. In a capture only frozen modules are
+    folded, those whose parameters require no gradient, and folded before: the graph's replays read what was
+    folded then.
     """
     library = _LIBRARIES.get(input.device.type)
     if library is None or not _folds(conv, norm, input):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from braze._native import _C
 
-__all__ = ["Call", "Folded", "drop_folded", "find", "fold", "keep", "making"]
+__all__ = ["Call", "Folded", "distrust", "drop_folded", "find", "fold", "keep", "making"]
 
 _fingerprint = _C.fingerprint
 _ATTRIBUTE = "_braze_folded"
@@ -65,6 +65,14 @@ class Folded:
 def drop_folded(conv: nn.Module) -> None:
     """Forgets what was folded into ``conv``."""
     conv.__dict__.pop(_ATTRIBUTE, None)
+
+
+def distrust(conv: nn.Module) -> None:
+    """Has what was folded into ``conv`` folded again if the host cannot see whether it is still right: a write
+    through ``tensor.data`` leaves no trace but in a device's memory."""
+    folded: Folded | None = conv.__dict__.get(_ATTRIBUTE)
+    if folded is not None and not all(t is None or t.is_cpu for t in folded.sources):
+        folded.key = ()
 
 
 def find(call: Call) -> Folded:

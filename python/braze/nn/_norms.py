@@ -27,13 +27,12 @@ __all__ = [
     "is_batch_norm",
     "norm_activation",
     "same_norm",
+    "why_not",
 ]
 
 # torch's batch norms and ours, whose forward computes the same.
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
+    kind._torch_class: kind for kind in (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 }
 _IDENTITY = Activation("identity")
 # Normalise and do nothing else.
@@ -70,16 +69,51 @@ _NAMED: dict[str, Callable[[Any], Activation | None]] = {
 _FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"
 
 
+# What a subclass may define anew and still be the batch norm it is made from: how it is made, printed, stored.
+_HARMLESS = frozenset(
+    ("extra_repr", "reset_parameters", "reset_running_stats", "_load_from_state_dict", "_version")
+)
+_SPECIAL = frozenset(("__call__", "__getattr__", "__getattribute__", "__setattr__"))
+_READ = frozenset(
+    ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps", "momentum")
+) | {"training", "affine", "track_running_stats", "num_features"}
+
+
+def _base(kind: type) -> tuple[Callable[[Any], Activation | None] | None, set[str]]:
+    """What the batch norm that ``kind`` derives from ends with, if it is one, and what ``kind`` has in the
+    place of what that one computes with."""
+    changed: set[str] = set()
+    for base in kind.__mro__:
+        own = _ACTIVATION.get(base) or _NAMED.get(full_name(base))
+        if own is not None:
+            known = set(dir(base)) - _HARMLESS
+            return own, {
+                name
+                for name in changed
+                if name in _READ | _SPECIAL or (name in known and not name.startswith("__"))
+            } - {"_abc_impl", "_torch_class"}
+        changed |= vars(base).keys()
+    return None, set()
+
+
 def norm_activation(module: nn.Module) -> Activation | None:
     """The activation that the batch norm ``module`` ends with itself, identity in general; None: it is none."""
     kind = type(module)
     own = _ACTIVATION.get(kind)
     if own is None:
-        own = _NAMED.get(full_name(kind))
-        if own is None:
+        own, changed = _base(kind)
+        if own is None or changed:
             return None
         _ACTIVATION[kind] = own
     return own(module)
+
+
+def why_not(module: nn.Module) -> str:
+    """Why this batch norm cannot be fused."""
+    kind = type(module)
+    _, changed = _base(kind)
+    reason = f"{kind.__name__} is not a batch norm that can be fused"
+    return f"{reason}: it has {', '.join(sorted(changed))} of its own" if changed else reason
 
 
 def same_norm(own: Activation) -> Callable[[nn.Module], bool]:

@@ -8,13 +8,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Parameter
 
 from braze import _native
 from braze._native import _C
 
 # A subclass of these may mean anything, and its own torch function or dispatch decides.
-_PLAIN = frozenset((Tensor, Parameter, FakeTensor))
+_PLAIN = frozenset((Tensor, Parameter, FakeTensor, FunctionalTensor))
 WIDE = frozenset((torch.float32, torch.float64))
 _HALF = frozenset((torch.bfloat16, torch.float16))
 DTYPES = WIDE | _HALF
@@ -80,7 +81,7 @@ def takes_vectors(
     channels = input.shape[1]
     dtype = input.dtype
     wide = dtype in WIDE
-    for pair in ((weight, bias), (running_mean, running_var)):
+    for running, pair in enumerate(((weight, bias), (running_mean, running_var))):
         first = None
         for vector in pair:
             if vector is None:
@@ -92,6 +93,8 @@ def takes_vectors(
                 ):
                     return False
             elif type(vector) not in _PLAIN or vector.dtype != first.dtype:
+                return False
+            if running and vector.requires_grad:
                 return False
             if vector.dim() != 1 or vector.shape[0] != channels or not _beside(vector, input):
                 return False

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: F401  (of the source that torch.jit.script compiles)
 import torch.nn.modules.batchnorm as torch_batchnorm
 from torch import Tensor
 
 from braze.nn._activation import ActivationLike, resolve
 from braze.nn._batch_norm_functional import run
-from braze.nn._route import BatchNormArguments, is_plain
+from braze.nn._drop_in import DropIn, is_symbolic, leaf, scripted_as
+from braze.nn._route import BatchNormArguments
 
 __all__ = [
     "BatchNorm1d",
@@ -19,6 +21,9 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
 ]
 
 
@@ -28,12 +33,13 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
     activation: str = "identity"
     activation_parameter: float = 0.0
 
+    @scripted_as(torch_batchnorm._BatchNorm.forward)
     def forward(self, input: Tensor) -> Tensor:
         return self._normalize(input, None)
 
     def _normalize(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        if not is_plain(input) and isinstance(input, torch.fx.Proxy):
-            return self._traced(input, residual)
+        if is_symbolic(input):
+            return leaf(self, input) if residual is None else leaf(self, input, residual)
         self._check_input_dim(input)
         arguments = self._arguments(input)
         result = run(*arguments, self.activation, self.activation_parameter, residual)
@@ -68,15 +74,8 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
             self.eps,
         )
 
-    def _traced(self, input: torch.fx.Proxy, residual: Any) -> Any:
-        """A leaf of symbolic traces, as torch's modules are by their name."""
-        tracer = input.tracer
-        arguments = (input,) if residual is None else (input, residual)
-        path = tracer.path_of_module(self)  # type: ignore[attr-defined]
-        return tracer.create_proxy("call_module", path, arguments, {})
 
-
-class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
+class BatchNorm1d(DropIn, FusedBatchNorm, torch.nn.BatchNorm1d):
     r"""Batch normalisation of [N, C] or [N, C, L]; a drop-in for :class:`torch.nn.BatchNorm1d`.
 
     .. math::
@@ -87,9 +86,9 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
     over the input forward and two backward; ``num_batches_tracked`` is counted by the kernel, also with
     ``momentum=None``, which never waits for the device. The same bits for any number of threads.
 
-    Differences from torch: rounding. ``torch.jit.script`` does not take it (trace or export it).
-    ``torch.func`` transforms, forward-mode AD, tracing, export, and inputs of other dtypes, layouts, devices
-    or tensor subclasses run torch's own code.
+    Differences from torch: rounding. ``torch.jit.script`` and ``torch.jit.trace``, export, ``torch.func``
+    transforms, forward-mode AD, and inputs of other dtypes, layouts, devices or tensor subclasses run torch's
+    own code. ``isinstance(module, BatchNorm1d)`` holds for torch's, too.
 
     Raises:
         ValueError, RuntimeError: what torch's module raises, in its words.
@@ -98,19 +97,46 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
     Source: Ioffe and Szegedy, "Batch Normalization", 2015; ``torch.nn.BatchNorm1d``.
     """
 
+    _torch_class = torch.nn.BatchNorm1d
 
-class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
+
+class BatchNorm2d(DropIn, FusedBatchNorm, torch.nn.BatchNorm2d):
     r"""Batch normalisation of [N, C, H, W]; a drop-in for :class:`torch.nn.BatchNorm2d`.
 
     Contiguous and channels-last inputs are equally at home. All else is as for :class:`BatchNorm1d`.
     """
 
+    _torch_class = torch.nn.BatchNorm2d
 
-class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
+
+class BatchNorm3d(DropIn, FusedBatchNorm, torch.nn.BatchNorm3d):
     r"""Batch normalisation of [N, C, D, H, W]; a drop-in for :class:`torch.nn.BatchNorm3d`.
 
     Contiguous and channels-last inputs are equally at home. All else is as for :class:`BatchNorm1d`.
     """
+
+    _torch_class = torch.nn.BatchNorm3d
+
+
+class LazyBatchNorm1d(DropIn, torch.nn.LazyBatchNorm1d):
+    """``torch.nn.LazyBatchNorm1d`` that becomes a :class:`BatchNorm1d`."""
+
+    cls_to_become = BatchNorm1d
+    _torch_class = torch.nn.LazyBatchNorm1d
+
+
+class LazyBatchNorm2d(DropIn, torch.nn.LazyBatchNorm2d):
+    """``torch.nn.LazyBatchNorm2d`` that becomes a :class:`BatchNorm2d`."""
+
+    cls_to_become = BatchNorm2d
+    _torch_class = torch.nn.LazyBatchNorm2d
+
+
+class LazyBatchNorm3d(DropIn, torch.nn.LazyBatchNorm3d):
+    """``torch.nn.LazyBatchNorm3d`` that becomes a :class:`BatchNorm3d`."""
+
+    cls_to_become = BatchNorm3d
+    _torch_class = torch.nn.LazyBatchNorm3d
 
 
 class FusedBatchNormAct(FusedBatchNorm):
@@ -178,7 +204,8 @@ class BatchNormAct1d(FusedBatchNormAct, torch.nn.BatchNorm1d):
         ValueError: an activation that cannot be fused. TypeError: one that is no activation at all.
         Otherwise as :class:`BatchNorm1d`.
 
-    Differences from torch's three modules: the value between them is not rounded to 16 bits.
+    Differences from torch's three modules: the value between them is not rounded to 16 bits;
+    ``torch.jit.script`` does not take it (trace or export it, or script the three).
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would lose it: use
     :func:`braze.nn.convert_sync_batchnorm`, which is also that of ``braze.nn.SyncBatchNorm``.
     """

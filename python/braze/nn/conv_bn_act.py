@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook as _hooked
 
 from braze.nn._activation import ActivationLike, has_hooks, resolve
 from braze.nn._conv_bn import conv_bn_act
-from braze.nn._folded import drop_folded
+from braze.nn._folded import distrust, drop_folded
 from braze.nn._route import is_plain
 from braze.nn.batch_norm import (
     BatchNormAct1d,
@@ -86,9 +86,8 @@ class FusedConv(nn.Module):
         )
 
     def train(self, mode: bool = True) -> Any:
-        """As :meth:`torch.nn.Module.train`; folded weights are dropped."""
-        if mode:
-            drop_folded(self.conv)
+        """As :meth:`torch.nn.Module.train`; folded weights are dropped, by ``eval()`` on CUDA."""
+        (drop_folded if mode else distrust)(self.conv)
         return super().train(mode)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -125,10 +124,11 @@ class ConvBNAct2d(FusedConv):
     norm of a 2d module is folded into the convolution's weights. On the CPU the module is one call of oneDNN.
     On CUDA it is a convolution and one kernel, or, with ReLU, one call of cuDNN if that is the faster of the
     two: both are timed once per convolution, shape, dtype and memory format. Folded weights are kept until a
-    parameter or a running statistic changes or ``train()`` is called; what is changed in place through
-    ``.data`` is not seen on CUDA. A captured graph computes the batch norm at every replay, unless all
-    parameters are frozen (``requires_grad_(False)``) and the module was called once before: then it goes on
-    with the weights folded by then, whatever becomes of the parameters.
+    parameter or a running statistic changes or ``train()`` is called. Every change counts on the CPU, where
+    they are read at each call; on CUDA what is written through ``.data`` is seen after the next ``eval()``. A
+    captured graph computes the batch norm at every replay, unless all parameters are frozen
+    (``requires_grad_(False)``) and the module was called once before: then it goes on with the weights folded
+    by then, whatever becomes of the parameters.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F  # noqa: F401  (of the source that torch.jit.script compiles)
 from torch import Tensor, nn
 
 from braze.nn import _dropout_functional as functional
+from braze.nn._drop_in import DropIn, is_symbolic, leaf, scripted_as
 
 __all__ = [
     "ActDropout",
@@ -18,62 +23,73 @@ __all__ = [
 ]
 
 
-class Dropout(nn.Dropout):
+def _forward(torch_class: type[nn.Module], function: Callable[..., Tensor]) -> Any:
+    @scripted_as(torch_class.forward)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return leaf(self, input)
+        return function(input, self.p, self.training, self.inplace)
+
+    return forward
+
+
+def _not_inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda input, p, training, _: function(input, p, training)
+
+
+class Dropout(DropIn, nn.Dropout):
     """``torch.nn.Dropout`` with ``braze.nn.functional.dropout``: the mask is made again in the backward
     pass, not kept.
 
-    Args, errors and state are torch's; ``p`` may not be nan (ValueError).
+    Args, errors and state are torch's; ``p`` may not be nan (ValueError). ``torch.jit.script``
+    compiles torch's.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.dropout(input, self.p, self.training, self.inplace)
+    _torch_class = nn.Dropout
+    forward = _forward(nn.Dropout, functional.dropout)
 
 
-class Dropout1d(nn.Dropout1d):
+class Dropout1d(DropIn, nn.Dropout1d):
     """``torch.nn.Dropout1d`` with ``braze.nn.functional.dropout1d``: whole channels of (N, C, L) or (C, L)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.dropout1d(input, self.p, self.training, self.inplace)
+    _torch_class = nn.Dropout1d
+    forward = _forward(nn.Dropout1d, functional.dropout1d)
 
 
-class Dropout2d(nn.Dropout2d):
+class Dropout2d(DropIn, nn.Dropout2d):
     """``torch.nn.Dropout2d`` with ``braze.nn.functional.dropout2d``: whole channels of (N, C, H, W)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.dropout2d(input, self.p, self.training, self.inplace)
+    _torch_class = nn.Dropout2d
+    forward = _forward(nn.Dropout2d, functional.dropout2d)
 
 
-class Dropout3d(nn.Dropout3d):
+class Dropout3d(DropIn, nn.Dropout3d):
     """``torch.nn.Dropout3d`` with ``braze.nn.functional.dropout3d``: whole channels of (N, C, D, H, W)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.dropout3d(input, self.p, self.training, self.inplace)
+    _torch_class = nn.Dropout3d
+    forward = _forward(nn.Dropout3d, functional.dropout3d)
 
 
-class AlphaDropout(nn.AlphaDropout):
+class AlphaDropout(DropIn, nn.AlphaDropout):
     """``torch.nn.AlphaDropout`` with ``braze.nn.functional.alpha_dropout``; ``inplace`` is
     ignored, as by torch's."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.alpha_dropout(input, self.p, self.training)
+    _torch_class = nn.AlphaDropout
+    forward = _forward(nn.AlphaDropout, _not_inplace(functional.alpha_dropout))
 
 
-class FeatureAlphaDropout(nn.FeatureAlphaDropout):
+class FeatureAlphaDropout(DropIn, nn.FeatureAlphaDropout):
     """``torch.nn.FeatureAlphaDropout`` with ``braze.nn.functional.feature_alpha_dropout``; ``inplace`` is
     ignored, as by torch's."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.feature_alpha_dropout(input, self.p, self.training)
+    _torch_class = nn.FeatureAlphaDropout
+    forward = _forward(nn.FeatureAlphaDropout, _not_inplace(functional.feature_alpha_dropout))
 
 
 # torch's, and those above that compute the same.
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Dropout: Dropout,
-    nn.Dropout1d: Dropout1d,
-    nn.Dropout2d: Dropout2d,
-    nn.Dropout3d: Dropout3d,
-    nn.AlphaDropout: AlphaDropout,
-    nn.FeatureAlphaDropout: FeatureAlphaDropout,
+    kind._torch_class: kind
+    for kind in (Dropout, Dropout1d, Dropout2d, Dropout3d, AlphaDropout, FeatureAlphaDropout)
 }
 
 
@@ -108,6 +124,8 @@ class ActDropout(nn.modules.dropout._DropoutNd):
         self.alpha = alpha
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return leaf(self, input)
         return functional.act_dropout(
             input,
             self.activation,
@@ -140,6 +158,8 @@ class DropoutAdd(nn.modules.dropout._DropoutNd):
         super().__init__(p)
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return leaf(self, input, residual)
         return functional.dropout_add(input, residual, self.p, self.training)
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from braze.nn._activation import ActivationLike, resolve
 from braze.nn._composite import ACTIVATIONS
+from braze.nn._drop_in import DropIn
 from braze.nn._route import ops, takes_activation, takes_addend, takes_vectors, transformed
 from braze.nn.batch_norm import FusedBatchNorm, activation_repr
 
@@ -290,11 +291,13 @@ def _synchronized(old: _BatchNorm, process_group: Any) -> SyncBatchNormAct:
     return new
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(DropIn, nn.SyncBatchNorm):
     """As :class:`torch.nn.SyncBatchNorm`, but what ``convert_sync_batchnorm`` makes is a
     :class:`SyncBatchNormAct`, so that a ``BatchNormAct`` keeps its activation. Arguments, shapes, dtypes and
     errors are torch's.
     """
+
+    _torch_class = nn.SyncBatchNorm
 
     @classmethod
     def convert_sync_batchnorm(cls, module: ModuleT, process_group: Any = None) -> ModuleT:

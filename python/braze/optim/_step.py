@@ -5,31 +5,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch._C._dynamo import eval_frame as _dynamo
+from torch.optim.optimizer import Optimizer
 
 from braze import _native
 from braze._native import _C
 from braze.optim import _torch_path
 
 _NO_WINDOW = -1.0
-_WINDOW_KEYS = (
-    "accumulated_steps",
-    "accumulated_weight",
-    "accumulated_pending",
-    "accumulated_raw",
-)
+_GRAD_SCALER = torch.amp.GradScaler(enabled=False)  # for its pass over the gradients
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _opaque(function: _F) -> _F:
+    """torch.compile calls it as it stands. Unlike torch.compiler.disable it costs an eager call nothing."""
+    skip = _dynamo._FrameAction.SKIP
+    _dynamo.set_code_exec_strategy(function.__code__, _dynamo._FrameExecStrategy(skip, skip))
+    function.__dict__["_torchdynamo_disable"] = True
+    return function
+
+
+class _Window(NamedTuple):
+    """What an open accumulation window counts."""
+
+    steps: int = 0  # calls of step()
+    weight: float = 0.0  # the sum of all weights
+    pending: bool = False  # accumulate() was called after the last step()
+    raw: bool = False  # accumulate() took gradients that a GradScaler may have scaled
+
+
+_WINDOW_KEYS = tuple(f"accumulated_{field}" for field in _Window._fields)
 
 
 class FusedStep(Optimizer):
     """Mixin in front of a torch optimizer class: replaces ``step`` and adds gradient accumulation.
 
     A window is the run of micro-batches that one update is made of. While it is open, each parameter's
-    sum is in ``state[p]["grad_sum"]`` and the counts are in ``param_groups[0]``, so ``state_dict``, pickle
-    and deepcopy carry them; outside a window there is no trace of them.
+    sum is in ``state[p]["grad_sum"]``. Its counts are kept here, because anyone may replace
+    ``param_groups``, and in ``param_groups[0]``, which ``state_dict``, pickle and wrappers such as
+    ZeroRedundancyOptimizer carry. Once closed it stays there as zeros, to overwrite such a wrapper's copy;
+    ``state_dict`` leaves those out.
     """
 
     _algorithm: ClassVar[str]
@@ -76,26 +95,37 @@ class FusedStep(Optimizer):
             or defaults.get("foreach")
             or defaults.get("fused") is False
         )
-        if not self._uses_torch:
-            self._step_supports_amp_scaling = True
+        self._remember(None)
         self._updated: bool | Tensor = False  # a tensor: a found_inf not looked at yet
         self._plan = _C.StepPlan(self._algorithm, type(self).__name__)
 
     @property
     def updated(self) -> bool:
         """Whether the last ``step()`` changed parameters: False while gradients only accumulate, after an
-        overflow, and when no parameter had a gradient. Waits for the device if only that knows."""
+        overflow, and when no parameter had a gradient. Waits for the device if only that knows. Without
+        ``fused=True`` a GradScaler that finds an overflow makes no call, and this stays as it was."""
         if isinstance(self._updated, Tensor):
             self._updated = not bool(self._updated)
         return self._updated
 
     # ------------------------------------------------------------------ step
 
+    def _patch_step_function(self) -> None:
+        """torch wraps the class's ``step`` in its hooks, in a function whose code all optimizers share."""
+        before = type(self).step
+        super()._patch_step_function()
+        wrapper: Any = type(self).step
+        if wrapper is not before:
+            wrapper.__code__ = wrapper.__code__.replace()
+            _opaque(wrapper)
+
+    @_opaque
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step; see the class for the formula.
 
         With an open accumulation window, or ``accumulation_steps`` > 1, the present gradients join the
-        window with weight 1, and parameters change only when the window is complete.
+        window with weight 1, and parameters change only when the window is complete. A call without any
+        gradient is one whose gradients are zero, except after ``accumulate()``, which it then stands for.
 
         Args:
             closure: re-evaluates the model with gradients enabled and returns the loss.
@@ -124,6 +154,8 @@ class FusedStep(Optimizer):
             if not isinstance(found_inf, Tensor):
                 found_inf = None
             self._update(1.0, _NO_WINDOW, False, grad_scale, found_inf)
+            if grad_scale is not None:
+                self._unscale_gradients(grad_scale, found_inf)
             return loss
         if self._overflowed():
             self._release_gradients()
@@ -133,28 +165,33 @@ class FusedStep(Optimizer):
             self._update(scale, _NO_WINDOW, False)
             return loss
 
-        if grad_scale is not None and window is not None and "accumulated_raw" in window:
+        window = window or _Window()
+        if grad_scale is not None and window.raw:
             raise RuntimeError(
                 f"{type(self).__name__}: accumulate() was called on gradients that still carry the "
                 "GradScaler's loss scale, which it could not know. With a GradScaler, let "
                 "scaler.step(optimizer) accumulate: construct the optimizer with accumulation_steps=J"
             )
-        group = self.param_groups[0]
-        steps = group.get("accumulated_steps", 0) + 1
-        pending = group.get("accumulated_pending", False)
+        steps = window.steps + 1
         if steps < self.accumulation_steps:
-            if self._fold(1.0, scale) or pending:
-                group = self.param_groups[0]
-                group["accumulated_steps"] = steps
-                group["accumulated_pending"] = False
+            counts = self._fold(1.0, scale) or not window.pending
+            self._set_window(_Window(steps, window.weight + counts, False, window.raw))
             return loss
-        weight = group.get("accumulated_weight", 0.0)
-        self._update(scale, weight, not pending)
+        self._update(scale, window.weight, not window.pending)
+        self._set_window(None)
+        if grad_scale is not None:
+            self._unscale_gradients(grad_scale, None)
         return loss
 
-    def _window(self) -> dict[str, Any] | None:
-        groups = self.param_groups
-        return groups[0] if groups and "accumulated_weight" in groups[0] else None
+    def _unscale_gradients(self, grad_scale: Tensor, found_inf: Tensor | None) -> None:
+        """Leaves ``.grad`` as torch's fused step does: unscaled, except after an overflow. Nothing waits."""
+        if not self.defaults.get("fused"):
+            return
+        factor = grad_scale.double().reciprocal().float()
+        if found_inf is not None:
+            overflow = found_inf.to(factor.device, non_blocking=True) != 0
+            factor = factor.masked_fill(overflow, 1.0)
+        _GRAD_SCALER._unscale_grads_(self, factor, torch.zeros_like(factor), True)
 
     def _overflowed(self) -> bool:
         found_inf = getattr(self, "found_inf", None)
@@ -165,22 +202,24 @@ class FusedStep(Optimizer):
         first step must not open a window."""
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        return all(p.grad is None or not bool(p.grad.any()) for p in self._parameters())
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
     def _update(
         self,
         scale: float,
         window_weight: float,
-        need_gradient: bool,
+        counts: bool,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
         """One update from the gradients, or from the window if ``window_weight`` is not negative.
 
-        ``grad_scale`` and ``found_inf`` are a GradScaler's; on a device they are not waited for.
+        ``counts``: the call that closes the window weighs 1 even without a gradient. ``grad_scale`` and
+        ``found_inf`` are a GradScaler's; on a device they are not waited for.
         """
         mean = self.accumulation == "mean"
-        if self._uses_torch or torch.compiler.is_compiling():
+        if self._uses_torch:
             reason = "torch"
         else:
             reason = self._plan.step(
@@ -189,7 +228,7 @@ class FusedStep(Optimizer):
                 scale,
                 window_weight,
                 mean,
-                need_gradient,
+                counts,
                 grad_scale,
                 found_inf,
             )
@@ -205,14 +244,11 @@ class FusedStep(Optimizer):
             if grad_scale is not None:
                 scale /= float(grad_scale)
             window = None if window_weight == _NO_WINDOW else window_weight
-            if not _torch_path.step(self, self._torch_class, scale, window, mean, need_gradient):
+            if not _torch_path.step(self, self._torch_class, scale, window, mean, counts):
                 return
             if window is not None:
                 self._plan.reset()
         self._updated = True
-        if window_weight != _NO_WINDOW:
-            for key in _WINDOW_KEYS:
-                self.param_groups[0].pop(key, None)
 
     def _check_reason(self, reason: str) -> None:
         if reason.startswith("cuda") and not self._uses_torch:
@@ -224,13 +260,45 @@ class FusedStep(Optimizer):
 
     # ---------------------------------------------------------- accumulation
 
+    def _window(self) -> _Window | None:
+        """The open window. What ``param_groups[0]`` says counts first: a wrapper may have loaded it."""
+        groups = self.param_groups
+        if groups and _WINDOW_KEYS[0] in groups[0]:
+            window = _Window(*(groups[0].get(key, 0) for key in _WINDOW_KEYS))
+            if any(window):
+                self._remember(window)
+            elif self._counts is not None:  # a closed one was loaded: these sums belong to none
+                for entry in self.state.values():
+                    entry.pop("grad_sum", None)
+                    entry.pop("in_window", None)
+                self._remember(None)
+        return self._counts
+
+    def _set_window(self, window: _Window | None) -> None:
+        self._remember(window)
+        for i, group in enumerate(self.param_groups):
+            if i == 0:
+                group.update(zip(_WINDOW_KEYS, window or _Window(), strict=True))
+            else:  # the groups were in another order
+                for key in _WINDOW_KEYS:
+                    group.pop(key, None)
+
+    def _remember(self, window: _Window | None) -> None:
+        self._counts = window
+        # True makes a GradScaler hand over its scale: to fused kernels, and where step() has to refuse it.
+        self._step_supports_amp_scaling = bool(self.defaults.get("fused")) or (
+            window is not None and window.raw
+        )
+
+    @_opaque
     def accumulate(self, weight: float = 1.0) -> None:
         """Folds the present gradients into the window with a weight, and releases them (``.grad`` = None).
 
         sum += weight * g in fp32 (fp64 for fp64 parameters), in one pass over all parameters. The next
         update uses sum / (all weights) with ``accumulation="mean"``, or the sum itself with ``"sum"``.
         Use the number of tokens or samples as the weight, and the result equals one big batch. Parameters
-        without a gradient contribute zero. Without any gradient the call does nothing.
+        without a gradient contribute zero, and the weight counts even if none has one. A GradScaler's
+        ``unscale_`` comes before.
 
         Args:
             weight: finite and not negative.
@@ -245,11 +313,10 @@ class FusedStep(Optimizer):
             self._release_gradients()
             return
         grad_scale = getattr(self, "grad_scale", None)
-        if self._fold(weight, 1.0 if grad_scale is None else 1.0 / float(grad_scale)):
-            group = self.param_groups[0]
-            group["accumulated_pending"] = True
-            if grad_scale is None:
-                group["accumulated_raw"] = True
+        window = self._window() or _Window()
+        folded = self._fold(weight, 1.0 if grad_scale is None else 1.0 / float(grad_scale))
+        raw = window.raw or (folded and grad_scale is None)
+        self._set_window(_Window(window.steps, window.weight + weight, True, raw))
 
     def _fold(self, weight: float, scale: float) -> bool:
         into_momentum = self._folds_momentum and self.accumulation == "sum"
@@ -264,9 +331,7 @@ class FusedStep(Optimizer):
                     f"{type(self).__name__}: sparse gradients cannot be accumulated; use "
                     "nn.Embedding(sparse=False), or accumulation_steps=1"
                 )
-            _torch_path.fold(self, weight * scale)
-        group = self.param_groups[0]
-        group["accumulated_weight"] = group.get("accumulated_weight", 0.0) + weight
+            return _torch_path.fold(self, weight * scale)
         return True
 
     def _release_gradients(self) -> None:
@@ -278,7 +343,23 @@ class FusedStep(Optimizer):
 
     # ------------------------------------------------- checkpoints and copies
 
+    @_opaque
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; an open window is in it, in keys of the first group and of the state."""
+        window = self._window()
+        if window is not None:
+            self._set_window(window)
+            return super().state_dict()
+        closed = [(g, {k: g.pop(k) for k in _WINDOW_KEYS if k in g}) for g in self.param_groups]
+        try:
+            return super().state_dict()
+        finally:
+            for group, zeros in closed:
+                group.update(zeros)
+
     def __getstate__(self) -> dict[str, Any]:
+        if (window := self._window()) is not None:
+            self._set_window(window)
         return {
             **super().__getstate__(),
             "accumulation_steps": self.accumulation_steps,
@@ -293,8 +374,11 @@ class FusedStep(Optimizer):
                     group.setdefault(key, self.defaults[key])
         if "_plan" not in self.__dict__:
             self._prepare()
+        self._remember(None)
+        self._window()
         self._plan.reset()
 
+    @_opaque
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. The tensors are copied, so that a step never writes into the caller's dict, and
         fp32 accumulators of an open window keep their dtype."""

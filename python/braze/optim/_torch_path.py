@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim.optimizer import Optimizer
 
 
 def _torch_step_of(cls: type[Optimizer]) -> Callable[[Optimizer], Any]:
@@ -22,8 +22,13 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def fold(optimizer: Optimizer, weight: float) -> None:
-    """Adds weight * gradient to ``state[p]["grad_sum"]`` in at least fp32, and releases ``.grad``."""
+def fold(optimizer: Optimizer, weight: float) -> bool:
+    """Adds weight * gradient to ``state[p]["grad_sum"]`` in at least fp32, and releases ``.grad``.
+
+    Returns:
+        False if there was no gradient.
+    """
+    folded = False
     for p in _parameters(optimizer):
         if p.grad is None:
             continue
@@ -33,6 +38,8 @@ def fold(optimizer: Optimizer, weight: float) -> None:
             state["grad_sum"] = torch.zeros_like(p, dtype=wide)
         state["grad_sum"].add_(p.grad, alpha=weight)
         p.grad = None
+        folded = True
+    return folded
 
 
 def step(
@@ -41,7 +48,7 @@ def step(
     scale: float,
     window_weight: float | None,
     mean: bool,
-    need_gradient: bool,
+    counts: bool,
 ) -> bool:
     """Runs ``torch_class.step``.
 
@@ -51,7 +58,7 @@ def step(
         scale: multiplies the present gradients.
         window_weight: sum of the weights of the open accumulation window, or None.
         mean: divide the window's sum by its weights, to which present gradients add 1.
-        need_gradient: do nothing unless a gradient is present.
+        counts: this call adds 1 to them even if no gradient is present.
 
     Returns:
         False if there was nothing to do.
@@ -67,14 +74,14 @@ def step(
     if any("in_window" in state for state in states):
         raise RuntimeError(
             f"{name}: gradients of this window are already in the momentum buffers, but this step "
-            "needs torch's code, which would decay them again; keep gradients dense and the step "
-            "uncompiled for the whole window"
+            "needs torch's code, which would decay them again; keep gradients dense and dispatch modes "
+            "off for the whole window"
         )
-    if not present and (need_gradient or not window):
+    if not present and not window:
         return False
     divisor = 1.0
     if window_weight is not None and mean:
-        divisor = window_weight + float(present)
+        divisor = window_weight + float(present or counts)
         if divisor == 0.0:
             raise ValueError(f"{name}: the weights of the accumulated gradients sum to 0")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
+from torch.optim.adam import Adam as TorchAdam
 from torch.optim.adam import adam as adam
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -14,7 +14,7 @@ from braze.optim._step import FusedStep
 __all__ = ["Adam", "adam"]
 
 
-class Adam(FusedStep, torch.optim.Adam):
+class Adam(FusedStep, TorchAdam):
     r"""Adam; a drop-in for :class:`torch.optim.Adam` with one native call per step.
 
     For each parameter :math:`p` with gradient :math:`g` at its step :math:`t`:
@@ -34,7 +34,8 @@ class Adam(FusedStep, torch.optim.Adam):
     class: the same bits for any number of threads, on any CPU and GPU.
 
     On CUDA, step counts are on the CPU as torch's are, or on the device with ``fused=True`` or
-    ``capturable=True``; then a GradScaler's scale and overflow flag are not waited for either. With
+    ``capturable=True``. As torch's, the step takes a GradScaler's scaled gradients with ``fused=True`` only;
+    where the counts are on the device, scale and overflow flag are not waited for then. With
     ``capturable=True`` a step can be captured into a CUDA graph, after one step outside it; ``lr``, ``betas``
     and ``weight_decay`` that are tensors on the device are read when the graph runs.
 
@@ -44,18 +45,21 @@ class Adam(FusedStep, torch.optim.Adam):
         l1 (float): adds ``l1 * sign(p)`` to the gradient, sign(0) = 0, real and imaginary parts separately;
             may be set per parameter group. Default: 0.
         accumulation_steps (int): J calls of ``step()`` make one update; the first J-1 fold the gradients
-            into an fp32 accumulator and set ``.grad`` to None. A call without any gradient, or one that a
-            GradScaler found to overflow, does not count. What a learning-rate schedule counts is its own
+            into an fp32 accumulator and set ``.grad`` to None. A call without any gradient counts as one
+            whose gradients are zero. A micro-batch that a GradScaler found to overflow does not count; call
+            ``zero_grad()`` then, as with torch. What a learning-rate schedule counts is its own
             ``scheduler.step()``: call that only when ``updated`` is True, or give it J times the horizon.
             The rate in force at the J-th call is used. Default: 1.
         accumulation (str): "mean" divides the accumulated gradient by the sum of the weights, "sum" does
             not. Default: "mean".
 
-    Differences from torch: one memory pass whatever the flags; parameters that overlap in memory raise
-    ValueError; ``.grad`` is never written, also with a GradScaler (torch stores the unscaled gradient);
-    ``capturable`` has no effect on the CPU; ``load_state_dict`` copies. ``differentiable=True``, sparse
-    gradients, tensor subclasses such as DTensor, explicit ``foreach=True`` or ``fused=False``, and
-    ``torch.compile`` run torch's own code.
+    Differences from torch: one memory pass whatever the flags; parameters that overlap in memory, or are
+    given twice, raise ValueError at the first step (torch warns and steps twice); a subclass's ``_init_group``
+    is not called; ``capturable`` has no effect on the CPU; ``load_state_dict`` copies; a step count kept on a
+    device drops its fraction. ``torch.compile`` leaves the step as it is, as a graph break; with
+    ``fullgraph=True`` it raises. ``differentiable=True``, sparse gradients, tensor subclasses such as
+    DTensor, active dispatch modes such as make_fx's, and explicit ``foreach=True`` or ``fused=False`` run
+    torch's own code.
 
     Raises:
         ValueError, TypeError: an argument torch would refuse, or a bad ``l1``, ``accumulation_steps`` or
@@ -65,7 +69,7 @@ class Adam(FusedStep, torch.optim.Adam):
     """
 
     _algorithm: ClassVar[str] = "adam"
-    _torch_class: ClassVar[type[Optimizer]] = torch.optim.Adam
+    _torch_class: ClassVar[type[Optimizer]] = TorchAdam
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class Adam(FusedStep, torch.optim.Adam):
         accumulation: str = "mean",
     ) -> None:
         self._check_extras(accumulation_steps, accumulation, l1)
-        torch.optim.Adam.__init__(
+        TorchAdam.__init__(
             self,
             params,
             lr,

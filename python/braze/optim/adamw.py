@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
+from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.adamw import adamw as adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -14,7 +14,7 @@ from braze.optim.adam import Adam
 __all__ = ["AdamW", "adamw"]
 
 
-class AdamW(Adam, torch.optim.AdamW):
+class AdamW(Adam, TorchAdamW):
     r"""Adam with decoupled weight decay; a drop-in for :class:`torch.optim.AdamW`.
 
     As :class:`braze.optim.Adam`, but :math:`p \leftarrow (1-\gamma\lambda) p` replaces the term
@@ -25,7 +25,7 @@ class AdamW(Adam, torch.optim.AdamW):
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017; ``torch.optim.AdamW``.
     """
 
-    _torch_class: ClassVar[type[Optimizer]] = torch.optim.AdamW
+    _torch_class: ClassVar[type[Optimizer]] = TorchAdamW
 
     def __init__(
         self,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.sgd import SGD as TorchSGD
 from torch.optim.sgd import sgd as sgd
 
 from braze.optim._step import FusedStep
@@ -14,7 +14,7 @@ from braze.optim._step import FusedStep
 __all__ = ["SGD", "sgd"]
 
 
-class SGD(FusedStep, torch.optim.SGD):
+class SGD(FusedStep, TorchSGD):
     r"""Stochastic gradient descent; a drop-in for :class:`torch.optim.SGD` with one native call per step.
 
     For each parameter :math:`p` with gradient :math:`g`, momentum :math:`\mu` and dampening :math:`\tau`:
@@ -41,7 +41,7 @@ class SGD(FusedStep, torch.optim.SGD):
     """
 
     _algorithm: ClassVar[str] = "sgd"
-    _torch_class: ClassVar[type[Optimizer]] = torch.optim.SGD
+    _torch_class: ClassVar[type[Optimizer]] = TorchSGD
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class SGD(FusedStep, torch.optim.SGD):
         accumulation: str = "mean",
     ) -> None:
         self._check_extras(accumulation_steps, accumulation, l1)
-        torch.optim.SGD.__init__(
+        TorchSGD.__init__(
             self,
             params,
             lr,
