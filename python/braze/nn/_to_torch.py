@@ -35,17 +35,14 @@ def to_torch(model: ModuleT) -> ModuleT:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    # Here, as they import this package.
-    from braze._fusion import unfuse
-    from braze._install import REPLACED
+    from braze._fusion import unfuse  # here, as it imports this package
 
-    counterparts = {ours: theirs for theirs, ours in REPLACED.items()}
     left = []
     for name, module in unfuse(model).named_modules():
         kind: type[nn.Module] = type(module)
         if kind is SyncBatchNormAct and "activation" not in module.__dict__:
             kind = SyncBatchNorm
-        theirs = counterparts.get(kind)
+        theirs = vars(kind).get("_torch_class")  # not a subclass's: that may compute something else
         if theirs is not None:
             module.__class__ = theirs
         elif any(base.__module__.startswith("braze.") for base in kind.__mro__):
