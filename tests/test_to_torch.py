@@ -164,7 +164,9 @@ PASSES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("name", PASSES)
 def test_passes_over_torchs_classes(name: str) -> None:
     transform = PASSES[name]
-    ours, theirs = network(braze.nn), network(nn)
+    theirs = network(nn)
+    with braze.install():
+        ours = network(nn)
     ours.load_state_dict(theirs.state_dict())
     if name.startswith("fuse"):
         braze.fuse(ours)

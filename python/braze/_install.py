@@ -100,11 +100,12 @@ def install() -> Installation:
           tables that packages such as timm make when they are imported.
         - So do those of ``torch.nn.modules.batchnorm``, ``torch.nn.modules.dropout``, ``torch.optim.sgd`` and
           the like, where pickle looks for torch's classes.
-        - What is first imported while braze is installed keeps braze's classes afterwards: import what only
-          knows torch's, such as ``torch.ao.quantization.quantize_fx``, before.
+        - What is first imported while braze is installed keeps braze's classes afterwards.
+        - What asks for torch's very classes and functions, such as ``torch.ao.quantization``, takes a model
+          after :func:`uninstall` and :func:`braze.nn.to_torch`.
         - Another process has torch's names until it calls it itself, unless it is a fork of this one.
         - torch's functions themselves (``f = torch.nn.functional.dropout``, taken before) cannot be pickled
-          meanwhile.
+          meanwhile, and ``isinstance(optimizer, torch.optim.SGD)`` does not hold for optimizers made before.
     """
     installation = Installation()
     _hold(installation)

@@ -19,7 +19,8 @@ def to_torch(model: ModuleT) -> ModuleT:
 
     For what knows torch's classes only: ``torch.ao.quantization``, ``torch.fx`` passes, and pickles of whole
     models that are loaded where there is no braze. (A ``state_dict`` needs none of it.) Parameters, buffers,
-    names, hooks and modes are kept, the very same objects; a fused model is unfused first.
+    names, hooks and modes are kept, the very same objects; a fused model is unfused first. After
+    :func:`braze.install` those passes need :func:`braze.uninstall`, too.
 
     What ``convert_sync_batchnorm`` made of a plain batch norm becomes ``torch.nn.SyncBatchNorm``.
 
