@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _opaque(function: _F) -> _F:
     """torch.compile calls it as it stands. Unlike torch.compiler.disable it costs an eager call nothing."""
-    skip = _dynamo._FrameAction.SKIP
-    _dynamo.set_code_exec_strategy(function.__code__, _dynamo._FrameExecStrategy(skip, skip))
+    try:
+        skip = _dynamo._FrameAction.SKIP
+        _dynamo.set_code_exec_strategy(function.__code__, _dynamo._FrameExecStrategy(skip, skip))
+    except AttributeError:  # a torch whose internals are others
+        return cast(_F, torch._disable_dynamo(function))
     function.__dict__["_torchdynamo_disable"] = True
     return function
 
