@@ -6,6 +6,8 @@ import contextlib
 import functools
 import io
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -379,6 +381,39 @@ def test_losses_are_torchs(name: str, way: str) -> None:
     assert len(set(expected)) == len(expected)  # it does learn
 
 
+def test_installed_before_anything_else_is_imported() -> None:
+    """timm keeps torch's classes of the time when it is imported, in its tables and as its bases."""
+    if not (models.is_installed("timm") and models.is_installed("torchvision")):
+        pytest.skip("needs timm and torchvision")
+    code = """
+import copy
+import braze
+braze.install()
+import torch
+from braze.bench import models
+models._import_torchvision()
+import timm.optim, torchvision
+for made in (timm.create_model("test_resnet.r160_in1k", drop_rate=0.1), torchvision.models.resnet18()):
+    torch.manual_seed(0)
+    optimizer = timm.optim.create_optimizer_v2(made, "adamw", lr=1e-3)
+    assert type(optimizer) is braze.optim.AdamW
+    norms = [m for m in made.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and all(isinstance(m, braze.nn.BatchNorm2d) for m in norms)
+    assert not any(type(m).__module__ == "torch.nn.modules.batchnorm" for m in norms)
+    x, fused = torch.randn(4, 3, 64, 64), braze.fuse(copy.deepcopy(made))
+    losses = []
+    for model in (made.eval(), fused.eval(), braze.nn.to_torch(copy.deepcopy(made)).eval()):
+        losses.append(model(x).logsumexp(1).mean())
+    assert all(torch.allclose(loss, losses[0], rtol=1e-4) for loss in losses)
+    made.train()(x).logsumexp(1).mean().backward()
+    optimizer.step()
+    assert optimizer.updated
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("done\n"), done.stderr
+
+
 @pytest.mark.parametrize("way", ["swap", "install"])
 @pytest.mark.parametrize("name", [n for n, program in PROGRAMS.items() if program.falls])
 def test_losses_fall_with_dropout(name: str, way: str) -> None:
@@ -391,7 +426,14 @@ def test_losses_fall_with_dropout(name: str, way: str) -> None:
 
 
 def test_lightning() -> None:
+    models._import_torchvision()  # which it imports
     lightning = pytest.importorskip("lightning")
+    from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+
+    # It refuses to clip with 16-mixed where that is True.
+    parameters = [torch.nn.Parameter(torch.ones(1))]
+    assert not _optimizer_handles_unscaling(braze.optim.AdamW(parameters))
+    assert _optimizer_handles_unscaling(braze.optim.AdamW(parameters, fused=True))
     losses = []
 
     class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
