@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, stack_module_state
 from torch.fx.experimental.optimization import fuse as fuse_by_fx
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing._internal import common_modules as database
 from torch.testing._internal.common_utils import freeze_rng_state, noncontiguous_like
@@ -736,6 +737,19 @@ def fused_by_quantization(namespace: Any, given: Input) -> None:
     model, x = _block(namespace, given)
     fused = torch.ao.quantization.fuse_modules(model, [["0", "1", "2"]])
     near(fused(x), model(x), 8.0)
+
+
+@check(SINGLE, batch_norms)
+def pruned_and_parametrized(namespace: Any, given: Input) -> None:
+    """The weight is a tensor that a hook or a property makes."""
+
+    def run(namespace: Any) -> Any:
+        pruned = prune.l1_unstructured(given.make(namespace), "weight", amount=2)
+        parametrized = given.make(namespace)
+        parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
+        return [given.gradients(m, given.x) for m in (pruned, parametrized)]
+
+    _alike(run, namespace, 8.0)
 
 
 @check(SINGLE, batch_norms)

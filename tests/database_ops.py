@@ -38,6 +38,7 @@ from torch_databases import (
     register,
     same,
     set_seed,
+    warned,
     weights_like,
     with_gradients,
 )
@@ -362,6 +363,8 @@ def wrong_calls(entry: Entry, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             "mean_requires_grad_input_too": ((leaf, grad, v), {"training": False}),
             "statistics_twice": ((x, v.clone(), v), {"training": True}),
             "no_channels": ((x[:, :0], m[:0], v[:0]), {"training": True}),
+            "no_space": ((x[:, :, :0], m.clone(), v.clone()), {"training": True}),
+            "no_space_eval": ((x[:, :, :0], m, v), {"training": False}),
             "no_batch": ((x[:0], m, v), {"training": True}),
         }
     for name, (args, kwargs) in given.items():
@@ -427,6 +430,14 @@ def errors(f: Any, given: Any) -> None:
     """The same type of error, or none."""
     function, args, kwargs = given
     raises_as(lambda: f(*args, **kwargs), lambda: function(*args, **kwargs))
+
+
+@check(SINGLE, wrong_calls)
+def warns(f: Any, given: Any) -> None:
+    """Of the same in the same words: Dropout2d of three dimensions, say."""
+    function, args, kwargs = given
+    expected = warned(lambda: function(*args, **kwargs))
+    near(warned(lambda: f(*args, **kwargs)), expected)
 
 
 @check(FLOATS, from_database)
@@ -530,6 +541,49 @@ def special_values(f: Any, sample: Sample) -> None:
     for value in (float("nan"), float("inf")):
         x = torch.full_like(sample.x, value)
         assert bool(sample.bind(f)(x).isfinite().logical_not().all()), value
+
+
+def extremes(entry: Entry, dtype: torch.dtype) -> Iterator[tuple[str, Sample]]:
+    """Of dropout what is kept is worth its value; of batch norm one channel is extreme."""
+    for name, value in {
+        "nan": float("nan"),
+        "inf": float("inf"),
+        "minus_inf": -float("inf"),
+        "largest": torch.finfo(dtype).max,
+        "tiny": torch.finfo(dtype).tiny,
+        "denormal": torch.finfo(dtype).tiny / 8,
+        "minus_zero": -0.0,
+    }.items():
+        for kind in ("one", "channel"):
+            for training in (True, False):
+                x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(4, 3, 5).to(dtype)
+                x[:, 1, :] = value if kind == "channel" else x[:, 1, :]
+                x[2, 1, 3] = value
+                x = (x[0] if entry.name == "dropout1d" else x).requires_grad_()
+                mode = "train" if training else "eval"
+                yield f"{name}-{kind}-{mode}", rebuilt(entry, dtype, x, training)
+
+
+@check(FLOATS, extremes)
+def extreme_values(f: Any, sample: Sample) -> None:
+    """Torch's, and torch's running statistics and gradients: nan and infinite where they are."""
+    if sample.drops():
+        y = sample.bind(f)(sample.x)
+        scaled = sample.x * terms(sample)[0] + terms(sample)[1]
+        dropped = torch.full_like(y, terms(sample)[2])
+        rtol, atol = TOLERANCE[y.dtype]
+        close = functools.partial(torch.isclose, y, rtol=rtol, atol=atol, equal_nan=True)
+        assert bool((close(scaled) | close(dropped) | y.isnan()).all())
+        return
+
+    def run(function: Any) -> list[Any]:
+        tensors = [fresh(t) for t in sample.tensors]
+        y = sample.bind(function)(*tensors)
+        leaves = [t for t in tensors if t.requires_grad]
+        found = [y, *tensors[1:], *torch.autograd.grad(y, leaves, weights_like(y))]
+        return [torch.stack([t.isnan(), t.isposinf(), t.isneginf()]) for t in found]
+
+    near(run(f), run(sample.function))
 
 
 @check(SINGLE, large)

@@ -208,6 +208,14 @@ def raises_as(call: Callable[[], Any], truth: Callable[[], Any]) -> None:
     assert found is expected, f"raised {found}, not {expected}"
 
 
+def warned(call: Callable[[], Any]) -> list[tuple[type[Warning], str]]:
+    """What it warns of, whether or not it raises."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        raised(call)
+    return [(w.category, str(w.message)) for w in found]
+
+
 def at_seed(function: Callable[..., Any], seed: int = SEED) -> Callable[..., Any]:
     def seeded(*arguments: Any) -> Any:
         set_seed(seed)
