@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal import common_methods_invocations as database
 from torch.testing._internal import composite_compliance
 from torch.testing._internal.common_utils import noncontiguous_like
@@ -464,6 +466,65 @@ def aliases(f: Any, sample: Sample) -> None:
         return y is x, y.data_ptr() == x.data_ptr() and x.numel() > 0, y._is_view()
 
     near(relation(f), relation(sample.function))
+
+
+@check(SINGLE, from_database)
+def storage(f: Any, sample: Sample) -> None:
+    """As large as torch's, and the result begins where torch's does."""
+
+    def about(function: Any) -> tuple[int, int]:
+        y = sample.bind(function)(*sample.constants)
+        return y.storage_offset(), y.untyped_storage().nbytes()
+
+    near(about(f), about(sample.function))
+
+
+@check(SINGLE, from_database)
+def versions(f: Any, sample: Sample) -> None:
+    """Autograd is told of writes to the tensors to which torch writes, and of no others."""
+
+    def written(function: Any) -> list[bool]:
+        tensors = [torch.zeros_like(t).copy_(t) for t in sample.constants]
+        before = [t._version for t in tensors]
+        sample.bind(function)(*tensors)
+        return [t._version > v for t, v in zip(tensors, before, strict=True)]
+
+    near(written(f), written(sample.function))
+
+
+@check(SINGLE, typical)
+def keywords(f: Any, sample: Sample) -> None:
+    """All arguments by torch's names."""
+    names = list(inspect.signature(sample.function).parameters)
+    x, *_ = sample.constants
+    given = dict(zip(names, (x, *sample.args), strict=False)) | (sample.kwargs or {})
+    plain = {n: fresh(v) if isinstance(v, Tensor) else v for n, v in given.items()}
+    near(at_seed(lambda: f(**plain))(), at_seed(sample.bind(f))(*sample.constants))
+
+
+@check(SINGLE, typical)
+def anomaly_detection(f: Any, sample: Sample) -> None:
+    bound = at_seed(sample.bind(f, leaves=True))
+    expected = with_gradients(bound, sample.leaves)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        same(with_gradients(bound, sample.leaves), expected)
+
+
+@check(SINGLE, typical)
+def function_mode(f: Any, sample: Sample) -> None:
+    """A mode of torch functions sees the call, and may put another in its place."""
+
+    class Counts(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Counts():
+        sample.bind(f)(*sample.constants)
+    assert sample.function.__name__ in seen
 
 
 @check(SINGLE, from_database)
@@ -973,7 +1034,40 @@ def make_fx_symbolic(f: Any, sample: Sample) -> None:
     _graph_equals(f, sample, lambda g, given: make_fx(g, tracing_mode="symbolic")(*given))
 
 
-@check(SINGLE, typical)
+@check(SINGLE, first)
+def make_fx_other_size(f: Any, sample: Sample) -> None:
+    """What is traced with symbolic shapes runs with a larger batch."""
+    if sample.input.dim() < 2:
+        return
+    bound = sample.bind(f)
+    traced = make_fx(bound, tracing_mode="symbolic")(*sample.constants)
+
+    def larger() -> tuple[Tensor, ...]:
+        x, *others = sample.constants
+        return torch.cat([x, x * 2]), *others
+
+    near(at_seed(traced)(*larger()), at_seed(bound)(*larger()))
+
+
+@check(SINGLE, dropping)
+def make_fx_inplace(f: Any, sample: Sample) -> None:
+    if not sample.dropout:
+        return
+    inplace = sample.bind(f, inplace=True)
+
+    def bound(x: Tensor) -> Tensor:
+        y = x * 1
+        inplace(y)
+        return y + 1
+
+    for trace in (
+        lambda x: make_fx(bound, tracing_mode="fake")(x),
+        lambda x: torch.func.functionalize(bound),
+    ):
+        near(at_seed(trace(sample.x))(sample.x), at_seed(bound)(sample.x))
+
+
+@check(SINGLE, dropping)
 def aot(f: Any, sample: Sample) -> None:
     """Ahead-of-time autograd traces forward and backward that give the same at a seed."""
     bound = sample.bind(f, leaves=True)
@@ -1034,7 +1128,7 @@ def _export(g: Any, given: Any) -> Any:
     return torch.export.export(_Calls(g), given, strict=False).module()
 
 
-@check(SINGLE, typical)
+@check(SINGLE, dropping)
 def export(f: Any, sample: Sample) -> None:
     _trace_or_export(f, sample, _export, False)
 
@@ -1227,7 +1321,7 @@ def composite_backward(f: Any, sample: Sample) -> None:
     composite_compliance.check_backward_formula(op, sample.leaves, {}, assert_equal_fn=_near_anyhow)
 
 
-@check(DOUBLE, typical)
+@check(DOUBLE, dropping)
 def composite_forward_ad(f: Any, sample: Sample) -> None:
     op = at_seed(sample.bind(f, leaves=True))
     composite_compliance.check_forward_ad_formula(

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-from differences import BEING_MENDED, DIFFERENCES, FOUND, Difference
+from differences import BEING_MENDED, DIFFERENCES, Difference
 from torch import Tensor
 
 SEED = 5
@@ -136,13 +136,13 @@ def row_of(id: str) -> Difference | str | None:
     for difference in DIFFERENCES:
         if any(fnmatchcase(id, pattern) for pattern in difference.cases):
             return difference
-    return next((p for p in (*BEING_MENDED, *FOUND) if fnmatchcase(id, p)), None)
+    return next((p for p in BEING_MENDED if fnmatchcase(id, p)), None)
 
 
 def stale_rows(found: Iterable[Outcome]) -> list[str]:
     """Patterns of the tables that no difference matches any more."""
     differing = [o.id for o in found if o.differs]
-    patterns = [p for d in DIFFERENCES for p in d.cases] + [*BEING_MENDED, *FOUND]
+    patterns = [p for d in DIFFERENCES for p in d.cases] + list(BEING_MENDED)
     return [p for p in patterns if not any(fnmatchcase(id, p) for id in differing)]
 
 

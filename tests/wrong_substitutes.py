@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -63,6 +64,14 @@ def _draws(f: Any) -> Any:
     return call
 
 
+def _warns(f: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn("deprecated", stacklevel=2)
+        return f(*args, **kwargs)
+
+    return call
+
+
 def _always(f: Any) -> Any:
     """Ignores whether it trains."""
     return lambda *args, **kwargs: f(*args, **{**kwargs, "training": True})
@@ -84,6 +93,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "hides nan and -0": _result(lambda y: torch.nan_to_num(y) + 0),
     "once differentiable": _result(_Once.apply),
     "draws more": _draws,
+    "warns": _warns,
     "writes its input": _writes,
     "swallows errors": _swallows,
 }
