@@ -841,9 +841,12 @@ def _trace_or_export(f: Any, sample: Sample, trace: Any, mask: bool) -> None:
 
 @check(SINGLE, typical)
 def jit_script(f: Any, sample: Sample) -> None:
-    scripted = torch.jit.script(f)
-    y = at_seed(sample.bind(scripted))(*sample.constants)
-    near(y, at_seed(sample.bind(f))(*sample.constants))
+    _trace_or_export(f, sample, lambda g, given: sample.bind(torch.jit.script(f)), False)
+
+
+@check(SINGLE, first)
+def jit_script_keeps_the_mask(f: Any, sample: Sample) -> None:
+    _trace_or_export(f, sample, lambda g, given: sample.bind(torch.jit.script(f)), True)
 
 
 # ------------------------------------------------------- other kinds of tensors

@@ -92,8 +92,8 @@ DIFFERENCES: tuple[Difference, ...] = (
         "Tools that go by the exact class",
         "`torch.ao.quantization.fuse_modules` and `torch.fx.experimental.optimization.fuse` do not find "
         "braze's classes. `torch.nn.utils.fusion`, `convert_sync_batchnorm` and `update_bn` do.",
-        "They look classes up in a table. `braze.fuse` does the same to any model; to quantize, make "
-        "the model of torch's classes, which the same state_dict fits.",
+        "They look classes up in a table. `braze.nn.to_torch(model)` gives a model torch's classes back; "
+        "`braze.fuse` folds, too.",
         ("*/fused_by_fx/*", "*/fused_by_quantization/*"),
     ),
     Difference(
@@ -136,25 +136,18 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "Dropout",
         "Torch's own dropout runs",
-        "for tensor subclasses, nested tensors and other dtypes, and in what `torch.jit.trace` and "
-        "`torch.export` make of a model, `torch.jit.script` of a module and `torch.fx` of a function: these "
-        "run without braze, with torch's mask. Under `vmap` the mask is drawn by torch, sample by sample.",
+        "for tensor subclasses, nested tensors and other dtypes, and in what `torch.jit.trace`, "
+        "`torch.jit.script` and `torch.export` make of a model and `torch.fx` of a function: these run "
+        "without braze, with torch's mask. Under `vmap` the mask is drawn by torch, sample by sample.",
         "What leaves the process should not need braze to be run.",
         (
             "*/jit_trace_keeps_the_mask/*",
+            "*/jit_script_keeps_the_mask/*",
             "*/export_keeps_the_mask/*",
             "*/fx_symbolic_trace_keeps_the_mask/*",
             "*/func_hessian_by_jacfwd/*",
             "*dropout*/composite*/*-train",  # a class of tensors
         ),
-    ),
-    Difference(
-        "Dropout",
-        "`torch.jit.script` of functions",
-        "It compiles braze's modules, as torch's, and none of the functions of `braze.nn.functional`, "
-        "batch norm included.",
-        "A function that is scripted runs torch's code anyway: take it from `torch.nn.functional`.",
-        ("*dropout*/jit_script/*", "batch_norm/jit_script/*"),
     ),
     Difference(
         "Fusing",
@@ -171,7 +164,7 @@ BEING_MENDED: tuple[str, ...] = (
     "SyncBatchNorm/symbolic_trace/*",
     "*/seeds/*-p1.0-*",  # draws where torch does not
     "batch_norm/errors/*/training_*",  # None and 1 for a bool
-    "*/function_mode/*",  # a TorchFunctionMode does not see the call
+    "batch_norm/function_mode/*",  # a TorchFunctionMode does not see the call
 )
 
 
