@@ -116,6 +116,9 @@ def pytest_terminal_summary(
 ) -> None:
     for reason, count in config.stash.get(left_out_key, Counter()).items():
         terminalreporter.write_line(f"left out: {count} tests, {devices.MODE}: {reason}")
+    for report in terminalreporter.getreports("passed"):
+        for line in dict(report.user_properties).get("summary", ()):
+            terminalreporter.write_line(line)
     used = devices.get() if devices.get.cache_info().currsize else None
     if devices.MODE in ("emulated", "fake") and isinstance(used, devices.Emulator):
         module = used.module

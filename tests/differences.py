@@ -1,0 +1,199 @@
+"""What braze does otherwise than torch, for good: the table, and docs/differences.md that is made of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parent.parent / "docs" / "differences.md"
+AREAS = ("Optimizers", "Batch norm", "Dropout", "Fusing")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``cases``: patterns of ids of checks in torch_databases.py that show it; none if no check does."""
+
+    area: str
+    title: str
+    what: str
+    why: str
+    cases: tuple[str, ...] = ()
+
+
+DIFFERENCES: tuple[Difference, ...] = (
+    Difference(
+        "Optimizers",
+        "Parameters that share memory are refused",
+        "The same parameter twice in an optimizer, or two that overlap, is a ValueError at the first "
+        "step. Torch warns of the one and says nothing of the other, and updates the shared elements twice.",
+        "All parameters are updated in one parallel call, so two updates of an element would race.",
+        ("*/same_parameter_twice/*", "*/overlapping_parameters/*"),
+    ),
+    Difference(
+        "Optimizers",
+        "`load_state_dict` copies",
+        "The loaded tensors are copied. Torch takes those of the dict whose dtype and device fit, and then "
+        "trains in the memory of the optimizer that they came from.",
+        "Two optimizers must not write the same state.",
+        ("*/loads_by_reference/*",),
+    ),
+    Difference(
+        "Optimizers",
+        "`_init_group` is not called",
+        "A subclass that overrides this private method is not asked; `step`, `state_dict`, hooks and groups "
+        "are.",
+        "It builds in every step the lists that braze keeps.",
+        ("*/overridden_init_group/*",),
+    ),
+    Difference(
+        "Optimizers",
+        "Gradients of another dtype than the parameter's",
+        "With `grad_dtype=None` they are taken, and the state has the parameter's dtype. Torch's Adam and "
+        "AdamW raise a RuntimeError, its SGD makes the momentum in the gradient's dtype.",
+        "The kernels convert while they read, and a state's dtype does not depend on what came first.",
+        ("SGD/gradients_of_other_dtypes/*/most", "Adam*/gradients_of_other_dtypes/*"),
+    ),
+    Difference(
+        "Optimizers",
+        "CUDA without braze's CUDA kernels",
+        "Parameters on a CUDA device are a RuntimeError that says how to build the kernels; `foreach=True` "
+        "or `fused=False` runs torch's code.",
+        "A silent fallback would be the slowest of all.",
+    ),
+    Difference(
+        "Batch norm",
+        "Rounding",
+        "Statistics are summed in two levels, in fp64 across blocks. For 16-bit inputs nothing between "
+        "reading and the one rounding of the result is rounded. Values near the largest of their dtype give "
+        "finite results where torch's overflow, or nan instead of infinity.",
+        "More exact than torch, and the same bits for any number of threads.",
+        ("batch_norm/extreme_values/*/largest-channel-train",),
+    ),
+    Difference(
+        "Batch norm",
+        "Running statistics whose elements overlap",
+        "Training with an expanded `running_mean` or `running_var` is a RuntimeError; torch writes all of "
+        "its channels into the one element.",
+        "The channels are written in parallel.",
+        ("batch_norm/errors/*/expanded_mean", "*/changed_attributes/*/expanded_mean"),
+    ),
+    Difference(
+        "Batch norm",
+        "Autograd is told of the running statistics",
+        "Their version counters count each update, and backward of an earlier call in `eval()` uses the "
+        "statistics of that call. In torch the counters stay, and such a backward uses the new statistics.",
+        "A write that nobody counts gives wrong gradients without an error.",
+        ("batch_norm/versions/*-train-*",),
+    ),
+    Difference(
+        "Batch norm",
+        "Tools that go by the exact class",
+        "`torch.ao.quantization.fuse_modules` and `torch.fx.experimental.optimization.fuse` do not find "
+        "braze's classes. `torch.nn.utils.fusion`, `convert_sync_batchnorm` and `update_bn` do.",
+        "They look classes up in a table. `braze.nn.to_torch(model)` gives a model torch's classes back; "
+        "`braze.fuse` folds, too.",
+        ("*/fused_by_fx/*", "*/fused_by_quantization/*"),
+    ),
+    Difference(
+        "Batch norm",
+        "CUDA without braze's CUDA kernels",
+        "A CUDA input is a RuntimeError that says how to build the kernels.",
+        "As for optimizers.",
+    ),
+    Difference(
+        "Dropout",
+        "Another mask for the same seed",
+        "Seeds give other masks than torch's. The mask is the same on every device, for any number of "
+        "threads and in every memory format.",
+        "It is made of Philox numbers in the kernels' order, and made again in backward instead of stored.",
+        ("*/same_mask/*",),
+    ),
+    Difference(
+        "Dropout",
+        "What is dropped is +0",
+        "Torch multiplies with 0, which keeps nan, makes inf nan and negative numbers -0. The gradient of "
+        "what is dropped is +0, too.",
+        "A dropped activation should not matter, whatever it was.",
+        ("*/special_values/*", "*/negative_zero/*"),
+    ),
+    Difference(
+        "Dropout",
+        "p in steps of 1/65536",
+        "`p` acts as the nearest multiple of 1/65536, at most 7.7e-6 away; the scale is that of the `p` that "
+        "acts, so that the mean is exact.",
+        "Sixteen random bits decide on an element, which halves the random numbers.",
+        ("*/keep_rate/float64/p0.1",),
+    ),
+    Difference(
+        "Dropout",
+        "p that is nan",
+        "A ValueError; torch raises a RuntimeError.",
+        "As for any other p that is not between 0 and 1.",
+        ("*/errors/*/p_nan",),
+    ),
+    Difference(
+        "Dropout",
+        "Torch's own dropout runs",
+        "for tensor subclasses, nested tensors and other dtypes, and in what `torch.jit.trace`, "
+        "`torch.jit.script` and `torch.export` make of a model and `torch.fx` of a function: these run "
+        "without braze, with torch's mask. Under `vmap` the mask is drawn by torch, sample by sample.",
+        "What leaves the process should not need braze to be run.",
+        (
+            "*/jit_trace_keeps_the_mask/*",
+            "*/jit_script_keeps_the_mask/*",
+            "*/export_keeps_the_mask/*",
+            "*/fx_symbolic_trace_keeps_the_mask/*",
+            "*/func_hessian_by_jacfwd/*",
+            "*dropout*/composite*/*-train",  # a class of tensors
+        ),
+    ),
+    Difference(
+        "Fusing",
+        "What a fused block does not do",
+        "The value between batch norm, sum and activation is not rounded to 16 bits, does not exist for "
+        "hooks (a block with hooks runs unfused), and a convolution's bias before a batch norm in training "
+        "has the gradient zero instead of rounding's noise.",
+        "It is never written to memory.",
+    ),
+)
+
+# Patterns of what is to be mended, or to be accepted above.
+BEING_MENDED: tuple[str, ...] = (
+    "SyncBatchNorm/symbolic_trace/*",
+    "*/seeds/*-p1.0-*",  # draws where torch does not
+    "batch_norm/errors/*/training_*",  # None and 1 for a bool
+    "batch_norm/function_mode/*",  # a TorchFunctionMode does not see the call
+)
+
+
+def page() -> Iterator[str]:
+    yield "# Differences from PyTorch\n"
+    yield (
+        "braze is checked with torch's own databases of operators, modules and optimizers, with torch in "
+        "the same run as the control (`tests/test_torch_databases.py`). What torch passes and braze does not "
+        "is an error there, unless it stands here. This page is made of the table in "
+        "`tests/differences.py` by `python tests/differences.py`.\n"
+    )
+    for area in AREAS:
+        yield f"## {area}\n"
+        for d in DIFFERENCES:
+            if d.area == area:
+                between = " " if d.what[0].islower() else ". "
+                yield f"- **{d.title}**{between}{d.what} *{d.why}*"
+        yield ""
+
+
+def main() -> int:
+    """Writes the page; --check only compares."""
+    text = "\n".join(page()).rstrip() + "\n"
+    if "--check" in sys.argv[1:]:
+        return int(not PAGE.exists() or PAGE.read_text() != text)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
