@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = Path(__file__).parent.parent / "docs" / "differences.md"
-AREAS = ("Optimizers", "Batch norm", "Dropout", "Fusing")
+AREAS = ("Optimizers", "Batch norm", "Dropout", "Names", "Fusing")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,28 @@ DIFFERENCES: tuple[Difference, ...] = (
         "AdamW raise a RuntimeError, its SGD makes the momentum in the gradient's dtype.",
         "The kernels convert while they read, and a state's dtype does not depend on what came first.",
         ("SGD/gradients_of_other_dtypes/*/most", "Adam*/gradients_of_other_dtypes/*"),
+    ),
+    Difference(
+        "Optimizers",
+        "`torch.compile` calls the step as it is",
+        "A graph break, never a recompilation; with `fullgraph=True` an error. `foreach=True` inside of a "
+        "compiled function runs eagerly.",
+        "The step is one native call already, faster than torch's compiled one.",
+    ),
+    Difference(
+        "Optimizers",
+        "Fractional step counts on a device",
+        "A `step` of 2.5 that is kept on a CUDA device (`fused=True`, `capturable=True`) acts as 2 in the bias "
+        "correction; on the CPU as 2.5.",
+        "The kernels raise to an integer power, whose bits do not depend on a library.",
+    ),
+    Difference(
+        "Optimizers",
+        "Accumulation windows and what wraps an optimizer",
+        "`ZeroRedundancyOptimizer`, replaced `param_groups`, schedulers, pickles and checkpoints keep an open "
+        "window. torch's `_NamedOptimizer` loads only into an optimizer at the same point of one, and "
+        "`flatten_optimizer_state_dict=True` does not carry it.",
+        "These two take only keys that the groups have already.",
     ),
     Difference(
         "Optimizers",
@@ -106,9 +128,10 @@ DIFFERENCES: tuple[Difference, ...] = (
         "Dropout",
         "Another mask for the same seed",
         "Seeds give other masks than torch's. The mask is the same on every device, for any number of "
-        "threads and in every memory format.",
+        "threads and in every memory format. A call in training takes one draw from the generator, whatever "
+        "the size of the tensor, and also with `p=1`.",
         "It is made of Philox numbers in the kernels' order, and made again in backward instead of stored.",
-        ("*/same_mask/*",),
+        ("*/same_mask/*", "*/seeds/*-p1.0-*"),
     ),
     Difference(
         "Dropout",
@@ -150,6 +173,42 @@ DIFFERENCES: tuple[Difference, ...] = (
         ),
     ),
     Difference(
+        "Names",
+        "`braze.install()` is for what is looked up afterwards",
+        "Names taken before (`from torch.nn import Dropout`), base classes and tables of packages imported "
+        "before stay torch's, and so do torch's defining modules such as `torch.nn.modules.batchnorm`. "
+        "`torch.ao.quantization` needs `braze.uninstall()` and `braze.nn.to_torch(model)` first.",
+        "Python has bound the former, and pickle looks for torch's classes in the latter.",
+    ),
+    Difference(
+        "Names",
+        "`isinstance` goes both ways for modules",
+        "`isinstance(torch.nn.BatchNorm2d(3), braze.nn.BatchNorm2d)` is True, for all modules of one name; "
+        "not for optimizers.",
+        "Programs that changed the import freeze and initialise layers of ready-made models by class.",
+    ),
+    Difference(
+        "Names",
+        "Pickles of whole models need braze where they are loaded",
+        "With `weights_only=True` braze's classes are allowed by themselves and torch's by the user; a model "
+        "of `braze.fuse` must be unfused first. Where braze is absent, load a `state_dict`, or pickle "
+        "`braze.nn.to_torch(model)`.",
+        "A pickle has the names of classes.",
+    ),
+    Difference(
+        "Names",
+        "`torch.jit.script` takes what torch has",
+        "It compiles torch's code for BatchNorm and dropout modules, and does not take BatchNormAct, "
+        "ConvBNAct, ActDropout, DropoutAdd and fused models.",
+        "TorchScript is deprecated; `torch.compile` and `torch.export` take all of them.",
+    ),
+    Difference(
+        "Names",
+        "Function modes switch to torch's code",
+        "Under a program's own `TorchFunctionMode` batch norm and dropout are torch's, for the mode to see.",
+        "A mode is there to see torch's functions.",
+    ),
+    Difference(
         "Fusing",
         "What a fused block does not do",
         "The value between batch norm, sum and activation is not rounded to 16 bits, does not exist for "
@@ -157,14 +216,6 @@ DIFFERENCES: tuple[Difference, ...] = (
         "has the gradient zero instead of rounding's noise.",
         "It is never written to memory.",
     ),
-)
-
-# Patterns of what is to be mended, or to be accepted above.
-BEING_MENDED: tuple[str, ...] = (
-    "SyncBatchNorm/symbolic_trace/*",
-    "*/seeds/*-p1.0-*",  # draws where torch does not
-    "batch_norm/errors/*/training_*",  # None and 1 for a bool
-    "batch_norm/function_mode/*",  # a TorchFunctionMode does not see the call
 )
 
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-from differences import BEING_MENDED, DIFFERENCES, Difference
+from differences import DIFFERENCES, Difference
 from torch import Tensor
 
 SEED = 5
@@ -131,18 +131,15 @@ def everything() -> Iterator[Outcome]:
             yield from outcomes(database, subject)
 
 
-def row_of(id: str) -> Difference | str | None:
-    """The row of the tables that accepts a difference."""
-    for difference in DIFFERENCES:
-        if any(fnmatchcase(id, pattern) for pattern in difference.cases):
-            return difference
-    return next((p for p in BEING_MENDED if fnmatchcase(id, p)), None)
+def row_of(id: str) -> Difference | None:
+    """The row of the table that accepts a difference."""
+    return next((d for d in DIFFERENCES if any(fnmatchcase(id, p) for p in d.cases)), None)
 
 
 def stale_rows(found: Iterable[Outcome]) -> list[str]:
-    """Patterns of the tables that no difference matches any more."""
+    """Patterns of the table that no difference matches any more."""
     differing = [o.id for o in found if o.differs]
-    patterns = [p for d in DIFFERENCES for p in d.cases] + list(BEING_MENDED)
+    patterns = (p for d in DIFFERENCES for p in d.cases)
     return [p for p in patterns if not any(fnmatchcase(id, p) for id in differing)]
 
 

@@ -11,25 +11,20 @@ from torch import Generator, Tensor
 from torch._C._functorch import TransformType
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.overrides import has_torch_function
 
 from braze import _native
 from braze._native import _C
-from braze.nn._route import DTYPES, is_plain
+from braze.nn._route import DTYPES, is_plain, watched
 
 OPS = torch.ops.braze
 _TRACED = frozenset((FakeTensor, FunctionalTensor))
 
 
 def overridden(*inputs: Any) -> bool:
-    """Whether a class of tensors or a mode has its own way with torch's functions. torch's own modes, of
-    ``torch.set_default_device`` and of tracers, have none with a dropout."""
+    """Whether a class of tensors or a mode has its own way with torch's functions."""
     return has_torch_function(inputs) and (
-        torch.compiler.is_compiling()
-        or not all(map(is_plain, inputs))
-        or any(
-            not type(m).__module__.startswith("torch.") for m in _get_current_function_mode_stack()
-        )
+        torch.compiler.is_compiling() or not all(map(is_plain, inputs)) or watched()
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
 
 from braze import _native
 from braze._native import _C
@@ -43,15 +44,24 @@ def is_plain(tensor: object) -> bool:
     return type(tensor) in _PLAIN
 
 
+def watched() -> bool:
+    """Whether a program's TorchFunctionMode wants to see torch's functions. torch's own modes, of
+    ``torch.set_default_device`` and of tracers, have no use for those that braze stands for."""
+    return torch._C._len_torch_function_stack() > 0 and any(
+        not type(mode).__module__.startswith("torch.")
+        for mode in _get_current_function_mode_stack()
+    )
+
+
 def transformed() -> bool:
     """Whether this call is not simply to be computed: functorch's transforms, forward-mode AD, a trace or an
-    export, which should not need braze to be run."""
+    export, which should not need braze to be run, a mode that watches."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling():
         # Not is_exporting(), which older versions of dynamo take for True in everything they compile.
         return bool(getattr(torch.compiler, "_is_exporting_flag", False))
-    return torch._C._get_tracing_state() is not None
+    return torch._C._get_tracing_state() is not None or watched()
 
 
 def takes_activation(input: Tensor) -> bool:
@@ -134,7 +144,7 @@ def takes_batch_norm(
         return False
     if not takes_vectors(input, weight, bias, running_mean, running_var):
         return False
-    if training:
+    if training is True:
         # One value per channel, and no average without a count.
         return (
             eps > 0.0
@@ -142,4 +152,4 @@ def takes_batch_norm(
             and (running_mean is not None or num_batches_tracked is None)
             and (momentum is not None or running_mean is None or num_batches_tracked is not None)
         )
-    return running_mean is not None and eps >= 0.0
+    return training is False and running_mean is not None and eps >= 0.0

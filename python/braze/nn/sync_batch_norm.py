@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from braze.nn._activation import ActivationLike, resolve
 from braze.nn._composite import ACTIVATIONS
-from braze.nn._drop_in import DropIn
+from braze.nn._drop_in import DropIn, is_symbolic, leaf
 from braze.nn._route import ops, takes_activation, takes_addend, takes_vectors, transformed
 from braze.nn.batch_norm import FusedBatchNorm, activation_repr
 
@@ -298,6 +298,9 @@ class SyncBatchNorm(DropIn, nn.SyncBatchNorm):
     """
 
     _torch_class = nn.SyncBatchNorm
+
+    def forward(self, input: Tensor) -> Tensor:
+        return leaf(self, input) if is_symbolic(input) else super().forward(input)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: ModuleT, process_group: Any = None) -> ModuleT:
