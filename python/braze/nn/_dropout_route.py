@@ -102,9 +102,8 @@ def _is_composite(input: Tensor) -> bool:
     """Kept from the kernels by a transform, a tangent or a lazy sign alone."""
     return (
         is_plain(input)
-        and input.dtype in DTYPES
-        and input.layout is torch.strided
-        and not (input.is_meta or input.is_nested)
+        and _compilable(input)
+        and not input.is_nested
         and torch._C._get_tracing_state() is None
     )
 
