@@ -28,6 +28,9 @@ class OnDevice(TorchFunctionMode):
     """Tensors that tests make without naming a device are on `device`, with the values they have on
     the CPU; what braze and torch.optim make themselves stays where they put it."""
 
+    # Braze leaves the work to torch under a mode that wants to see it, which torch's own do not.
+    __module__ = "torch.testing.devices"
+
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
