@@ -240,6 +240,20 @@ def test_eval_folds_anew_what_only_a_device_could_tell(make: Callable[[], nn.Mod
     assert all(f.key == () and (f is not folded or f.faster) for f in kept)
 
 
+@pytest.mark.parametrize(("size", "folds"), [(3, False), (30, True)])
+def test_a_weight_larger_than_the_result_is_folded_for_channels_last_only(
+    size: int, folds: bool
+) -> None:
+    """Where nothing is packed, to read the weight, and see whether it has changed, would cost too much."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        fused = braze.fuse(nn.Sequential(conv(16, 32), bn(32), nn.ReLU())).eval()
+        fused.to(memory_format=layout)
+        x = torch.randn(1, 16, size, size).contiguous(memory_format=layout)
+        with torch.no_grad():
+            _same(fused(x), braze.unfuse(copy.deepcopy(fused))(x))
+        assert _folded(fused) == (folds or layout is torch.channels_last)
+
+
 def test_memory_of_many_chunks_is_read_to_the_end() -> None:
     weight = torch.zeros(100_003, device="cpu")
     found = set()
