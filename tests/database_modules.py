@@ -25,6 +25,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing._internal import common_modules as database
 from torch.testing._internal.common_utils import freeze_rng_state, noncontiguous_like
 from torch_databases import (
+    DOUBLE,
+    FLOATS,
+    SINGLE,
     Case,
     Check,
     expand,
@@ -36,9 +39,6 @@ from torch_databases import (
     weights_like,
 )
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16)
-DOUBLE = (torch.float64,)
-SINGLE = (torch.float32,)
 BATCH_NORMS = {
     "BatchNorm1d": (6, 5, 3),
     "BatchNorm2d": (3, 5, 4, 2),

@@ -37,6 +37,9 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal import composite_compliance
 from torch.testing._internal.common_utils import noncontiguous_like
 from torch_databases import (
+    DOUBLE,
+    FLOATS,
+    SINGLE,
     TOLERANCE,
     Case,
     Check,
@@ -52,9 +55,6 @@ from torch_databases import (
     with_gradients,
 )
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16)
-DOUBLE = (torch.float64,)
-SINGLE = (torch.float32,)
 ALL_DTYPES = (
     *FLOATS,
     torch.float16,

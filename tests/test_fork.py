@@ -1,4 +1,4 @@
-"""A process forked after parallel steps can go on stepping, with the same bits."""
+"""A process forked after parallel work can go on with it, with the same bits."""
 
 from __future__ import annotations
 
@@ -32,10 +32,26 @@ print("same")
 """
 
 
+CHECKSUM = """
+import os, torch
+from braze._native import _C
+torch.set_num_threads(2)
+weight = torch.linspace(-1, 1, 1_000_000)
+before = _C.fingerprint((weight,))
+child = os.fork()
+same = _C.fingerprint((weight,)) == before
+if child == 0:
+    os._exit(not same)
+assert same and os.waitpid(child, 0)[1] == 0
+print("same")
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_child_steps() -> None:
+@pytest.mark.parametrize("script", [SCRIPT, CHECKSUM], ids=["step", "checksum"])
+def test_forked_child(script: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         timeout=60,

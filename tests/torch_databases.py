@@ -20,6 +20,9 @@ from differences import DIFFERENCES, Difference
 from torch import Tensor
 
 SEED = 5
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+DOUBLE = (torch.float64,)
+SINGLE = (torch.float32,)
 TOLERANCE = {
     torch.float64: (1e-11, 1e-11),
     torch.float32: (1e-5, 1e-5),

@@ -54,6 +54,12 @@ BRAZE_INLINE BiasCorrection bias_correction(double beta1, double beta2, double s
   return {1 - integer_power(beta1, t), 1 / ::sqrt(1 - integer_power(beta2, t))};
 }
 
+// Of a count with a fraction, as averaged states have, by the library's power: its last bit may
+// differ between machines.
+inline BiasCorrection fractional_bias_correction(double beta1, double beta2, double step) {
+  return {1 - ::pow(beta1, step), 1 / ::sqrt(1 - ::pow(beta2, step))};
+}
+
 template <class T>
 struct AdamArgs {
   T grad_scale;   // 1 / (loss scale * summed weights); negative to maximize

@@ -29,12 +29,6 @@ double value_of(double number, PyObject* option) {
   return option == nullptr ? number : THPVariable_Unpack(option).item().toDouble();
 }
 
-// As torch does: of a fractional step count, too.
-BiasCorrection correction_at(double beta1, double beta2, double step) {
-  if (step == std::floor(step)) return bias_correction(beta1, beta2, step);
-  return {1 - std::pow(beta1, step), 1 / std::sqrt(1 - std::pow(beta2, step))};
-}
-
 }  // namespace
 
 AdamRule StepPlan::adam_rule(const GroupOptions& o) const {
@@ -74,8 +68,9 @@ int32_t StepPlan::adam_hyper(Batch& batch, const Active& active, const StepScala
   rule.beta2 = value_of(rule.beta2, o.device.beta2);
   rule.weight_decay = value_of(rule.weight_decay, o.device.weight_decay);
   if (rule.beta1 != power_.beta1 || rule.beta2 != power_.beta2 || active.step != power_.step) {
-    power_ = {rule.beta1, rule.beta2, active.step,
-              correction_at(rule.beta1, rule.beta2, active.step)};
+    const bool whole = active.step == std::floor(active.step);
+    const auto correction = whole ? bias_correction : fractional_bias_correction;
+    power_ = {rule.beta1, rule.beta2, active.step, correction(rule.beta1, rule.beta2, active.step)};
   }
   const AdamArgs<double> d = adam_args(rule, power_.correction, grad_scale, scalars.grad_scale);
   batch.adam.push_back({round_args<float>(d), d, d.l2 != 0 || d.l1 != 0, o.amsgrad});
