@@ -15,13 +15,18 @@ ForwardT = TypeVar("ForwardT", bound=Callable[..., Any])
 
 
 class DropIn(metaclass=ABCMeta):
-    """Mixin: ``isinstance`` and ``issubclass`` hold for the modules of torch's class, too.
+    """Mixin of a class whose last base is torch's: ``isinstance`` and ``issubclass`` hold for that one, too.
 
     Ready-made models are made of torch's, and programs freeze, initialise and group layers by their class.
     An ABC, so that subclasses may have other ABCs beside it.
     """
 
     _torch_class: ClassVar[type[nn.Module]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if DropIn in cls.__bases__:
+            cls._torch_class = cls.__bases__[-1]
 
     @classmethod
     def __subclasshook__(cls, other: type) -> Any:

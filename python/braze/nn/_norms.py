@@ -72,7 +72,7 @@ _FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"
 # What a subclass may define anew and still be the batch norm it is made from: how it is made, printed, stored.
 _HARMLESS = frozenset(
     ("extra_repr", "reset_parameters", "reset_running_stats", "_load_from_state_dict", "_version")
-)
+) | {"_abc_impl"}
 _SPECIAL = frozenset(("__call__", "__getattr__", "__getattribute__", "__setattr__"))
 _READ = frozenset(
     ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps", "momentum")
@@ -91,7 +91,7 @@ def _base(kind: type) -> tuple[Callable[[Any], Activation | None] | None, set[st
                 name
                 for name in changed
                 if name in _READ | _SPECIAL or (name in known and not name.startswith("__"))
-            } - {"_abc_impl", "_torch_class"}
+            }
         changed |= vars(base).keys()
     return None, set()
 

@@ -97,16 +97,12 @@ class BatchNorm1d(DropIn, FusedBatchNorm, torch.nn.BatchNorm1d):
     Source: Ioffe and Szegedy, "Batch Normalization", 2015; ``torch.nn.BatchNorm1d``.
     """
 
-    _torch_class = torch.nn.BatchNorm1d
-
 
 class BatchNorm2d(DropIn, FusedBatchNorm, torch.nn.BatchNorm2d):
     r"""Batch normalisation of [N, C, H, W]; a drop-in for :class:`torch.nn.BatchNorm2d`.
 
     Contiguous and channels-last inputs are equally at home. All else is as for :class:`BatchNorm1d`.
     """
-
-    _torch_class = torch.nn.BatchNorm2d
 
 
 class BatchNorm3d(DropIn, FusedBatchNorm, torch.nn.BatchNorm3d):
@@ -115,28 +111,23 @@ class BatchNorm3d(DropIn, FusedBatchNorm, torch.nn.BatchNorm3d):
     Contiguous and channels-last inputs are equally at home. All else is as for :class:`BatchNorm1d`.
     """
 
-    _torch_class = torch.nn.BatchNorm3d
-
 
 class LazyBatchNorm1d(DropIn, torch.nn.LazyBatchNorm1d):
     """``torch.nn.LazyBatchNorm1d`` that becomes a :class:`BatchNorm1d`."""
 
     cls_to_become = BatchNorm1d
-    _torch_class = torch.nn.LazyBatchNorm1d
 
 
 class LazyBatchNorm2d(DropIn, torch.nn.LazyBatchNorm2d):
     """``torch.nn.LazyBatchNorm2d`` that becomes a :class:`BatchNorm2d`."""
 
     cls_to_become = BatchNorm2d
-    _torch_class = torch.nn.LazyBatchNorm2d
 
 
 class LazyBatchNorm3d(DropIn, torch.nn.LazyBatchNorm3d):
     """``torch.nn.LazyBatchNorm3d`` that becomes a :class:`BatchNorm3d`."""
 
     cls_to_become = BatchNorm3d
-    _torch_class = torch.nn.LazyBatchNorm3d
 
 
 class FusedBatchNormAct(FusedBatchNorm):

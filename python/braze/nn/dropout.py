@@ -45,28 +45,24 @@ class Dropout(DropIn, nn.Dropout):
     compiles torch's.
     """
 
-    _torch_class = nn.Dropout
     forward = _forward(nn.Dropout, functional.dropout)
 
 
 class Dropout1d(DropIn, nn.Dropout1d):
     """``torch.nn.Dropout1d`` with ``braze.nn.functional.dropout1d``: whole channels of (N, C, L) or (C, L)."""
 
-    _torch_class = nn.Dropout1d
     forward = _forward(nn.Dropout1d, functional.dropout1d)
 
 
 class Dropout2d(DropIn, nn.Dropout2d):
     """``torch.nn.Dropout2d`` with ``braze.nn.functional.dropout2d``: whole channels of (N, C, H, W)."""
 
-    _torch_class = nn.Dropout2d
     forward = _forward(nn.Dropout2d, functional.dropout2d)
 
 
 class Dropout3d(DropIn, nn.Dropout3d):
     """``torch.nn.Dropout3d`` with ``braze.nn.functional.dropout3d``: whole channels of (N, C, D, H, W)."""
 
-    _torch_class = nn.Dropout3d
     forward = _forward(nn.Dropout3d, functional.dropout3d)
 
 
@@ -74,7 +70,6 @@ class AlphaDropout(DropIn, nn.AlphaDropout):
     """``torch.nn.AlphaDropout`` with ``braze.nn.functional.alpha_dropout``; ``inplace`` is
     ignored, as by torch's."""
 
-    _torch_class = nn.AlphaDropout
     forward = _forward(nn.AlphaDropout, _not_inplace(functional.alpha_dropout))
 
 
@@ -82,7 +77,6 @@ class FeatureAlphaDropout(DropIn, nn.FeatureAlphaDropout):
     """``torch.nn.FeatureAlphaDropout`` with ``braze.nn.functional.feature_alpha_dropout``; ``inplace`` is
     ignored, as by torch's."""
 
-    _torch_class = nn.FeatureAlphaDropout
     forward = _forward(nn.FeatureAlphaDropout, _not_inplace(functional.feature_alpha_dropout))
 
 

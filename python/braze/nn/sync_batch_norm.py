@@ -297,8 +297,6 @@ class SyncBatchNorm(DropIn, nn.SyncBatchNorm):
     errors are torch's.
     """
 
-    _torch_class = nn.SyncBatchNorm
-
     def forward(self, input: Tensor) -> Tensor:
         return leaf(self, input) if is_symbolic(input) else super().forward(input)
 
