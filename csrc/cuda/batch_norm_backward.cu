@@ -50,7 +50,7 @@ template <class F>
 cudaError_t choose(const BackwardArgs& args, F&& f) {
   const bool curved = args.activation != Activation::identity && !has_two_slopes(args.activation);
   if (curved && args.mask != nullptr) return cudaErrorInvalidValue;
-  return with_storage(args.shape.dtype, [&](auto storage) {
+  return with_dtype(args.shape.dtype, [&](auto storage) {
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;
     if (args.input[1].x == nullptr) {

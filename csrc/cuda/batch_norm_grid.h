@@ -42,17 +42,6 @@ inline unsigned channel_blocks(int64_t channels) {
   return static_cast<unsigned>((channels + kNormThreads - 1) / kNormThreads);
 }
 
-// Calls f with a value of the type that memory holds.
-template <class F>
-cudaError_t with_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(Bf16{});
-    default: return f(F16{});
-  }
-}
-
 struct NormLaunch {
   NormGrid grid;
   unsigned blocks, threads;

@@ -45,7 +45,7 @@ cudaError_t choose_apply(const ApplyArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t batch_norm_scratch(const StatisticsArgs& args, NormScratchSize& size) {
-  return with_storage(args.shape.dtype, [&](auto storage) {
+  return with_dtype(args.shape.dtype, [&](auto storage) {
     NormLaunch launch;
     const cudaError_t error = statistics_launch<decltype(storage)>(args, launch);
     if (error != cudaSuccess) return error;
@@ -63,7 +63,7 @@ cudaError_t batch_norm_scratch(const CombineArgs&, NormScratchSize& size) {
 
 cudaError_t batch_norm_statistics(const StatisticsArgs& args, const NormScratch& scratch,
                                   cudaStream_t stream) {
-  return with_storage(args.shape.dtype, [&](auto storage) {
+  return with_dtype(args.shape.dtype, [&](auto storage) {
     using S = decltype(storage);
     NormLaunch launch;
     const cudaError_t error = statistics_launch<S>(args, launch);
@@ -97,7 +97,7 @@ cudaError_t batch_norm_from_running(const FromRunningArgs& args, cudaStream_t st
 
 cudaError_t batch_norm_apply(const ApplyArgs& args, cudaStream_t stream) {
   if (args.shape.numel() == 0) return cudaSuccess;
-  return with_storage(args.shape.dtype, [&](auto storage) {
+  return with_dtype(args.shape.dtype, [&](auto storage) {
     using S = decltype(storage);
     return args.input[1].x == nullptr ? choose_apply<S, 1>(args, stream)
                                       : choose_apply<S, 2>(args, stream);

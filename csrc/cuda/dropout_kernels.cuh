@@ -16,12 +16,6 @@ constexpr int kTileElements = 32 * kLanesPerBlock;
 constexpr int kTilesPerChunk = static_cast<int>(kDropoutChunk) / kTileElements;
 static_assert(kTilesPerChunk % kDropoutWarps == 0);
 
-template <class S>
-constexpr DType kDTypeOf = std::is_same_v<S, double>  ? DType::f64
-                           : std::is_same_v<S, float> ? DType::f32
-                           : std::is_same_v<S, Bf16>  ? DType::bf16
-                                                      : DType::f16;
-
 // Which of the eight mask indices of a block are kept, as bits.
 __device__ __forceinline__ uint32_t kept_bits(const RandomState& random, uint64_t block,
                                               uint32_t threshold) {

@@ -31,12 +31,8 @@ cudaError_t dropout(const DropoutArgs& args, cudaStream_t stream) {
   if (chunks == 0 && args.used == nullptr) return cudaSuccess;
   // An empty tensor's seed and offset are wanted all the same.
   const auto grid = static_cast<unsigned int>(std::max<int64_t>(chunks, 1));
-  switch (args.dtype) {
-    case DType::f32: return launch<float>(args, grid, stream);
-    case DType::f64: return launch<double>(args, grid, stream);
-    case DType::bf16: return launch<Bf16>(args, grid, stream);
-    default: return launch<F16>(args, grid, stream);
-  }
+  return with_dtype(args.dtype,
+                    [&](auto stored) { return launch<decltype(stored)>(args, grid, stream); });
 }
 
 }  // namespace braze::cuda

@@ -3,9 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace braze {
+#include "../math/dtype.h"
 
-enum class DType : uint8_t { f32, f64, bf16, f16 };
+namespace braze {
 
 struct Operand {
   void* data = nullptr;              // null: this operand is absent
