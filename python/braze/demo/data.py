@@ -7,52 +7,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import augment
-from .config import DemoError
+DATASETS = ("digits", "mnist", "cifar10")
+CLASSES = 10
+Split = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+class DemoError(Exception):
+    """A failure explained in one line: what happened, why, and what to do. ``code`` is the process's."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
 class Data:
-    """A data set in memory.
+    """Images, (N, C, S, S) of values up to ``largest``, and labels, (N,), in memory."""
 
-    Images have shape (N, C, S, S); multiplied by ``scale`` they lie in [0, 1]. Labels have
-    shape (N,), int64. ``mean`` and ``std`` have shape (1, C, 1, 1), of the scaled images.
-    """
-
-    name: str
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-    scale: float
-    mean: Tensor
-    std: Tensor
-    classes: int = 10
+    largest: float
+    mirrored: bool = False
 
-    @property
-    def channels(self) -> int:
-        """The number of channels of an image."""
-        return self.train_images.shape[1]
+    def __post_init__(self) -> None:
+        sample = self.train_images[:10_000].float() / self.largest
+        self.mean = sample.mean(dim=(0, 2, 3), keepdim=True)
+        self.std = sample.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-3)
 
-    @property
-    def size(self) -> int:
-        """The width and height of an image, in pixels."""
-        return self.train_images.shape[2]
-
-    def normalized(self, scaled: Tensor) -> Tensor:
-        """Return images in [0, 1] with zero mean and unit variance per channel."""
-        return (scaled - self.mean) / self.std
-
-
-def _make(
-    name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], scale: float
-) -> Data:
-    sample = train[0][:10_000].to(torch.float32) * scale
-    mean = sample.mean(dim=(0, 2, 3), keepdim=True)
-    std = sample.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-3)
-    return Data(name, *train, *test, scale=scale, mean=mean, std=std)
+    def normalized(self, images: Tensor) -> Tensor:
+        """With zero mean and unit variance per channel, fp32."""
+        return (images.float() / self.largest - self.mean) / self.std
 
 
 def _digits() -> Data:
@@ -64,12 +53,13 @@ def _digits() -> Data:
             f"scikit-learn, which brings the digits, cannot be imported ({error}); "
             "pip install scikit-learn matplotlib"
         ) from error
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
     # The split stays the same whatever --seed is, so that accuracies can be compared.
-    parts = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
-    train_x, test_x = (torch.from_numpy(x).float().reshape(-1, 1, 8, 8) for x in parts[:2])
-    train_y, test_y = (torch.from_numpy(y).long() for y in parts[2:])
-    return _make("digits", (train_x, train_y), (test_x, test_y), 1.0 / 16.0)
+    train, test = train_test_split(
+        range(len(labels)), test_size=0.25, stratify=labels, random_state=0
+    )
+    images = images.reshape(-1, 1, 8, 8)
+    return Data(images[train], labels[train].long(), images[test], labels[test].long(), 16.0)
 
 
 def _from_torchvision(name: str, root: Path) -> Data:
@@ -80,11 +70,9 @@ def _from_torchvision(name: str, root: Path) -> Data:
             f"--data {name} needs torchvision, which cannot be imported ({error}); "
             "pip install torchvision"
         ) from error
-    if name == "mnist":
-        kind, folder = datasets.MNIST, root / "MNIST" / "raw"
-    else:
-        kind, folder = datasets.CIFAR10, root / "cifar-10-batches-py"
-    parts: list[tuple[Tensor, Tensor]] = []
+    kind = datasets.MNIST if name == "mnist" else datasets.CIFAR10
+    folder = root / ("MNIST/raw" if name == "mnist" else "cifar-10-batches-py")
+    parts: list[Tensor] = []
     for train in (True, False):
         try:
             part = kind(str(root), train=train, download=False)
@@ -96,67 +84,48 @@ def _from_torchvision(name: str, root: Path) -> Data:
             ) from error
         pixels = torch.as_tensor(part.data)
         images = pixels.unsqueeze(1) if name == "mnist" else pixels.permute(0, 3, 1, 2)
-        parts.append((images.contiguous(), torch.as_tensor(part.targets).long()))
-    return _make(name, parts[0], parts[1], 1.0 / 255.0)
+        parts += [images.contiguous(), torch.as_tensor(part.targets).long()]
+    train_x, train_y, test_x, test_y = parts
+    return Data(train_x, train_y, test_x, test_y, 255.0, mirrored=name == "cifar10")
 
 
 def load(name: str, root: Path | None) -> Data:
-    """Load a data set.
-
-    Args:
-        name: ``"digits"`` (1,797 images of 8x8, in scikit-learn), ``"mnist"`` or ``"cifar10"``
-            (both through torchvision, never downloaded).
-        root: the folder of the files of mnist and cifar10.
+    """``"digits"`` (1,797 images of 8x8, in scikit-learn), or ``"mnist"`` or ``"cifar10"`` from ``root``.
 
     Raises:
-        DemoError: a library is not installed, or the files are not there.
+        DemoError: a library is not installed, or the files are not there; nothing is downloaded.
     """
-    if name == "digits":
-        return _digits()
-    if root is None:
-        raise DemoError(f"--data {name} needs --root DIR, its folder")
-    return _from_torchvision(name, root)
+    return _digits() if root is None else _from_torchvision(name, root)
 
 
-def batches_per_epoch(images: int, batch_size: int, accumulation_steps: int) -> int:
-    """Return how many whole batches an epoch uses: a multiple of ``accumulation_steps``.
-
-    Raises:
-        DemoError: not even one update fits into an epoch.
-    """
-    whole = images // batch_size // accumulation_steps * accumulation_steps
-    if whole == 0:
-        raise DemoError(
-            f"one update takes {batch_size * accumulation_steps} images (--batch-size "
-            f"{batch_size} x --accumulation-steps {accumulation_steps}), the training split has "
-            f"{images}: lower one of them"
-        )
-    return whole
+def _augmented(images: Tensor, mirrored: bool, generator: torch.Generator) -> Tensor:
+    """Images moved by up to an eighth of their size; half of them also mirrored, where asked for."""
+    count, _, _, size = images.shape
+    margin = size // 8
+    padded = F.pad(images, (margin,) * 4)
+    corners = torch.randint(0, 2 * margin + 1, (count, 2), generator=generator).tolist()
+    cut = [
+        image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, corners, strict=True)
+    ]
+    if mirrored:
+        turns = torch.rand(count, generator=generator).tolist()
+        cut = [
+            image.flip(2) if turn < 0.5 else image for image, turn in zip(cut, turns, strict=True)
+        ]
+    return torch.stack(cut)
 
 
 def batches(
-    data: Data, count: int, batch_size: int, names: tuple[str, ...], seed: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the shuffled, augmented, normalized training batches of one epoch.
+    data: Data, count: int, batch_size: int, augment: bool, seed: int, epoch: int
+) -> Iterator[Split]:
+    """The first ``count`` shuffled batches of an epoch: normalized images and labels.
 
-    The order and the augmentation depend on ``seed`` and ``epoch`` alone, so that a resumed
-    run sees what an uninterrupted one sees.
-
-    Args:
-        data: the data set.
-        count: how many batches to yield.
-        batch_size: images per batch, B.
-        names: the augmentations; see :func:`braze.demo.augment.augment`.
-        seed: the seed of the run, below 2**31.
-        epoch: the number of the epoch, from 1.
-
-    Yields:
-        Images of shape (B, C, S, S), float32, and labels of shape (B,), int64, on the CPU.
+    They depend on ``seed`` and ``epoch`` alone, so that a resumed run sees what an uninterrupted one sees.
     """
     generator = torch.Generator().manual_seed(seed + (epoch << 31))
-    order = torch.randperm(data.train_labels.shape[0], generator=generator)
-    for index in range(count):
-        which = order[index * batch_size : (index + 1) * batch_size]
-        scaled = data.train_images[which].to(torch.float32) * data.scale
-        images = data.normalized(augment(scaled, names, generator))
-        yield images, data.train_labels[which]
+    order = torch.randperm(len(data.train_labels), generator=generator)
+    for which in order.split(batch_size)[:count]:
+        images = data.train_images[which]
+        if augment:
+            images = _augmented(images, data.mirrored, generator)
+        yield data.normalized(images), data.train_labels[which]

@@ -1,11 +1,7 @@
-"""Small-image variants of five well-known families of convolutional networks.
-
-``nn`` is the namespace their layers come from: ``torch.nn``, or ``braze.nn`` in its place.
-"""
+"""Small-image variants of five well-known families of convolutional networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,15 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
+# conv: channels, kernel; with batch norm and ReLU. pool: halves images larger than that. residual: channels,
+# stride. inception: a quarter of its channels. A linear layer of the classes follows.
+ARCHITECTURES = {
+    "lenet": "conv 16 5, pool 1, conv 32 5, pool 1, flatten, linear 120, linear 84",
+    "alexnet": "conv 32 5, pool 1, conv 64 3, pool 1, pool 4, conv 96 3, conv 64 3, flatten, dropout 0.5, "
+    "linear 256, dropout 0.5",
+    "vgg": "conv 32 3, conv 32 3, pool 1, conv 64 3, conv 64 3, pool 1, conv 128 3, conv 128 3, pool 1, mean, "
+    "linear 128",
+    "resnet": "conv 32 3, residual 32 1, residual 32 1, residual 64 2, residual 64 1, residual 128 2, "
+    "residual 128 1, mean",
+    "googlenet": "conv 32 3, pool 16, inception 16, inception 24, pool 1, inception 32, mean, dropout 0.2",
+}
 
-def _conv(nn: Any, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> Module:
+
+def _conv(nn: Any, inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[Module]:
     # No bias: batch norm removes it, and Adam would turn its rounding noise into steps.
-    layers: Module = nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )
-    return layers
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
 class _GlobalMean(Module):
@@ -34,136 +39,64 @@ class _GlobalMean(Module):
 class _Residual(Module):
     def __init__(self, nn: Any, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            _conv(nn, inputs, outputs, 3, stride),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
+        first, last = _conv(nn, inputs, outputs, 3, stride), _conv(nn, outputs, outputs, 3)[:2]
+        self.body = nn.Sequential(*first, *last)
         self.skip: Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.skip = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.skip = nn.Sequential(*_conv(nn, inputs, outputs, 1, stride)[:2])
 
     def forward(self, images: Tensor) -> Tensor:
         return F.relu(self.body(images) + self.skip(images))
 
 
 class _Inception(Module):
-    """Four branches side by side; the output has ``4 * width`` channels."""
+    """Four branches side by side."""
 
     def __init__(self, nn: Any, inputs: int, width: int) -> None:
         super().__init__()
         narrow = max(8, width // 2)
-        self.branches = nn.ModuleList(
-            (
-                _conv(nn, inputs, width, 1),
-                nn.Sequential(_conv(nn, inputs, narrow, 1), _conv(nn, narrow, width, 3)),
-                nn.Sequential(_conv(nn, inputs, narrow, 1), _conv(nn, narrow, width, 5)),
-                nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), _conv(nn, inputs, width, 1)),
-            )
+        branches = (
+            _conv(nn, inputs, width, 1),
+            _conv(nn, inputs, narrow, 1) + _conv(nn, narrow, width, 3),
+            _conv(nn, inputs, narrow, 1) + _conv(nn, narrow, width, 5),
+            [nn.MaxPool2d(3, stride=1, padding=1), *_conv(nn, inputs, width, 1)],
         )
+        self.branches = nn.ModuleList(nn.Sequential(*layers) for layers in branches)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.cat([branch(images) for branch in self.branches], dim=1)
 
 
-def _lenet(nn: Any, channels: int, size: int, classes: int) -> Module:
-    return nn.Sequential(
-        _conv(nn, channels, 16, 5),
-        nn.MaxPool2d(2),
-        _conv(nn, 16, 32, 5),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * (size // 4) ** 2, 120),
-        nn.ReLU(inplace=True),
-        nn.Linear(120, 84),
-        nn.ReLU(inplace=True),
-        nn.Linear(84, classes),
-    )
-
-
-def _alexnet(nn: Any, channels: int, size: int, classes: int) -> Module:
-    layers = [_conv(nn, channels, 32, 5), nn.MaxPool2d(2), _conv(nn, 32, 64), nn.MaxPool2d(2)]
-    side = size // 4
-    if side > 4:
-        layers.append(nn.MaxPool2d(2))
-        side //= 2
-    return nn.Sequential(
-        *layers,
-        _conv(nn, 64, 96),
-        _conv(nn, 96, 64),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(64 * side**2, 256),
-        nn.ReLU(inplace=True),
-        nn.Dropout(0.5),
-        nn.Linear(256, classes),
-    )
-
-
-def _vgg(nn: Any, channels: int, size: int, classes: int) -> Module:
-    layers: list[Module] = []
-    inputs = channels
-    for width in (32, 64, 128):
-        layers += [_conv(nn, inputs, width), _conv(nn, width, width), nn.MaxPool2d(2)]
-        inputs = width
-    head = (_GlobalMean(), nn.Linear(inputs, 128), nn.ReLU(inplace=True), nn.Linear(128, classes))
-    return nn.Sequential(*layers, *head)
-
-
-def _resnet(nn: Any, channels: int, size: int, classes: int) -> Module:
-    layers: list[Module] = [_conv(nn, channels, 32)]
-    inputs = 32
-    for width, stride in ((32, 1), (64, 2), (128, 2)):
-        layers += [_Residual(nn, inputs, width, stride), _Residual(nn, width, width, 1)]
-        inputs = width
-    return nn.Sequential(*layers, _GlobalMean(), nn.Linear(inputs, classes))
-
-
-def _googlenet(nn: Any, channels: int, size: int, classes: int) -> Module:
-    layers: list[Module] = [_conv(nn, channels, 32)]
-    if size > 16:
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(
-        *layers,
-        _Inception(nn, 32, 16),
-        _Inception(nn, 64, 24),
-        nn.MaxPool2d(2),
-        _Inception(nn, 96, 32),
-        _GlobalMean(),
-        nn.Dropout(0.2),
-        nn.Linear(128, classes),
-    )
-
-
-_BUILDERS: dict[str, Callable[[Any, int, int, int], Module]] = {
-    "lenet": _lenet,
-    "alexnet": _alexnet,
-    "vgg": _vgg,
-    "resnet": _resnet,
-    "googlenet": _googlenet,
-}
-
-
 def build(arch: str, channels: int, size: int, classes: int, nn: Any = torch.nn) -> Module:
-    """Build a network for square images.
+    """A network from images (N, C, S, S), S at least 8, to logits (N, K).
 
-    Args:
-        arch: ``"lenet"``, ``"alexnet"``, ``"vgg"``, ``"resnet"`` or ``"googlenet"``.
-        channels: the channels C of an image.
-        size: the width and height S of an image, in pixels, at least 8.
-        classes: the number of classes K.
-        nn: where the layers come from, ``torch.nn`` or ``braze.nn``.
-
-    Returns:
-        A module from (N, C, S, S) to logits (N, K), its weights from torch's global generator.
-
-    Raises:
-        ValueError: the architecture is unknown or the images are too small.
+    Its layers are of ``nn``, which is ``torch.nn`` or ``braze.nn``, its weights from torch's global generator.
     """
-    if arch not in _BUILDERS:
-        raise ValueError(f"unknown architecture {arch!r}")
-    if size < 8:
-        raise ValueError(f"images of at least 8x8 pixels are needed, got {size}x{size}")
-    return _BUILDERS[arch](nn, channels, size, classes)
+    layers: list[Module] = []
+    width, side = channels, size
+    for kind, *numbers in map(str.split, ARCHITECTURES[arch].split(", ")):
+        first, second = map(float, [*numbers, "0", "0"][:2])
+        inputs, wanted = width, int(first)
+        if kind in ("conv", "residual", "linear"):
+            width = wanted
+        if kind == "conv":
+            layers += _conv(nn, inputs, width, int(second))
+        elif kind == "residual":
+            layers.append(_Residual(nn, inputs, width, int(second)))
+        elif kind == "inception":
+            layers.append(_Inception(nn, inputs, wanted))
+            width = 4 * wanted
+        elif kind == "linear":
+            layers += [nn.Linear(inputs, width), nn.ReLU(inplace=True)]
+        elif kind == "dropout":
+            layers.append(nn.Dropout(first))
+        elif kind == "mean":
+            layers.append(_GlobalMean())
+        elif kind == "flatten":
+            layers.append(nn.Flatten())
+            width *= side**2
+        elif side > wanted:
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+    model: Module = nn.Sequential(*layers, nn.Linear(width, classes))
+    return model
