@@ -1,18 +1,23 @@
-"""Batch norm + activation over ResNet-50's layers, against torch eager."""
+"""Batch norm + activation over ResNet-50's layers, against torch eager.
+
+Time of a training forward, and of a backward, of BatchNormAct2d against torch's BatchNorm2d and in-place
+activation, over the shapes of the 53 batch norms, interleaved; ratios of minima and of medians, above 1 where
+braze is faster. floor = 3 (forward) or 5 (backward) passes, 4 and 6 with a residual, / stream bandwidth; what
+stays in the caches can be below it. On CUDA: medians of the time on the device, L2 flushed before each call;
+floor = passes / speed of a copy.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import braze
 import torch
 
+from . import batch_norm_cuda, cuda_clock, rows, table
 from .batch_norm_cases import (
     ACTIVATIONS,
     DTYPES,
@@ -25,7 +30,7 @@ from .batch_norm_cases import (
     select,
     stored,
 )
-from .files import write_json
+from .rows import Row, Work
 from .timing import interleave, stream_bandwidth
 
 # Ratio of the sums over all layers at N = 8 with 2 threads; no layer may be slower than torch.
@@ -89,16 +94,10 @@ def total(case: Case, direction: str, rows: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-HEADER = (
-    f"{'layer':16}{'x':>4}{'torch us':>11}{'braze us':>11}{'ratio':>8}{'median':>8}{'floor us':>10}"
+COLUMNS = (
+    "layer:<16 count:>6 torch_us:11.1f braze_us:11.1f ratio_min:11.2f ratio_median:13.2f floor_us:10.1f "
+    "worst_layer:12.2f goal:6.1f"
 )
-
-
-def line(row: dict[str, Any], name: str, count: int) -> str:
-    return (
-        f"{name:16}{count:>4}{row['torch_us']:11.1f}{row['braze_us']:11.1f}{row['ratio_min']:8.2f}"
-        f"{row['ratio_median']:8.2f}{row['floor_us']:10.1f}"
-    )
 
 
 def print_stored(activations: Iterable[str]) -> list[dict[str, Any]]:
@@ -115,11 +114,24 @@ def print_stored(activations: Iterable[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def run(
-    wanted: list[Case], layers: list[Layer], directions: list[str], seconds: float
-) -> dict[str, Any]:
-    """Measures and prints row by row. Returns everything as a JSON-ready dict; times in microseconds."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--direction", choices=[*PASSES, "both"], default="both")
+    add("--activation", choices=[*ACTIVATIONS, "all"], default="relu", help="default: relu")
+    add("--join", action="store_true", help="the 16 layers that add a residual")
+    batch_norm_cuda.add_arguments(parser, ("cpu", "cuda"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures row by row; CUDA has cases of its own. Returns :func:`rows.run`'s code."""
+    if arguments.device == "cuda":
+        return batch_norm_cuda.run(arguments)
+    activations = list(ACTIVATIONS) if arguments.activation == "all" else [arguments.activation]
+    every = {case.name: case for case in cases(activations, arguments.batch or 8, arguments.join)}
+    wanted = [every[name] for name in rows.choose(list(every), arguments.only)]
+    cuda_clock.prepare(arguments)
     bandwidth = stream_bandwidth()
+    print(f"stream bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
     result: dict[str, Any] = {
         "build": braze.build_info(),
         "processor": platform.processor() or platform.machine(),
@@ -127,69 +139,34 @@ def run(
         "stream_bandwidth_gb_s": bandwidth / 1e9,
         "rows": [],
         "sums": [],
+        "stored": print_stored(dict.fromkeys(case.activation for case in wanted)),
     }
-    print(f"stream bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
-    result["stored"] = print_stored(dict.fromkeys(case.activation for case in wanted))
-    for case in wanted:
-        for direction in directions:
-            print(f"\n{case.name}, {direction}\n{HEADER}")
-            rows = []
-            for layer in case.layers_of(layers):
-                rows.append(measure(case, layer, direction, seconds, bandwidth))
-                print(line(rows[-1], layer.name, layer.count), flush=True)
-            summed = total(case, direction, rows)
-            goal = "" if summed["goal"] is None else f"; goal {summed['goal']}"
-            worst = f"   worst layer {summed['worst_layer']:.2f}{goal}"
-            print(line(summed, "sum", summed["layers"]) + worst, flush=True)
-            result["rows"] += rows
-            result["sums"].append(summed)
-    return result
-
-
-def main(argv: list[str]) -> int:
-    """Parses arguments and runs. Returns 0; with --device cuda what that benchmark returns."""
-    if "cuda" in argv or "--device=cuda" in argv:
-        from .batch_norm_cuda import main as cuda
-
-        return cuda(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m braze bench batch_norm",
-        description="Time of a training forward, and of a backward, of BatchNormAct2d against torch's "
-        "BatchNorm2d and in-place activation, over the shapes of ResNet-50's 53 batch norms, interleaved; "
-        "ratios of minima and of medians, above 1 where braze is faster. floor = 3 (forward) or 5 "
-        "(backward) passes / stream bandwidth; what stays in the caches can be below it.",
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda has own --help"
-    )
-    parser.add_argument(
-        "--only", default="", help='cases with this in their name, like "bf16 NHWC"'
-    )
-    parser.add_argument("--direction", choices=[*PASSES, "both"], default="both")
-    parser.add_argument(
-        "--activation", choices=[*ACTIVATIONS, "all"], default="relu", help="default: relu"
-    )
-    parser.add_argument("--join", action="store_true", help="the 16 layers that add a residual")
-    parser.add_argument("--quick", action="store_true", help="four of the twelve shapes")
-    parser.add_argument("--batch", type=int, default=8, help="images (default 8)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per row (default 0.5)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    arguments = parser.parse_args(argv)
-    for name in ("threads", "batch"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    activations = list(ACTIVATIONS) if arguments.activation == "all" else [arguments.activation]
-    every = cases(activations, arguments.batch, arguments.join)
-    wanted = [case for case in every if arguments.only in case.name]
-    if not wanted:
-        names = ", ".join(case.name for case in every)
-        parser.error(f"no case's name contains '{arguments.only}'; there are: {names}")
-    torch.set_num_threads(arguments.threads)
     layers = select(resnet50_layers(), arguments.quick)
     directions = list(PASSES) if arguments.direction == "both" else [arguments.direction]
-    result = run(wanted, layers, directions, arguments.seconds)
-    if arguments.json is not None:
-        write_json(json.loads(json.dumps(result)), arguments.json)
-        print(f"\nwritten: {arguments.json}", file=sys.stderr)
-    return 0
+
+    def work(case: Case, direction: str, layer: Layer) -> Work:
+        fixed = (case, layer, direction, arguments.seconds, bandwidth)
+        name = f"{case.name} / {direction} / {layer.name}"
+        return Work(name, lambda row: row.update(measure(*fixed)))
+
+    def lines(row: Row) -> str:
+        """A heading before the layers of a case, their sum behind them."""
+        text = table.line(row, COLUMNS)
+        if not row["ok"]:
+            return f"{row['name']}{text}"
+        case, direction = every[row["case"]], row["direction"]
+        seen = [
+            r
+            for r in result["rows"]
+            if (r.get("case"), r.get("direction")) == (case.name, direction)
+        ]
+        if len(seen) == 1:
+            text = f"\n{case.name}, {direction}\n{table.header(COLUMNS)}\n{text}"
+        if len(seen) == len(case.layers_of(layers)):
+            result["sums"].append(summed := total(case, direction, seen))
+            text += "\n" + table.line({"layer": "sum", "count": summed["layers"]} | summed, COLUMNS)
+        return text
+
+    pairs = [(case, direction) for case in wanted for direction in directions]
+    each = [work(*pair, layer) for pair in pairs for layer in pair[0].layers_of(layers)]
+    return rows.run(each, arguments, result, lines)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import braze
 
-from . import cuda_clock, rows
+from . import cuda_clock, rows, table
 from .batch_norm_cases import PASSES, Call, Case, Layer, contenders, resnet50_layers, select
 from .cuda_clock import Clock
 from .rows import Row, Work, goal
@@ -102,14 +102,10 @@ def total(case: Case, direction: str, layers: list[dict[str, Any]]) -> dict[str,
     return row
 
 
-HEADER = f"{'layer':14}{'x':>4}{'torch us':>11}{'braze us':>11}{'ratio':>8}{'floor us':>11}{'of copy':>9}"
-
-
-def line(layer: dict[str, Any]) -> str:
-    return (
-        f"{layer['layer']:14}{layer['count']:>4}{layer['torch_us']:11.1f}{layer['braze_us']:11.1f}"
-        f"{layer['ratio']:8.2f}{layer['floor_us']:11.1f}{layer['of_copy']:9.2f}"
-    )
+COLUMNS = (
+    "layer:<14 count:>6 torch_us:11.1f braze_us:11.1f ratio:8.2f floor_us:11.1f of_copy:9.2f "
+    "worst_layer:12.2f"
+)
 
 
 def measure(
@@ -132,27 +128,23 @@ def measure(
 
 
 def lines(row: Row) -> str:
-    text = [f"\n{row['name']}", HEADER, *map(line, row["layers"])]
-    return "\n".join([*text, line(row) if row["ok"] else row["note"]])
+    summed = [row] if row["ok"] else []
+    text = f"\n{row['name']}\n{table.table([*row['layers'], *summed], COLUMNS)}"
+    return text if row["ok"] else f"{text}\n{row['note']}"
 
 
-def main(argv: list[str]) -> int:
-    """Measures row by row. Returns :func:`rows.run`'s code; 2 for bad arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m braze bench batch_norm --device cuda",
-        description="Time on the device of a training forward, and of a backward, of BatchNormAct2d against "
-        "torch's BatchNorm2d and in-place activation, over the shapes of ResNet-50's 53 batch norms, L2 "
-        "flushed before each call; medians. floor = 3 (forward) or 5 (backward) passes, 4 and 6 with a "
-        "residual, at the speed of a copy on the device.",
-    )
-    cuda_clock.add_option(parser)
+def add_arguments(
+    parser: argparse.ArgumentParser, devices: Sequence[str] = ("cuda", "cpu")
+) -> None:
     parser.add_argument("--quick", action="store_true", help="four of the twelve shapes")
-    parser.add_argument("--batch", type=int, help="images, instead of 256 or 32")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per layer (default 0.3)")
-    rows.add_options(parser)
-    arguments = parser.parse_args(argv)
-    names = rows.choose(parser, [case.name for case in CASES], arguments.only)
-    clock = cuda_clock.open_clock(parser, arguments.device)
+    parser.add_argument("--batch", type=rows.count, help="images (default 8; on CUDA 256 or 32)")
+    rows.add_options(parser, devices, 0.4, "layer")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures row by row; on the CPU it rehearses. Returns :func:`rows.run`'s code."""
+    names = rows.choose([case.name for case in CASES], arguments.only)
+    clock = cuda_clock.open_clock(arguments)
     bandwidth = clock.copy_bandwidth()
     layers = select(resnet50_layers(), arguments.quick)
     cases = [case for case in CASES if case.name in names]
@@ -167,7 +159,3 @@ def main(argv: list[str]) -> int:
     print(f"{result['name']}: a copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
     every = [work(case, direction) for case in cases for direction in PASSES]
     return rows.run(every, arguments, result, lines)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

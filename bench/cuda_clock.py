@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .rows import Hopeless
+
 Step = Callable[[], Any]
 NAN = float("nan")
 # Several times the largest L2.
@@ -197,17 +199,14 @@ class Rehearsal:
 Clock = Cuda | Rehearsal
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """--device of a benchmark that is about CUDA."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: rehearse")
+def prepare(arguments: argparse.Namespace) -> None:
+    """Sets the threads; raises Hopeless where the device is not to be had."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise Hopeless(f"torch {torch.__version__} finds no CUDA device; --device cpu needs none")
+    if getattr(arguments, "threads", None):
+        torch.set_num_threads(arguments.threads)
 
 
-def check(parser: argparse.ArgumentParser, device: str) -> None:
-    """Ends the program with a message where that device is not to be had."""
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no CUDA device; --device cpu needs none")
-
-
-def open_clock(parser: argparse.ArgumentParser, device: str) -> Clock:
-    check(parser, device)
-    return Cuda() if device == "cuda" else Rehearsal()
+def open_clock(arguments: argparse.Namespace) -> Clock:
+    prepare(arguments)
+    return Cuda() if arguments.device == "cuda" else Rehearsal()

@@ -1,14 +1,18 @@
-"""Which steps of the GPU run have no result for their present sources. Standard library only."""
+"""Which steps of the GPU run have no result for their present sources. Standard library only.
+
+Looked at are the newest results in bench/results/. A step's debt is paid by a result that was measured on the
+present sources, complete and without failures.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from .files import read_json
 from .gpu_steps import STEPS, Step
+from .rows import Hopeless
 from .sources import find_root
 
 
@@ -52,20 +56,16 @@ def find_debt(root: Path) -> list[str]:
     return lines
 
 
-def main(argv: list[str]) -> int:
-    """Prints the debt. Returns 1 if there is any, 0 if there is none, 2 outside a source checkout."""
-    parser = argparse.ArgumentParser(
-        prog="python -m braze bench debt",
-        description="Lists what the newest GPU results (bench/results/) do not say of the present sources: "
-        "steps of the GPU run that were measured on others, failed, or have no result.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="source checkout (default: the current one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the debt. Returns 1 if there is any, 0 if there is none; Hopeless outside a source checkout."""
     try:
-        root = find_root(parser.parse_args(argv).root)
+        lines = find_debt(find_root(arguments.root))
     except FileNotFoundError as error:
-        print(f"braze bench debt: {error}", file=sys.stderr)
-        return 2
-    lines = find_debt(root)
+        raise Hopeless(str(error)) from error
     if not lines:
         print("no debt: every step has a GPU's result for the present sources")
         return 0

@@ -1,11 +1,14 @@
-"""Dropout against torch's, alone and fused, forward and with its backward pass, on the CPU or on CUDA."""
+"""Dropout against torch's, alone and fused, forward and with its backward pass, on the CPU or on CUDA.
+
+Interleaved; ratios above 1 mean braze is faster. floor = the bytes that must move / stream bandwidth (CUDA:
+speed of a copy).
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +19,7 @@ from braze.nn import _dropout_functional as ours
 from torch import Tensor
 from torch.nn import functional as theirs
 
-from . import cuda_clock, rows
+from . import cuda_clock, rows, table
 from .cuda_clock import Cuda
 from .rows import Row, Work, goal
 from .timing import interleave, stream_bandwidth
@@ -156,51 +159,34 @@ def measure(cell: Cell, device: Cuda | None, bandwidth: float, seconds: float, r
         row["goals"] = [goal(text, share, share >= COPY_GOAL)]
 
 
-def line(row: dict[str, Any]) -> str:
-    if "ratio_min" not in row:
-        return f"{row['name']:38}{row.get('note', '')}"
-    wanted = f"{row['goal']:6.0f}" if row.get("goal") else "     -"
-    speed = f"{row['gb_s']:8.0f}{row['of_copy']:9.2f}" if "gb_s" in row else ""
-    return (
-        f"{row['name']:38}{row['torch_us']:11.1f}{row['braze_us']:11.1f}{row['ratio_min']:10.2f}"
-        f"{row['ratio_median']:8.2f}{wanted}{row['floor_us']:10.1f}{speed}"
-    )
+COLUMNS = (
+    "name:<38 torch_us:11.1f braze_us:11.1f ratio_min:11.2f ratio_median:13.2f goal:6.0f floor_us:10.1f "
+    "gb_s:8.0f of_copy:9.2f"
+)
 
 
-def main(argv: list[str]) -> int:
-    """Measures row by row. Returns :func:`rows.run`'s code; 2 for bad arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m braze bench dropout",
-        description="torch's dropout against braze's, interleaved; ratios above 1 mean braze is faster. "
-        "floor = the bytes that must move / stream bandwidth (CUDA: speed of a copy).",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per row (default 1)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    rows.add_options(parser)
-    arguments = parser.parse_args(argv)
-    if arguments.threads < 1:
-        parser.error(f"--threads must be at least 1, got {arguments.threads}")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    rows.add_options(parser, ("cpu", "cuda"), 1.0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures row by row. Returns :func:`rows.run`'s code."""
     every = {cell.name: cell for cell in cells(arguments.device)}
-    chosen = rows.choose(parser, list(every), arguments.only)
-    cuda_clock.check(parser, arguments.device)
-    torch.set_num_threads(arguments.threads)
+    chosen = rows.choose(list(every), arguments.only)
+    cuda_clock.prepare(arguments)
     device = Cuda() if arguments.device == "cuda" else None
     bandwidth = stream_bandwidth() if device is None else device.copy_bandwidth()
-    where = f"{arguments.threads} threads" if device is None else device.facts()["name"]
+    where = f"{torch.get_num_threads()} threads" if device is None else device.facts()["name"]
     result: dict[str, Any] = {"build": braze.build_info(), "where": where}
     result["bandwidth_gb_s"] = bandwidth / 1e9
-    print(f"{where}, {bandwidth / 1e9:.1f} GB/s, p = {P}")
-    print(
-        f"{'row':38}{'torch us':>11}{'braze us':>11}{'ratio min':>10}{'median':>8}{'goal':>6}"
-        f"{'floor us':>10}{'    GB/s  of copy' if device else ''}"
-    )
+    print(f"{where}, {bandwidth / 1e9:.1f} GB/s, p = {P}\n{table.header(COLUMNS)}")
 
     def work(cell: Cell) -> Work:
         return Work(cell.name, lambda row: measure(cell, device, bandwidth, arguments.seconds, row))
 
-    return rows.run([work(every[name]) for name in chosen], arguments, result, line)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    return rows.run(
+        [work(every[name]) for name in chosen],
+        arguments,
+        result,
+        lambda row: table.line(row, COLUMNS),
+    )

@@ -1,22 +1,27 @@
-"""How many batch norms of whole models braze.fuse fuses, and whether the models compute what they did."""
+"""How many batch norms of whole models braze.fuse fuses, and whether the models compute what they did.
+
+followed: batch norms whose result goes straight into an activation or a sum, counted in a training forward of
+the model as it is. only: those whose result goes nowhere else, too. fused: those of them that
+braze.fusion_report says are joined with it; the goal is 95 % of the followed. output, gradient: largest
+relative difference of a training step in fp64; eval: of the results in eval() in fp32, where batch norms are
+folded; bf16: their error under autocast to bf16, as a multiple of eager's.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import braze
 import torch
 from torch import Tensor, nn
 
-from . import models
-from .files import write_json
+from . import models, rows, table
 from .fuse_count import norms_followed
+from .rows import Row, Work
 
 GOAL = 95.0  # percent of the batch norms before an activation or a sum
 # Relative. In fp64 only the order of sums differs; in fp32 the folded weights are rounded as well; bf16 is a
@@ -103,47 +108,39 @@ def differences(before: nn.Module, x: Tensor, channels_last: bool) -> Iterator[t
     yield "bf16", ours_error / max(error, _ROUNDING)
 
 
-def measure(name: str, batch: int, size: int, channels_last: bool) -> dict[str, Any]:
-    """One model's row. It never raises, but for a model that is not to be had."""
-    row: dict[str, Any] = {"name": name, "ok": False}
+def measure(name: str, batch: int, size: int, channels_last: bool, row: Row) -> None:
+    """One model's row."""
     torch.manual_seed(_SEED)
-    try:
-        model = models.load(name)
-        stir(model)
-        x = models.example(name, batch, size)
-        # On a copy: a forward in training mode changes running statistics.
-        followed = norms_followed(copy.deepcopy(model), x)
-        fused = copy.deepcopy(model)
-        start = time.perf_counter()
-        braze.fuse(fused, channels_last=channels_last)
-        row["fuse_s"] = time.perf_counter() - start
-        report = braze.fusion_report(fused)
-        joined = set(report.joined)
-        row.update(
-            norms=sum(1 for _ in _norms(model)),
-            followed=len(followed.every),
-            fused=len(joined.intersection(followed.every)),
-            only=len(followed.only),
-            fused_only=len(joined.intersection(followed.only)),
-            missing={n: report.left.get(n, "") for n in followed.every if n not in joined},
-            used_elsewhere=sorted(set(followed.every).difference(followed.only)),
-            more=sorted(joined.difference(followed.every)),
-        )
-        for key, value in differences(model, x, channels_last):
-            row[key] = value
-    except models.ModelError:
-        raise
-    except Exception as error:
-        return {**row, "note": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    model = models.load(name)
+    stir(model)
+    x = models.example(name, batch, size)
+    # On a copy: a forward in training mode changes running statistics.
+    followed = norms_followed(copy.deepcopy(model), x)
+    fused = copy.deepcopy(model)
+    start = time.perf_counter()
+    braze.fuse(fused, channels_last=channels_last)
+    row["fuse_s"] = time.perf_counter() - start
+    report = braze.fusion_report(fused)
+    joined = set(report.joined)
+    row.update(
+        norms=sum(1 for _ in _norms(model)),
+        followed=len(followed.every),
+        fused=len(joined.intersection(followed.every)),
+        only=len(followed.only),
+        fused_only=len(joined.intersection(followed.only)),
+        missing={n: report.left.get(n, "") for n in followed.every if n not in joined},
+        used_elsewhere=sorted(set(followed.every).difference(followed.only)),
+        more=sorted(joined.difference(followed.every)),
+        **dict(differences(model, x, channels_last)),
+    )
     changed = [key for key, limit in LIMITS.items() if not row[key] <= limit]
     if changed:
-        row["note"] = f"CHANGED: {', '.join(changed)}"
-    return {**row, "ok": not changed}
+        row["ok"], row["note"] = False, f"CHANGED: {', '.join(changed)}"
 
 
-def total(rows: Sequence[dict[str, Any]], name: str = "") -> dict[str, Any]:
+def total(measured: Sequence[dict[str, Any]], name: str = "") -> dict[str, Any]:
     """Sums over the rows that were counted, largest differences."""
-    counted = [row for row in rows if "followed" in row]
+    counted = [row for row in measured if "followed" in row]
     sums = ("norms", "followed", "fused", "only", "fused_only", "fuse_s")
     result: dict[str, Any] = {key: sum(row[key] for row in counted) for key in sums}
     for key in LIMITS:
@@ -151,15 +148,15 @@ def total(rows: Sequence[dict[str, Any]], name: str = "") -> dict[str, Any]:
     result["percent"] = percent(result["fused"], result["followed"])
     result["percent_only"] = percent(result["fused_only"], result["only"])
     result["goal"] = GOAL
-    return {"name": " ".join(filter(None, (f"total of {len(rows)}", name))), **result}
+    return {"name": " ".join(filter(None, (f"total of {len(measured)}", name))), **result}
 
 
-def totals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def totals(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of torchvision's, of timm's, if there are both, and of all."""
-    timm = [row for row in rows if row["name"].startswith("timm:")]
-    others = [row for row in rows if row not in timm]
+    timm = [row for row in measured if row["name"].startswith("timm:")]
+    others = [row for row in measured if row not in timm]
     parts = [total(others, "torchvision"), total(timm, "timm")] if timm and others else []
-    return [*parts, total(rows)]
+    return [*parts, total(measured)]
 
 
 def percent(part: int, whole: int) -> float:
@@ -167,77 +164,57 @@ def percent(part: int, whole: int) -> float:
     return 100.0 * part / whole if whole else 100.0
 
 
-HEADER = (
-    f"{'model':28}{'norms':>6}{'followed':>9}{'fused':>6}{'%':>6}{'only':>6}{'fused':>6}{'%':>6}"
-    f"{'fuse s':>8}{'output':>9}{'gradient':>9}{'eval':>9}{'bf16':>9}"
+COLUMNS = (
+    "name:<28 norms:6 followed:9 fused:6 percent:8.1f only:5 fused_only:11 percent_only:13.1f fuse_s:8.2f "
+    "output:8.0e gradient:9.0e eval:7.0e bf16:6.2f"
 )
 
 
 def line(row: dict[str, Any]) -> str:
-    text = f"{row['name']:28}"
+    shares = {}
     if "followed" in row:
-        shares = [
-            f"{percent(row[part], row[whole]):6.1f}" if row[whole] else f"{'-':>6}"
-            for part, whole in (("fused", "followed"), ("fused_only", "only"))
-        ]
-        text += f"{row['norms']:6}{row['followed']:9}{row['fused']:6}{shares[0]}"
-        text += f"{row['only']:6}{row['fused_only']:6}{shares[1]}{row['fuse_s']:8.2f}"
-        for key in LIMITS:
-            form = "9.2f" if key == "bf16" else "9.0e"
-            text += f"{row[key]:{form}}" if key in row else f"{'?':>9}"
-    return f"{text}  {row['note']}" if "note" in row else text
+        shares["percent"] = percent(row["fused"], row["followed"])
+        shares["percent_only"] = percent(row["fused_only"], row["only"])
+    return table.line(row | shares, COLUMNS)
 
 
-def main(argv: list[str]) -> int:
-    """Returns 0; 1 if a model changed or failed; 2 for bad arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m braze bench fuse",
-        description="followed: batch norms whose result goes straight into an activation or a sum, counted in "
-        "a training forward of the model as it is. only: those whose result goes nowhere else, too. fused: "
-        "those of them that braze.fusion_report says are joined with it; the goal is "
-        f"{GOAL:g} %% of the followed. output, gradient: largest relative difference of a training step in "
-        "fp64; eval: of the results in eval() in fp32, where batch norms are folded; bf16: their error under "
-        "autocast to bf16, as a multiple of eager's.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="*", metavar="MODEL", help="torchvision's name or timm:NAME (default: many)")
-    add("--batch", type=int, default=2, help="images (default 2)")
-    add("--size", type=int, default=64, help="pixels on a side (default 64)")
+    add("--batch", type=rows.count, default=2, help="images (default 2)")
+    add("--size", type=rows.count, default=64, help="pixels on a side (default 64)")
     add("--layout", choices=("NHWC", "NCHW"), default="NHWC", help="default: NHWC")
     add("--missing", action="store_true", help="name what is not fused, and the reported reason")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--json", type=Path, help="also write all figures to this file, row by row")
-    arguments = parser.parse_args(argv)
-    for name in ("batch", "size", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    add("--threads", type=rows.count, help="of the CPU (default: torch's)")
+    rows.add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns :func:`rows.run`'s code: 1 if a model changed or failed."""
     names = arguments.names
     if not names:
         has_timm = models.is_installed("timm")
         names = [*models.TORCHVISION, *(models.TIMM if has_timm else ())]
         print("" if has_timm else "timm is not installed: torchvision's models only\n", end="")
-    torch.set_num_threads(arguments.threads)
-    rows: list[dict[str, Any]] = []
-    print(HEADER)
-    for name in names:
-        try:
-            row = measure(name, arguments.batch, arguments.size, arguments.layout == "NHWC")
-        except models.ModelError as error:
-            parser.error(str(error))
-        rows.append(row)
-        print(line(row), flush=True)
-        if arguments.missing:
-            for norm, reason in row.get("missing", {}).items():
-                elsewhere = " (its result is used elsewhere too)" * (norm in row["used_elsewhere"])
-                print(f"    {norm}: {reason or 'no reason reported'}{elsewhere}")
-        if arguments.json is not None:
-            result = {"build": braze.build_info(), "rows": rows, "totals": totals(rows)}
-            write_json(result, arguments.json)
-    print("\n".join(line(summed) for summed in totals(rows)))
-    everything = totals(rows)[-1]
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    result: dict[str, Any] = {"build": braze.build_info(), "rows": []}
+
+    def work(name: str) -> Work:
+        fixed = (name, arguments.batch, arguments.size, arguments.layout == "NHWC")
+        return Work(name, lambda row: measure(*fixed, row))
+
+    def lines(row: Row) -> str:
+        result["totals"] = totals(result["rows"])
+        text = [line(row)]
+        for norm, reason in (row.get("missing", {}) if arguments.missing else {}).items():
+            elsewhere = " (its result is used elsewhere too)" * (norm in row["used_elsewhere"])
+            text.append(f"    {norm}: {reason or 'no reason reported'}{elsewhere}")
+        return "\n".join(text)
+
+    print(table.header(COLUMNS))
+    code = rows.run(map(work, rows.choose(names, arguments.only)), arguments, result, lines)
+    print("\n".join(map(line, result.get("totals", []))))
+    everything = total(result["rows"])
     if everything["followed"]:
-        verdict = "met" if everything["percent"] >= GOAL else "MISSED"
-        print(f"goal {GOAL:g} %: {verdict}")
-    if arguments.json is not None:
-        print(f"\nwritten: {arguments.json}", file=sys.stderr)
-    return 0 if all(row["ok"] for row in rows) else 1
+        print(f"goal {GOAL:g} %: {'met' if everything['percent'] >= GOAL else 'MISSED'}")
+    return code

@@ -1,8 +1,8 @@
 """The same work on two devices: optimizer steps and dropout bit for bit, also against hashes of other machines;
 batch norm, whose sums have another order, within its tolerance.
 
-python -m bench.golden --device cpu --write bench/goldens.json
-python -m bench.golden --device cuda        compares with the CPU here and with bench/goldens.json
+python -m bench golden --device cpu --write bench/goldens.json
+python -m bench golden --device cuda        compares with the CPU here and with bench/goldens.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .files import read_json, write_json
 from .golden_cases import CASES, LAYOUTS, Case, values
 from .golden_passes import PASSES, Pass
 from .host import load_emulated
-from .rows import Row, Work
+from .rows import Hopeless, Row, Work
 
 GOLDENS = Path(__file__).with_name("goldens.json")
 UPDATES = 3
@@ -176,22 +176,24 @@ def line(row: Row) -> str:
     return f"{'ok  ' if row['ok'] else 'FAIL'} {row['name']} {row.get('note', '')}"
 
 
-def main(argv: list[str]) -> int:
-    """Returns :func:`rows.run`'s code, 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m bench.golden", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda", "emulated"), default="cpu")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--short", action="store_true", help="a few of every kernel family")
     parser.add_argument("--no-compare", action="store_true", help="only run and hash")
     parser.add_argument("--goldens", type=Path, default=GOLDENS, help="hashes to compare with")
     parser.add_argument("--write", type=Path, help="write the hashes to this file")
-    rows.add_options(parser)
-    arguments = parser.parse_args(argv)
-    cuda_clock.check(parser, arguments.device)
-    names = rows.choose(parser, [case.name for case in EVERY], arguments.only)
+    rows.add_options(parser, ("cpu", "cuda", "emulated"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns :func:`rows.run`'s code."""
+    cuda_clock.prepare(arguments)
+    names = rows.choose([case.name for case in EVERY], arguments.only)
     cases = [c for c in EVERY if c.name in names and (c.short or not arguments.short)]
     compare = not arguments.no_compare
     if compare and arguments.write is None and not arguments.goldens.is_file():
-        parser.error(f"{arguments.goldens} is missing; name it with --goldens, or make it: --write")
+        raise Hopeless(
+            f"{arguments.goldens} is missing; name it with --goldens, or make it: --write"
+        )
     broken = self_check()
     if broken:
         print(f"golden: the comparison itself is broken: {broken}", file=sys.stderr)
@@ -209,7 +211,3 @@ def main(argv: list[str]) -> int:
     failed = sum(row["ok"] is False for row in result["rows"])
     print(f"{len(result['rows'])} cases, {failed} failed", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

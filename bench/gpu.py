@@ -110,7 +110,7 @@ class Run:
         rows = self.results.of(step, step.sources(self.root))
         skip = self.out / "skip.json"
         write_json(sorted({row["name"] for row in rows if row["ok"] is True} | tried), skip)
-        program = [sys.executable, "-m", f"bench.{step.program}"]
+        program = [sys.executable, "-m", "bench", step.program]
         return [*program, *arguments, "--rows", "--skip-file", str(skip)]
 
     def measure(self, step: Step, seconds: float) -> tuple[bool, str]:

@@ -142,13 +142,13 @@ def build(root: Path, out: Path, architecture: str, row: Row) -> None:
     row["info"] = seen.stdout.splitlines()
 
 
-def main(argv: list[str]) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    rows.add_options(parser, ("cuda", "cpu"))
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Builds. Returns :func:`rows.run`'s code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_build", description=__doc__)
-    cuda_clock.add_option(parser)
-    rows.add_options(parser)
-    arguments = parser.parse_args(argv)
-    cuda_clock.check(parser, arguments.device)
+    cuda_clock.prepare(arguments)
     architecture = ""
     if arguments.device == "cuda":
         architecture = "{}{}".format(*torch.cuda.get_device_capability())
@@ -158,7 +158,3 @@ def main(argv: list[str]) -> int:
     work = Work("build", lambda row: build(root, out, architecture, row))
     arguments.skip_file = None  # what was built may be gone
     return rows.run([work], arguments, {}, lambda row: str(row))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -150,18 +149,18 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
         os._exit(70)
 
 
-def main(argv: list[str]) -> int:
-    """Returns 0 or 1 as the tests passed, 2 for bad arguments, 3 where pytest could not go on."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tests", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "fake", "emulated"), default="cuda")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = max(1, min(8, (os.cpu_count() or 1) // 2))
     parser.add_argument("--jobs", type=int, default=default, help=f"processes (here {default})")
-    add_options(parser)
-    arguments = parser.parse_args(argv)
+    add_options(parser, ("cuda", "fake", "emulated"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns 0 or 1 as the tests passed, 3 where pytest could not go on."""
     tests = find_root(Path(__file__).parent) / "tests"
     skip = set(json.loads(arguments.skip_file.read_text()) if arguments.skip_file else [])
     names = in_order([path.stem for path in tests.glob("test_*.py")])
-    files = [name for name in choose(parser, names, arguments.only) if name not in skip]
+    files = [name for name in choose(names, arguments.only) if name not in skip]
     if not files:
         return 0
     os.environ["BRAZE_TEST_DEVICE"] = arguments.device
@@ -175,7 +174,3 @@ def main(argv: list[str]) -> int:
     code = pytest.main([*options, *(str(tests / f"{name}.py") for name in files)], plugins=[plugin])
     # 5: every test of these files is about something else than a device.
     return {0: 0, 1: 1, 5: 0}.get(int(code), 3)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

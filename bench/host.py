@@ -1,10 +1,12 @@
-"""Host time of a CUDA step where there is no GPU: the emulated device, with kernels not run."""
+"""Host time of a CUDA step where there is no GPU: the emulated device, with kernels not run.
+
+Needs a source checkout (tests/emulated.py).
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.nn import Parameter
 
 from .cells import OPTIONS
 from .files import write_json
+from .rows import count
 from .sources import find_root
 from .timing import interleave
 
@@ -48,7 +51,7 @@ def _step(name: str, count: int, size: int) -> Callable[[], Any]:
     return step
 
 
-def run(optimizers: list[str], seconds: float, size: int) -> dict[str, Any]:
+def measure(optimizers: list[str], seconds: float, size: int) -> dict[str, Any]:
     """Measures and prints. Microseconds."""
     result: dict[str, Any] = {"build": braze.build_info(), "rows": []}
     heads = "".join(f"{n:>9}" for n in COUNTS)
@@ -78,23 +81,17 @@ def run(optimizers: list[str], seconds: float, size: int) -> dict[str, Any]:
     return result
 
 
-def main(argv: list[str]) -> int:
-    """Returns 0; 1 where the emulated device is missing; 2 for bad arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m braze bench host",
-        description="Host time of a CUDA step on the emulated device, kernels not run. Needs a source "
-        "checkout (tests/emulated.py).",
-    )
-    parser.add_argument("--optimizer", choices=[*OPTIONS, "all"], default="all")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per optimizer (default 2)")
-    parser.add_argument("--size", type=int, default=64, help="elements of a tensor (default 64)")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="that share the look at the gradients (default 1)"
-    )
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    arguments = parser.parse_args(argv)
-    if arguments.threads < 1:
-        parser.error(f"--threads must be at least 1, got {arguments.threads}")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--optimizer", choices=[*OPTIONS, "all"], default="all")
+    add("--seconds", type=float, default=2.0, help="per optimizer (default 2)")
+    add("--size", type=int, default=64, help="elements of a tensor (default 64)")
+    add("--threads", type=count, default=1, help="that look at the gradients (default 1)")
+    add("--json", type=Path, help="also write all figures to this file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns 0; 1 where the emulated device is missing."""
     try:
         emulated = load_emulated()
         emulated.set_null_launch(True)
@@ -110,11 +107,11 @@ def main(argv: list[str]) -> int:
     emulated.enable(True)
     try:
         names = list(OPTIONS) if arguments.optimizer == "all" else [arguments.optimizer]
-        result = run(names, arguments.seconds, arguments.size)
+        result = measure(names, arguments.seconds, arguments.size)
     finally:
         emulated.enable(False)
         torch.set_num_threads(threads)
         emulated.set_null_launch(False)
     if arguments.json is not None:
-        write_json(json.loads(json.dumps(result)), arguments.json)
+        write_json(result, arguments.json)
     return 0

@@ -1,8 +1,11 @@
-"""Inference of a whole model in eval(): eager, through braze.fuse, and compiled."""
+"""Inference of a whole model: eager, through braze.fuse, and compiled.
+
+Timed is the forward in eval() under torch.inference_mode; interleaved.
+"""
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,19 +55,10 @@ def call(cell: Cell, contender: Contender, model: nn.Module) -> Call:
 
 TASK = Task(
     name="infer",
-    description="Time of a model's forward in eval() under torch.inference_mode; torch eager against "
-    "braze.fuse, interleaved.",
     training=False,
     cells=CELLS,
     goals=GOALS,
     call=call,
 )
-
-
-def main(argv: list[str]) -> int:
-    """Measures cell by cell; the exit codes are :func:`model_run.main`'s."""
-    return model_run.main(TASK, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+add_arguments = partial(model_run.add_arguments, TASK)
+run = partial(model_run.run, TASK)

@@ -163,13 +163,13 @@ def lines(row: Row) -> str:
     return "\n".join(text)
 
 
-def main(argv: list[str]) -> int:
-    """Measures row by row. Returns :func:`rows.run`'s code; 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m bench.micro", description=__doc__)
-    cuda_clock.add_option(parser)
-    rows.add_options(parser)
-    arguments = parser.parse_args(argv)
-    clock = cuda_clock.open_clock(parser, arguments.device)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    rows.add_options(parser, ("cuda", "cpu"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures row by row; on the CPU it rehearses. Returns :func:`rows.run`'s code."""
+    clock = cuda_clock.open_clock(arguments)
     timed, batch = list(shapes().items()), BATCH
     if arguments.device == "cpu":
         timed, batch = timed[-2:], 1
@@ -182,10 +182,6 @@ def main(argv: list[str]) -> int:
 
     work = [*map(of, TABLES), Work("kernels", lambda row: kernels(arguments.device, row))]
     work += [convolved(*pair) for pair in timed]
-    names = rows.choose(parser, [one.name for one in work], arguments.only)
+    names = rows.choose([one.name for one in work], arguments.only)
     wanted = [one for one in work if one.name in names]
     return rows.run(wanted, arguments, dict(clock.facts()), lines)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ import braze
 import torch
 from torch import Tensor, nn
 
-from . import cuda_clock, model_peak, models, rows
+from . import cuda_clock, model_peak, models, rows, table
 from .model_cells import (
     CAST,
     DTYPES,
@@ -25,7 +24,7 @@ from .model_cells import (
     settle,
     waiting,
 )
-from .rows import Row, Work, goal
+from .rows import Hopeless, Row, Work, goal
 from .timing import interleave
 
 # What is compared; the second is braze.
@@ -45,7 +44,6 @@ class Task:
     Cells are of every device."""
 
     name: str
-    description: str
     training: bool
     cells: Sequence[Cell]
     goals: Mapping[Cell, Mapping[str, float]]
@@ -151,7 +149,7 @@ def measure(
     row["ok"] = not (row["needs_more_memory"] or broken)
 
 
-HEADER = f"{'':16}{'min ms':>10}{'median':>10}{'differs':>10}{'compile s':>11}{'peak MB':>9}"
+COLUMNS = "contender:<16 min_ms:10.1f median_ms:10.1f difference:12.0e compile_s:11.1f peak_mb:9.1f"
 
 
 def lines(row: Row) -> str:
@@ -159,10 +157,7 @@ def lines(row: Row) -> str:
     text = [f"\n{row['name']}"]
     if "ratios" in row:
         for name, figures in row["contenders"].items():
-            line = f"{name:16}{figures['min_ms']:10.1f}{figures['median_ms']:10.1f}"
-            line += f"{figures['difference']:10.0e}" if "difference" in figures else f"{'-':>10}"
-            line += f"{figures['compile_s']:11.1f}" if "compile_s" in figures else f"{'-':>11}"
-            text.append(line + (f"{figures['peak_mb']:9.1f}" if "peak_mb" in figures else ""))
+            text.append(table.line({"contender": name, **figures}, COLUMNS))
         for ratio in row["ratios"]:
             pair = f"  {ratio['other']} / {ratio['braze']}"
             text.append(f"{pair:30}{ratio['ratio_min']:6.2f}  median{ratio['ratio_median']:6.2f}")
@@ -191,25 +186,20 @@ def chosen_cells(task: Task, arguments: argparse.Namespace) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def _parser(task: Task) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m braze bench {task.name}",
-        description=f"{task.description} Ratios of minima and of medians, above 1 where braze is faster. "
-        "differs: of the first result from the first contender's, relative, of equal weights and images "
-        "(dropout draws other masks, and bf16 rounds). compile s: what torch.compile's first calls took beyond "
-        "a settled one.",
+def add_arguments(task: Task, parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Ratios of minima and of medians, above 1 where braze is faster. difference: of the first result from "
+        "the first contender's, relative, of equal weights and images (dropout draws other masks, and bf16 "
+        "rounds). compile_s: what torch.compile's first calls took beyond a settled one."
     )
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--model", help="one model: torchvision's name, or timm:NAME (default: some, with goals)")
-    add("--batch", type=int, help="images (default: each cell's own; with --model 8)")
-    add("--size", type=int, default=224, help="pixels on a side (default 224)")
+    add("--batch", type=rows.count, help="images (default: each cell's own; with --model 8)")
+    add("--size", type=rows.count, default=224, help="pixels on a side (default 224)")
     add("--dtype", choices=DTYPES, help="bf16 is autocast over fp32 parameters (default: both)")
     if not task.training:
         add("--cast", action="store_true", help="bf16 cells also as models cast with .bfloat16()")
     add("--layout", choices=(*LAYOUTS, "both"), default="both", help="default: both")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--seconds", type=float, default=20.0, help="per cell, three rounds at least (default 20)")
     add("--compile", action="store_true", help="torch.compile too, channels last")
     add(
         "--memory",
@@ -217,42 +207,28 @@ def _parser(task: Task) -> argparse.ArgumentParser:
         help="peak memory of one call too, each contender in a process of its own; braze's may not be above "
         "eager's",
     )
-    rows.add_options(parser)
-    return parser
+    rows.add_options(parser, ("cpu", "cuda"), 20.0, "cell, three rounds at least")
 
 
-def main(task: Task, argv: list[str]) -> int:
-    """Returns :func:`rows.run`'s code (a row in which braze needs more memory than eager has failed); 2 for bad
-    arguments."""
-    parser = _parser(task)
-    arguments = parser.parse_args(argv)
-    for name in ("threads", "batch", "size"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+def run(task: Task, arguments: argparse.Namespace) -> int:
+    """Returns :func:`rows.run`'s code; a row in which braze needs more memory than eager has failed."""
     if arguments.memory and arguments.device != "cpu":
-        parser.error("--memory measures this process's memory, not a device's")
+        raise Hopeless("--memory measures this process's memory, not a device's")
     if arguments.memory and (reason := model_peak.why_not()) is not None:
-        parser.error(f"--memory: {reason}")
-    cuda_clock.check(parser, arguments.device)
+        raise Hopeless(f"--memory: {reason}")
+    cuda_clock.prepare(arguments)
     layouts = LAYOUTS if arguments.layout == "both" else (arguments.layout,)
     wanted = contenders(layouts, arguments.compile)
     every = {cell.name: cell for cell in chosen_cells(task, arguments)}
-    cells = [every[name] for name in rows.choose(parser, list(every), arguments.only)]
-    torch.set_num_threads(arguments.threads)
+    cells = [every[name] for name in rows.choose(list(every), arguments.only)]
 
     def work(cell: Cell) -> Work:
         fixed = (task, cell, wanted, arguments.seconds, arguments.memory)
         return Work(cell.name, lambda row: measure(*fixed, row))
 
-    where = f"{arguments.threads} threads"
-    result: dict[str, Any] = {"build": braze.build_info(), "threads": arguments.threads}
+    result: dict[str, Any] = {"build": braze.build_info(), "threads": torch.get_num_threads()}
+    where = f"{result['threads']} threads"
     if arguments.device == "cuda":
         where = result["name"] = torch.cuda.get_device_name()
-    print(f"{where}\n{HEADER}")
-    try:
-        code = rows.run(map(work, cells), arguments, result, lines)
-    except models.ModelError as error:
-        parser.error(str(error))
-    if arguments.json is not None:
-        print(f"\nwritten: {arguments.json}", file=sys.stderr)
-    return code
+    print(f"{where}\n{table.header(COLUMNS)}")
+    return rows.run(map(work, cells), arguments, result, lines)

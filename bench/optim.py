@@ -1,13 +1,14 @@
-"""One optimizer step, against the best of torch.optim's modes."""
+"""One optimizer step, against the best of torch.optim's modes.
+
+Time of opt.step() with every gradient present, interleaved; ratios above 1 mean braze is faster. floor = bytes
+/ stream bandwidth. On CUDA: end to end, on the device, on the host with the device kept busy, and launches.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import braze
@@ -15,7 +16,9 @@ import braze.optim
 import torch
 from torch.nn import Parameter
 
+from . import cuda_clock, optim_cuda, rows, table
 from .cells import CELLS, OPTIONS, Cell
+from .rows import Work
 from .timing import interleave, stream_bandwidth
 
 TORCH_MODES: dict[str, dict[str, bool]] = {
@@ -23,6 +26,10 @@ TORCH_MODES: dict[str, dict[str, bool]] = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
+COLUMNS = (
+    "cell:<22 optimizer:<10 torch_mode:>11 torch_us:11.1f braze_us:11.1f ratio_min:11.2f ratio_median:13.2f "
+    "goal:7.2f floor_us:10.1f"
+)
 
 
 def _contenders(cell: Cell, name: str) -> dict[str, Callable[[], Any]]:
@@ -88,66 +95,32 @@ def fixed_cost(seconds: float) -> dict[str, float]:
     return {name: (times[name].median - times["wrapper"].median) * 1e6 for name in OPTIONS}
 
 
-def run(cells: list[Cell], optimizers: list[str], seconds: float) -> dict[str, Any]:
-    """Measures and prints row by row. Returns everything as a JSON-ready dict; times in microseconds."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--optimizer", choices=[*OPTIONS, "all"], default="all")
+    rows.add_options(parser, ("cpu", "cuda"), 1.5)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures row by row. Returns :func:`rows.run`'s code."""
+    if arguments.device == "cuda":
+        return optim_cuda.run(arguments)
+    names = rows.choose([cell.name for cell in CELLS], arguments.only)
+    cuda_clock.prepare(arguments)
     bandwidth = stream_bandwidth()
     result: dict[str, Any] = {
         "build": braze.build_info(),
         "processor": platform.processor() or platform.machine(),
         "stream_bandwidth_gb_s": bandwidth / 1e9,
         "fixed_cost_us": fixed_cost(1.0),
-        "rows": [],
     }
     print(f"stream bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
     fixed = ", ".join(f"{name} {value:.1f} us" for name, value in result["fixed_cost_us"].items())
-    print(f"fixed cost beyond torch's hook wrapper: {fixed}\n")
-    print(
-        f"{'cell':22}{'optimizer':10}{'best torch':>11}{'torch us':>11}{'braze us':>11}"
-        f"{'ratio min':>10}{'median':>8}{'goal':>6}{'floor us':>10}"
-    )
-    for cell in cells:
-        for name in optimizers:
-            row = _measure(cell, name, seconds, bandwidth)
-            result["rows"].append(row)
-            print(
-                f"{row['cell']:22}{name:10}{row['torch_mode']:>11}{row['torch_us']:11.1f}"
-                f"{row['braze_us']:11.1f}{row['ratio_min']:10.2f}{row['ratio_median']:8.2f}"
-                f"{row['goal']:6.2f}{row['floor_us']:10.1f}",
-                flush=True,
-            )
-    return result
+    print(f"fixed cost beyond torch's hook wrapper: {fixed}\n\n{table.header(COLUMNS)}")
 
+    def work(cell: Cell, name: str) -> Work:
+        fixed = (cell, name, arguments.seconds, bandwidth)
+        return Work(f"{cell.name} / {name}", lambda row: row.update(_measure(*fixed)))
 
-def main(argv: list[str]) -> int:
-    """Parses arguments and runs. Returns 0; with --device cuda what that benchmark returns."""
-    if "cuda" in argv or "--device=cuda" in argv:
-        from .optim_cuda import main as cuda
-
-        return cuda(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m braze bench optim",
-        description="Time of opt.step() with every gradient present, torch's best mode against braze, "
-        "interleaved; ratios above 1 mean braze is faster. floor = bytes / stream bandwidth.",
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda has own --help"
-    )
-    parser.add_argument("--only", default="", help="cells whose name contains this text")
-    parser.add_argument("--optimizer", choices=[*OPTIONS, "all"], default="all")
-    parser.add_argument("--seconds", type=float, default=1.5, help="per row (default 1.5)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    arguments = parser.parse_args(argv)
-    if arguments.threads < 1:
-        parser.error(f"--threads must be at least 1, got {arguments.threads}")
-    cells = [cell for cell in CELLS if arguments.only in cell.name]
-    if not cells:
-        names = ", ".join(cell.name for cell in CELLS)
-        parser.error(f"no cell's name contains '{arguments.only}'; there are: {names}")
-    torch.set_num_threads(arguments.threads)
     optimizers = list(OPTIONS) if arguments.optimizer == "all" else [arguments.optimizer]
-    result = run(cells, optimizers, arguments.seconds)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nwritten: {arguments.json}", file=sys.stderr)
-    return 0
+    every = [work(cell, name) for cell in CELLS if cell.name in names for name in optimizers]
+    return rows.run(every, arguments, result, lambda row: table.line(row, COLUMNS))

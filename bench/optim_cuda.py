@@ -13,7 +13,7 @@ import braze.optim
 import torch
 from torch.nn import Parameter
 
-from . import cuda_clock, rows
+from . import cuda_clock, rows, table
 from .cells import CUDA_CELLS, OPTIONS, Cell
 from .cuda_clock import Clock, Spent, Step
 from .rows import Row, Work, goal
@@ -173,49 +173,36 @@ def measure(
         raise RuntimeError(f"failed: {', '.join(missing)} (see the log)")
 
 
-HEADER = (
-    f"{'cell / optimizer':28}{'best torch':>10}{'torch us':>10}{'braze us':>10}{'fused':>8}{'graph':>8}"
-    f"{'device':>9}{'host':>7}{'ratio':>7}{'floor':>8}{'GB/s':>7}{'of copy':>9}"
+# Microseconds, those of whole steps end to end.
+COLUMNS = (
+    "name:<28 torch_mode:>11 torch:10.1f braze:9.1f braze_fused:12.1f braze_graph:12.1f device_us:10.1f "
+    "host_us:8.1f ratio_wall:11.2f floor_us:9.1f gb_s:7.0f of_copy:8.2f"
 )
 
 
-def _cell(modes: dict[str, Any], mode: str, key: str) -> str:
-    value = modes.get(mode, {}).get(key)
-    return "-" if value is None else f"{value:.1f}"
-
-
 def line(row: dict[str, Any]) -> str:
-    """The row for a person; microseconds, end to end unless the heading says otherwise."""
+    """The row for a person."""
     if row["name"].startswith("launches") and "modes" in row:
         counts = (f"{m} {c['kernels']} (+{c['copies']})" for m, c in row["modes"].items())
         return f"{row['name']} (+ copies and fills): {', '.join(counts)}"
-    if "gb_s" not in row:
-        return f"{row['name']:28} {row.get('note', '')}"
-    modes = row["modes"]
-    return (
-        f"{row['name']:28}{row['torch_mode']:>10}{_cell(modes, row['torch_mode'], 'wall_us'):>10}"
-        f"{_cell(modes, 'braze', 'wall_us'):>10}{_cell(modes, 'braze fused', 'wall_us'):>8}"
-        f"{_cell(modes, 'braze graph', 'wall_us'):>8}{_cell(modes, 'braze', 'device_us'):>9}"
-        f"{_cell(modes, 'braze', 'host_us'):>7}"
-        f"{row['ratio_wall']:7.2f}{row['floor_us']:8.1f}{row['gb_s']:7.0f}{row['of_copy']:9.2f}"
-    )
+    modes = row.get("modes", {})
+    shown = {mode.replace(" ", "_"): figures["wall_us"] for mode, figures in modes.items()}
+    shown["torch"] = shown.get(row.get("torch_mode", ""))
+    return table.line(row | modes.get("braze", {}) | shown, COLUMNS)
 
 
-def main(argv: list[str]) -> int:
-    """Measures row by row. Returns :func:`rows.run`'s code; 2 for bad arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m braze bench optim --device cuda",
-        description="Time of opt.step() with every gradient present: end to end, on the device, on the "
-        "host with the device kept busy, and launches. floor = bytes / speed of a copy on the device. "
-        "Parameters and state are the same in every step, so what fits in L2 (fits_l2) stays there.",
-    )
-    cuda_clock.add_option(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=[*OPTIONS, "all"], default="all")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per row (default 1)")
-    rows.add_options(parser)
-    arguments = parser.parse_args(argv)
-    names = rows.choose(parser, [cell.name for cell in CUDA_CELLS], arguments.only)
-    device = cuda_clock.open_clock(parser, arguments.device)
+    rows.add_options(parser, ("cuda", "cpu"), 1.0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures row by row; on the CPU it rehearses. Returns :func:`rows.run`'s code.
+
+    Parameters and state are the same in every step, so what fits in L2 (fits_l2) stays there.
+    """
+    names = rows.choose([cell.name for cell in CUDA_CELLS], arguments.only)
+    device = cuda_clock.open_clock(arguments)
     bandwidth = device.copy_bandwidth()
     optimizers = list(OPTIONS) if arguments.optimizer == "all" else [arguments.optimizer]
     # AdamW first: a run that is cut short has what most people ask for.
@@ -235,9 +222,8 @@ def main(argv: list[str]) -> int:
     few = [(c, n) for c, n in pairs if c in CUDA_CELLS[:LAUNCH_CELLS] and n != "Adam"]
     work = [timed(*pair) for pair in pairs] + [counted(*pair) for pair in few]
     result: dict[str, Any] = {"build": braze.build_info(), **device.facts()}
-    print(f"{result['name']}: a copy moves {bandwidth / 1e9:.0f} GB/s\n{HEADER}", flush=True)
+    print(
+        f"{result['name']}: a copy moves {bandwidth / 1e9:.0f} GB/s\n{table.header(COLUMNS)}",
+        flush=True,
+    )
     return rows.run(work, arguments, result, line)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -14,8 +14,11 @@ from .files import write_json
 Row = dict[str, Any]
 
 
-class Hopeless(ValueError):
-    """What no row of the program could be measured without is missing; the text is for a person."""
+class Hopeless(argparse.ArgumentError):
+    """No row of the program can be measured; the text is for a person."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(None, why)
 
 
 @dataclass(frozen=True)
@@ -26,21 +29,38 @@ class Work:
     measure: Callable[[Row], None]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that :func:`run` and :func:`choose` read."""
+def count(text: str) -> int:
+    """The type of an option that is a number of something."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    devices: Sequence[str] = (),
+    seconds: float | None = None,
+    per: str = "row",
+) -> None:
+    """The options that benchmarks share: of :func:`run` and :func:`choose`, and those that have a default."""
     add = parser.add_argument
+    if devices:
+        add("--device", choices=devices, default=devices[0], help=f"default: {devices[0]}")
+    if seconds is not None:
+        add("--seconds", type=float, default=seconds, help=f"per {per} (default {seconds:g})")
+        add("--threads", type=count, help="of the CPU (default: torch's)")
     add("--only", action="append", default=[], help="rows with this in their name; may be repeated")
     add("--json", type=Path, help="also write all figures to this file, row by row")
     add("--skip-file", type=Path, help="a JSON list of row names to leave out")
     add("--rows", action="store_true", help="print each row as ROW {json}")
 
 
-def choose(parser: argparse.ArgumentParser, names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """The names that contain one of ``only``, or all; ends the program if that leaves none."""
+def choose(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    """The names that contain one of ``only``, or all. Raises Hopeless if that leaves none."""
     chosen = [name for name in names if not only or any(part in name for part in only)]
     if not chosen:
         some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-        parser.error(f"no row's name contains '{' or '.join(only)}'; there are: {some}")
+        raise Hopeless(f"no row's name contains '{' or '.join(only)}'; there are: {some}")
     return chosen
 
 

@@ -101,7 +101,7 @@ def work_of(tool: str, checker: str, nvcc: str, architecture: str) -> list[Work]
             row["ok"] = None if None in trusted else False
             row["note"] = f"not run: {tool} did not pass its controls"
             return
-        command = [sys.executable, "-m", "bench.golden", "--device", "cuda", "--short"]
+        command = [sys.executable, "-m", "bench", "golden", "--device", "cuda", "--short"]
         check(checker, tool, [*command, "--no-compare"], BRAZE_S, False, row)
 
     return [
@@ -119,14 +119,14 @@ def _unavailable(why: str) -> Work:
     return Work("tools", tell)
 
 
-def main(argv: list[str]) -> int:
-    """Returns :func:`rows.run`'s code; 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
-    cuda_clock.add_option(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tool", action="append", choices=TOOLS, help="default: all, one by one")
-    rows.add_options(parser)
-    arguments = parser.parse_args(argv)
-    cuda_clock.check(parser, arguments.device)
+    rows.add_options(parser, ("cuda", "cpu"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns :func:`rows.run`'s code."""
+    cuda_clock.prepare(arguments)
     checker, nvcc = find_tool("compute-sanitizer"), find_tool("nvcc")
     if arguments.device == "cpu":
         work = [_unavailable("CUDA device")]
@@ -137,7 +137,3 @@ def main(argv: list[str]) -> int:
         tools = arguments.tool or TOOLS
         work = [one for t in tools for one in work_of(t, checker, nvcc, architecture)]
     return rows.run(work, arguments, {}, lambda row: f"{row['name']}: {row.get('note') or 'ok'}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -1,8 +1,11 @@
-"""A whole training step of a model: eager, through braze.fuse, and compiled."""
+"""A whole training step of a model: eager, through braze.fuse, and compiled.
+
+Timed is zero_grad(set_to_none=True), forward, cross-entropy, backward, without an optimizer; interleaved.
+"""
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,19 +56,10 @@ def call(cell: Cell, contender: Contender, model: nn.Module) -> Call:
 
 TASK = Task(
     name="train",
-    description="Time of a whole training step of a model: zero_grad(set_to_none=True), forward, "
-    "cross-entropy, backward, without an optimizer; torch eager against braze.fuse, interleaved.",
     training=True,
     cells=CELLS,
     goals=GOALS,
     call=call,
 )
-
-
-def main(argv: list[str]) -> int:
-    """Measures cell by cell; the exit codes are :func:`model_run.main`'s."""
-    return model_run.main(TASK, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+add_arguments = partial(model_run.add_arguments, TASK)
+run = partial(model_run.run, TASK)

@@ -33,6 +33,7 @@ from braze.bench import (
 
 pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
 ROOT = Path(__file__).parents[1]
+GOLDEN = ["bench", "golden"]
 STEPS = [step for step in gpu_steps.STEPS if step.name != "build"]
 
 
@@ -153,7 +154,8 @@ def test_debt_and_damaged_or_missing_results(checkout: Path) -> None:
 
 
 def test_debt_outside_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "debt", "--root", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "debt", "--root", str(tmp_path)])
     assert "source checkout" in capsys.readouterr().err
 
 
@@ -199,19 +201,18 @@ def test_golden_inputs_do_not_depend_on_torch() -> None:
 
 def test_golden_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "goldens.json"
-    assert golden.main(["--only", "CAG/all", "--write", str(file)]) == 0
-    arguments = ["--only", "CAG/all", "--goldens", str(file)]
-    assert golden.main(arguments) == 0
+    assert main([*GOLDEN, "--only", "CAG/all", "--write", str(file)]) == 0
+    arguments = [*GOLDEN, "--only", "CAG/all", "--goldens", str(file)]
+    assert main(arguments) == 0
     data = json.loads(file.read_text())
     data["cases"]["CAG/all/bf16"] = "0" * 64
     file.write_text(json.dumps(data))
     capsys.readouterr()
-    assert golden.main(arguments) == 1
+    assert main(arguments) == 1
     assert "FAIL CAG/all/bf16" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        golden.main(["--only", "nonsense"])
-    with pytest.raises(SystemExit):
-        golden.main(["--only", "CAG/all", "--goldens", str(tmp_path / "missing.json")])
+    for bad in (["--only", "nonsense"], ["--goldens", str(tmp_path / "missing.json")]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*GOLDEN, *bad])
 
 
 def test_golden_cases_cover_what_they_claim() -> None:
@@ -241,18 +242,17 @@ def test_golden_tolerance_is_of_the_largest_element() -> None:
 
 @pytest.mark.parametrize("name", ["SGD/sizes/fp32", "CAG/all/fp16", "dropout", "dropped"])
 def test_this_machine_computes_the_committed_bits(name: str) -> None:
-    assert golden.main(["--only", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
+    assert main([*GOLDEN, "--only", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
 
 
 def test_the_emulated_device_computes_the_committed_bits() -> None:
     emulated = pytest.importorskip("emulated")
     if (reason := emulated.why_not()) is not None:
         pytest.skip(reason)
-    goldens = ["--goldens", str(ROOT / "bench/goldens.json")]
-    assert golden.main(["--device", "emulated", "--only", "misaligned/bf16", *goldens]) == 0
-    assert golden.main(["--device", "emulated", "--only", "dropout/1000/", *goldens]) == 0
-    assert golden.main(["--device", "emulated", "--only", "dropped", *goldens]) == 0
-    assert golden.main(["--device", "emulated", "--only", "batch_norm", *goldens]) == 0
+    goldens = ["--goldens", str(ROOT / "bench/goldens.json"), "--device", "emulated"]
+    for name in ("misaligned/bf16", "dropout/1000/", "dropped", "batch_norm"):
+        goldens += ["--only", name]
+    assert main([*GOLDEN, *goldens]) == 0
 
 
 # ------------------------------------------------------------------- cells
@@ -288,7 +288,7 @@ def test_goals_are_judged() -> None:
 def test_cuda_benchmark_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.json"
     arguments = ["--device", "cpu", "--only", "1 x 64", "--seconds", "0", "--json", str(file)]
-    assert optim_cuda.main([*arguments, "--optimizer", "SGD", "--rows"]) == 0
+    assert main(["bench", "optim_cuda", *arguments, "--optimizer", "SGD", "--rows"]) == 0
     row = json.loads(file.read_text())["rows"][0]
     assert row["ok"] and {"braze", "braze fused", "braze graph", "for-loop"} <= set(row["modes"])
     out = capsys.readouterr().out

@@ -118,7 +118,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_arguments(bad: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "batch_norm", *bad])
-    assert bad[0][2:] in capsys.readouterr().err or "there are:" in capsys.readouterr().err
+    assert bad[1] in capsys.readouterr().err
 
 
 def test_cuda_benchmark_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +126,7 @@ def test_cuda_benchmark_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[
     quick = ["--device", "cpu", "--quick", "--batch", "2", "--seconds", "0", "--rows"]
     skip.write_text(json.dumps(["bf16 NHWC relu N=2 / backward"]))
     arguments = [*quick, "--only", "bf16 NHWC relu", "--json", str(path), "--skip-file", str(skip)]
-    assert batch_norm_cuda.main(arguments) == 0
+    assert main(["bench", "batch_norm_cuda", *arguments]) == 0
     (measured,) = json.loads(path.read_text())["rows"]
     assert measured["name"] == "bf16 NHWC relu N=2 / forward" and measured["ok"]
     assert [r["layer"] for r in measured["layers"]] == list(batch_norm_cases.QUICK)

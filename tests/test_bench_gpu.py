@@ -77,6 +77,10 @@ class FakeRun:
         self.root = root
         (root / "fake.py").write_text(FAKE)
         (root / "bench").mkdir()
+        start = (
+            "import runpy, sys; runpy.run_module(f'bench.{sys.argv.pop(1)}', run_name='__main__')"
+        )
+        (root / "bench" / "__main__.py").write_text(start)
         (root / "bench" / "fake.py").write_text(PROGRAM)
         (root / "bench" / "broken.py").write_text("raise SystemExit('broken on purpose')")
         (root / "sent").mkdir()
@@ -304,7 +308,8 @@ def test_pytest_leaves_rows(tmp_path: Path) -> None:
     code = (
         "import sys, bench.gpu_tests as t, pathlib\n"
         f"t.find_root = lambda start: pathlib.Path({str(tmp_path)!r})\n"
-        "sys.exit(t.main(sys.argv[1:]))"
+        "from braze.__main__ import main\n"
+        "sys.exit(main(['gpu_tests', *sys.argv[1:]], 'bench', {'gpu_tests': ''}))"
     )
     command = [sys.executable, "-c", code, "--jobs", "2", "--rows", "--skip-file", str(skip)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}

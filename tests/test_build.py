@@ -133,15 +133,30 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["bench", "nonsense"]])
 def test_unknown_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "nonsense" in err
+    assert ("optim" if "bench" in arguments else "demo") in err  # the choices
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["bench"], ["bench", "-h"]])
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 0
-    assert "usage: python -m braze" in capsys.readouterr().out
+@pytest.mark.parametrize("command", [[], ["bench"], ["bench", "optim"], ["demo"], ["build"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert "usage: " + " ".join(["python -m braze", *command]) in out
+    assert ("--optimizer" in out) == (command[-1:] in (["optim"], ["demo"]))
+    if command in ([], ["bench"]):  # no name: the same
+        assert main(command) == 0
+        assert capsys.readouterr().out == out
+
+
+def test_a_command_imports_no_other() -> None:
+    code = "import sys; from braze.__main__ import main; main(['info']); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = set(run.stdout.split())
+    assert "braze.info" in names and not {"braze.demo", "braze.bench", "braze.build"} & names
 
 
 def test_bench_measures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

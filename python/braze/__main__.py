@@ -1,45 +1,72 @@
-"""``python -m braze info | build | bench | demo``."""
+"""braze's command line."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
-USAGE = """usage: python -m braze COMMAND [options]
+COMMANDS = {
+    "info": "what is built, and what runs where",
+    "build": "compile the CUDA kernels for the installed torch, if braze came without them",
+    "bench": "measure against torch",
+    "demo": "train a small CNN on real images, torch and braze side by side",
+}
 
-  info    what is built, and what runs where
-  build   compile the CUDA kernels for the installed torch, if braze came without them
-  bench   microbenchmarks against torch (python -m braze bench --help)
-  demo    train a small CNN on real images, torch and braze side by side (python -m braze demo --help)
-"""
 
+class Command(argparse.ArgumentParser):
+    """The parser of one command, whose module is imported only when the command is chosen.
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code; 2 for a command that does not exist."""
-    arguments = sys.argv[1:] if argv is None else argv
-    command = arguments[0] if arguments else "--help"
-    rest = arguments[1:]
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
+    The module may have ``add_arguments(parser)`` and ``run(arguments)``, which returns the exit code. A wrong
+    argument ends the program with one line and code 2, and so does an ``argparse.ArgumentError`` that ``run``
+    raises.
+    """
+
+    def __init__(self, *, module: str = "", **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self._module = module
+        self.set_defaults(run=self._tell, command=self)
+
+    def _tell(self, _: object) -> int:
+        self.print_help()
         return 0
-    if command == "info":
-        from braze.info import main as info
 
-        return info()
-    if command == "build":
-        from braze.build import main as build
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._module:
+            module = importlib.import_module(self._module)
+            self.description = module.__doc__
+            self.set_defaults(run=getattr(module, "run", self.get_default("run")))
+            getattr(module, "add_arguments", lambda parser: None)(self)
+        return super().parse_known_args(args, namespace)
 
-        return build(rest)
-    if command == "bench":
-        from braze.bench.__main__ import main as bench
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
-        return bench(rest)
-    if command == "demo":
-        from braze.demo.cli import main as demo
+    def add_commands(self, package: str, commands: Mapping[str, str]) -> None:
+        """Commands by the names of their modules, with what --help says of them; of "" it says nothing."""
+        add = self.add_subparsers(metavar="COMMAND").add_parser
+        for name, text in commands.items():
+            told: dict[str, Any] = {"help": text} if text else {}
+            add(name, module=f"{package}.{name}", **told)
 
-        return demo(rest)
-    print(f"braze: unknown command '{command}'; choose info, build, bench or demo", file=sys.stderr)
-    return 2
+
+def main(
+    argv: list[str] | None = None,
+    package: str = "braze",
+    commands: Mapping[str, str] = COMMANDS,
+) -> int:
+    """Runs one command and returns its exit code. Raises SystemExit after --help and for wrong arguments."""
+    parser = Command(prog=f"python -m {package}", description=__doc__)
+    parser.add_commands(package, commands)
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except argparse.ArgumentError as error:
+        arguments.command.error(str(error))
+    return code
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

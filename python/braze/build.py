@@ -1,7 +1,8 @@
 """Compiles braze's CUDA kernels for the installed torch: ``python -m braze build``, or BRAZE_JIT=1.
 
-For an installation without them, such as a wheel made for another CUDA. The result goes to a private
-cache, where ``import braze`` finds it; nothing is ever compiled unasked.
+For an installation without them, such as a wheel made for another CUDA. The result goes to a private cache,
+where ``import braze`` finds it; nothing is ever compiled unasked. Needs nvcc and a C++ compiler, no GPU.
+CUDA_HOME, CXX, TORCH_CUDA_ARCH_LIST, MAX_JOBS and BRAZE_CACHE_DIR are obeyed.
 """
 
 from __future__ import annotations
@@ -267,17 +268,14 @@ def _compile(folder: Path, log: Log, failure_log: Path) -> None:
     log(f"braze: built in {seconds:.0f} s")
 
 
-def main(argv: list[str]) -> int:
-    """Builds, and prints where the result is. Returns 0, or 1 after saying what went wrong."""
-    parser = argparse.ArgumentParser(
-        "python -m braze build",
-        description="Compiles braze's CUDA kernels for the installed torch into a private cache, "
-        "where import braze finds them. Needs nvcc and a C++ compiler, no GPU. "
-        "CUDA_HOME, CXX, TORCH_CUDA_ARCH_LIST, MAX_JOBS and BRAZE_CACHE_DIR are obeyed.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="build again even if it is there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Builds, and prints where the result is. Returns 0, or 1 after saying what went wrong."""
     try:
-        print(build(parser.parse_args(argv).force, lambda text: print(text, flush=True)))
+        print(build(arguments.force, lambda text: print(text, flush=True)))
     except BuildError as error:
         print(f"braze: {error}", file=sys.stderr)
         return 1

@@ -36,7 +36,7 @@ def build_info() -> dict[str, str]:
     }
 
 
-def main() -> int:
+def run(_: object) -> int:
     """Prints :func:`build_info`. Returns 0."""
     for key, value in build_info().items():
         print(f"{key:16} {value}")
