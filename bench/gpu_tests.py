@@ -159,8 +159,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Returns 0 or 1 as the tests passed, 3 where pytest could not go on."""
     tests = find_root(Path(__file__).parent) / "tests"
     skip = set(json.loads(arguments.skip_file.read_text()) if arguments.skip_file else [])
-    names = in_order([path.stem for path in tests.glob("test_*.py")])
-    files = [name for name in choose(names, arguments.only) if name not in skip]
+    paths = {path.stem: path for path in tests.rglob("test_*.py")}
+    files = [name for name in choose(in_order([*paths]), arguments.only) if name not in skip]
     if not files:
         return 0
     os.environ["BRAZE_TEST_DEVICE"] = arguments.device
@@ -171,6 +171,6 @@ def run(arguments: argparse.Namespace) -> int:
     options += ["-n", str(arguments.jobs), "--dist", "load", "--maxschedchunk", "20"]
     options += ["--max-worker-restart", "40"]
     plugin = Rows()
-    code = pytest.main([*options, *(str(tests / f"{name}.py") for name in files)], plugins=[plugin])
+    code = pytest.main([*options, *(str(paths[name]) for name in files)], plugins=[plugin])
     # 5: every test of these files is about something else than a device.
     return {0: 0, 1: 1, 5: 0}.get(int(code), 3)

@@ -1,6 +1,6 @@
 """Host time of a CUDA step where there is no GPU: the emulated device, with kernels not run.
 
-Needs a source checkout (tests/emulated.py).
+Needs a source checkout (tests/support/emulated.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def fit(counts: list[int], times: list[float]) -> tuple[float, float]:
 
 def load_emulated() -> Any:
     """The emulated device of the tests. Raises what went wrong where there is none."""
-    sys.path.insert(0, str(find_root() / "tests"))
+    sys.path.insert(0, str(find_root() / "tests" / "support"))
     return importlib.import_module("emulated").load()
 
 
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (ImportError, FileNotFoundError, AttributeError, RuntimeError) as error:
         print(
             f"braze bench host: the emulated device is not to be had ({error}). It is "
-            "tests/emulated.py of a source checkout; run this command inside one",
+            "tests/support/emulated.py of a source checkout; run this command inside one",
             file=sys.stderr,
         )
         return 1
