@@ -29,6 +29,7 @@ from .batch_norm_cases import (
     resnet50_layers,
     select,
     stored,
+    summed,
 )
 from .rows import Row, Work
 from .timing import interleave, stream_bandwidth
@@ -74,22 +75,20 @@ def measure(
 
 
 def total(case: Case, direction: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum over the network's layers, each shape as often as it has it."""
-
-    def over(key: str) -> float:
-        return sum(float(row[key]) * int(row["count"]) for row in rows)
-
+    """The sum over the network's layers, and its goal."""
+    keys = ("torch_us", "braze_us", "torch_median_us", "braze_median_us", "floor_us")
+    sums = summed(rows, *keys)
     judged = case.activation == "relu" and not case.join
     return {
         "case": case.name,
         "direction": direction,
-        "layers": sum(row["count"] for row in rows),
-        "torch_us": over("torch_us"),
-        "braze_us": over("braze_us"),
-        "ratio_min": over("torch_us") / over("braze_us"),
-        "ratio_median": over("torch_median_us") / over("braze_median_us"),
+        "layers": sums["count"],
+        "torch_us": sums["torch_us"],
+        "braze_us": sums["braze_us"],
+        "ratio_min": sums["torch_us"] / sums["braze_us"],
+        "ratio_median": sums["torch_median_us"] / sums["braze_median_us"],
         "worst_layer": min(row["ratio_min"] for row in rows),
-        "floor_us": over("floor_us"),
+        "floor_us": sums["floor_us"],
         "goal": GOALS.get((case.dtype, case.layout, direction)) if judged else None,
     }
 
@@ -163,8 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
         if len(seen) == 1:
             text = f"\n{case.name}, {direction}\n{table.header(COLUMNS)}\n{text}"
         if len(seen) == len(case.layers_of(layers)):
-            result["sums"].append(summed := total(case, direction, seen))
-            text += "\n" + table.line({"layer": "sum", "count": summed["layers"]} | summed, COLUMNS)
+            result["sums"].append(sums := total(case, direction, seen))
+            text += "\n" + table.line(sums | {"layer": "sum", "count": sums["layers"]}, COLUMNS)
         return text
 
     pairs = [(case, direction) for case in wanted for direction in directions]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,6 +157,12 @@ def stored(case: Case, layer: Layer, device: str) -> dict[str, int]:
         x = case.input(layer, device).requires_grad_()
         result[name] = stored_bytes(nn.Sequential(module, convolution), x)
     return result
+
+
+def summed(rows: Sequence[dict[str, Any]], *keys: str) -> dict[str, Any]:
+    """Over the network's layers, each shape as often as it has it."""
+    sums = {key: math.fsum(row[key] * row["count"] for row in rows) for key in keys}
+    return {"layer": "sum", "count": sum(row["count"] for row in rows), **sums}
 
 
 def select(layers: Iterable[Layer], quick: bool) -> list[Layer]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,9 +11,10 @@ from typing import Any
 import braze
 
 from . import cuda_clock, rows, table
-from .batch_norm_cases import PASSES, Call, Case, Layer, contenders, resnet50_layers, select
+from .batch_norm_cases import PASSES, Call, Case, Layer, contenders, resnet50_layers, select, summed
 from .cuda_clock import Clock
 from .rows import Row, Work, goal
+from .timing import turns
 
 # The rows with a goal come first: a run that is cut short has them.
 CASES = (
@@ -39,16 +38,11 @@ def sample(clock: Clock, calls: dict[str, Call], seconds: float) -> dict[str, li
         call()
         expected[name] = clock.wall(call, 2).wall
     seen: dict[str, list[float]] = {name: [] for name in calls}
-    deadline = time.perf_counter() + seconds
-    names = list(calls)
-    rounds = 0
-    while rounds < 3 or (time.perf_counter() < deadline and rounds < 50):
-        turn = rounds % len(names)
-        for name in names[turn:] + names[:turn]:
+    for order in turns(calls, seconds, 50):
+        for name in order:
             times = clock.cold(calls[name], 5, expected[name])
             seen[name] += times
             expected[name] *= 1 if times else 2
-        rounds += 1
     return seen
 
 
@@ -80,13 +74,8 @@ def measure_layer(
 
 def total(case: Case, direction: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
     """The sum over the network's layers, and its goals."""
-    row: dict[str, Any] = {
-        key: math.fsum(r[key] * r["count"] for r in layers)
-        for key in ("torch_us", "braze_us", "floor_us")
-    }
+    row = summed(layers, "torch_us", "braze_us", "floor_us")
     row |= {
-        "layer": "sum",
-        "count": sum(r["count"] for r in layers),
         "ratio": row["torch_us"] / row["braze_us"],
         "of_copy": row["floor_us"] / row["braze_us"],
         "worst_layer": min(r["ratio"] for r in layers),

@@ -194,7 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = arguments.names
     if not names:
         has_timm = models.is_installed("timm")
-        names = [*models.TORCHVISION, *(models.TIMM if has_timm else ())]
+        names = models.TORCHVISION + (models.TIMM if has_timm else [])
         print("" if has_timm else "timm is not installed: torchvision's models only\n", end="")
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     result: dict[str, Any] = {"build": braze.build_info(), "rows": []}

@@ -13,73 +13,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import braze.optim
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from . import cuda_clock, rows
 from .files import read_json, write_json
-from .golden_cases import CASES, LAYOUTS, Case, values
-from .golden_passes import PASSES, Pass
+from .golden_cases import CASES, Case, Golden, Results
+from .golden_passes import PASSES
 from .host import load_emulated
 from .rows import Hopeless, Row, Work
 
 GOLDENS = Path(__file__).with_name("goldens.json")
-UPDATES = 3
-WEIGHTS = (1.0, 2.5, 0.25)
-Results = dict[str, Tensor]
-EVERY: tuple[Case | Pass, ...] = (*CASES, *PASSES)
+EVERY: tuple[Case | Golden, ...] = (*CASES, *PASSES)
 
 
-def run_case(case: Case | Pass, device: str) -> Results:
-    """Runs the case. Returns every parameter and every state tensor after it, or what the pass made, on the
-    CPU."""
-    if not isinstance(case, Case):
-        return case.run(device)
-    place, place_grad = LAYOUTS[case.layout]
-    params = []
-    for i, shape in enumerate(case.shapes):
-        x = values(f"{case.name}/p{i}", shape, case.dtype).to(device)
-        params.append(Parameter(place(x)))
-    groups: Any = [{"params": [p]} for p in params] if case.group_each else params
-    opt: Any = getattr(braze.optim, case.optimizer)(groups, lr=0.05, **case.options)
-    grad_dtype = case.grad_dtype or case.dtype
-    micro = case.micro or len(WEIGHTS)
-    for step in range(UPDATES * micro):
-        for i, p in enumerate(params):
-            g = values(f"{case.name}/g{i}/{step}", tuple(p.shape), grad_dtype).to(device)
-            if grad_dtype != case.dtype:
-                p.grad_dtype = grad_dtype
-            p.grad = place_grad(g)
-        if case.scale != 1.0:
-            opt.grad_scale = torch.full((), case.scale, device=device)
-            opt.found_inf = torch.full((), float(step == 1), device=device)
-        if case.micro == 0:
-            opt.accumulate(WEIGHTS[step % micro])
-        if case.micro != 0 or (step + 1) % micro == 0:
-            opt.step()
-    results = {}
-    for i, p in enumerate(params):
-        results[f"p{i}"] = p.detach().cpu()
-        if case.layout != "dense":  # what lies between and around the elements must stay
-            memory = torch.empty(0, dtype=torch.uint8, device=device).set_(p.untyped_storage())
-            results[f"p{i}.memory"] = memory.cpu()
-        for key, value in sorted(opt.state[p].items()):
-            if isinstance(value, Tensor):
-                results[f"p{i}.{key}"] = value.detach().cpu()
-    return results
-
-
-def run_on(case: Case | Pass, device: str) -> Results:
-    """As run_case; "emulated" runs the CUDA sources on the CPU, by the emulator of the tests."""
+def run_on(case: Case | Golden, device: str) -> Results:
+    """Runs the case; "emulated" runs the CUDA sources on the CPU, by the emulator of the tests."""
     if device != "emulated":
-        return run_case(case, device)
+        return case.run(device)
     emulated = load_emulated()
     before = emulated.launch_count(0)
     emulated.enable(True)
     try:
-        results = run_case(case, "cpu")
+        results = case.run("cpu")
     finally:
         emulated.enable(False)
     if emulated.launch_count(0) == before:
@@ -121,8 +77,8 @@ def difference(ours: Results, theirs: Results) -> str:
 def self_check() -> str:
     """Flips one bit and asks the comparison to see it. Returns what it failed to see, or ""."""
     case = next(c for c in CASES if c.short)
-    results = run_case(case, "cpu")
-    if difference(results, run_case(case, "cpu")):
+    results = case.run("cpu")
+    if difference(results, case.run("cpu")):
         return "two equal runs compare as different"
     name, x = next((n, x) for n, x in results.items() if x.numel() > 3)
     flipped = x.clone()
@@ -148,7 +104,7 @@ def distance(ours: Results, theirs: Results, tolerance: float) -> str:
 
 
 def measure(
-    case: Case | Pass, device: str, goldens: dict[str, str], compare: bool, row: Row
+    case: Case | Golden, device: str, goldens: dict[str, str], compare: bool, row: Row
 ) -> None:
     """One row."""
     results = run_on(case, device)
@@ -156,7 +112,7 @@ def measure(
     if case.tolerance is None:
         row["sha256"] = digest(results)
     if compare:
-        reference = results if device == "cpu" else run_case(case, "cpu")
+        reference = results if device == "cpu" else case.run("cpu")
         if case.tolerance is None:
             found = difference(results, reference)
         else:
@@ -200,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     goldens = {} if arguments.write else (read_json(arguments.goldens) or {}).get("cases", {})
 
-    def work(case: Case | Pass) -> Work:
+    def work(case: Case | Golden) -> Work:
         return Work(case.name, lambda row: measure(case, arguments.device, goldens, compare, row))
 
     result: dict[str, Any] = {}

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import braze.optim
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 # Around every vector width, block and chunk boundary; the first is a 0-dim tensor.
 SIZES: tuple[tuple[int, ...], ...] = (
@@ -40,6 +42,22 @@ def values(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.view_as_complex(x.view(*shape, 2)) if dtype.is_complex else x.view(shape)
 
 
+UPDATES = 3
+WEIGHTS = (1.0, 2.5, 0.25)
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """``run``: what it computes on a device, on the CPU. ``short``: run first, and under the (slow) sanitizers.
+    ``tolerance``: of a tensor's largest element; None: every bit."""
+
+    name: str
+    run: Callable[[str], Results]
+    short: bool = False
+    tolerance: float | None = None
+
+
 @dataclass(frozen=True)
 class Case:
     """One optimizer over one list of tensors, three updates."""
@@ -56,9 +74,43 @@ class Case:
     micro: int = 1
     # GradScaler's loss scale; the second step then overflows and must change nothing.
     scale: float = 1.0
-    # Part of the selection that is run first, and under the (slow) sanitizers.
     short: bool = False
     tolerance: ClassVar[None] = None
+
+    def run(self, device: str) -> Results:
+        """Every parameter and every state tensor after it."""
+        place, place_grad = LAYOUTS[self.layout]
+        params = []
+        for i, shape in enumerate(self.shapes):
+            x = values(f"{self.name}/p{i}", shape, self.dtype).to(device)
+            params.append(Parameter(place(x)))
+        groups: Any = [{"params": [p]} for p in params] if self.group_each else params
+        opt: Any = getattr(braze.optim, self.optimizer)(groups, lr=0.05, **self.options)
+        grad_dtype = self.grad_dtype or self.dtype
+        micro = self.micro or len(WEIGHTS)
+        for step in range(UPDATES * micro):
+            for i, p in enumerate(params):
+                g = values(f"{self.name}/g{i}/{step}", tuple(p.shape), grad_dtype).to(device)
+                if grad_dtype != self.dtype:
+                    p.grad_dtype = grad_dtype
+                p.grad = place_grad(g)
+            if self.scale != 1.0:
+                opt.grad_scale = torch.full((), self.scale, device=device)
+                opt.found_inf = torch.full((), float(step == 1), device=device)
+            if self.micro == 0:
+                opt.accumulate(WEIGHTS[step % micro])
+            if self.micro != 0 or (step + 1) % micro == 0:
+                opt.step()
+        results = {}
+        for i, p in enumerate(params):
+            results[f"p{i}"] = p.detach().cpu()
+            if self.layout != "dense":  # what lies between and around the elements must stay
+                memory = torch.empty(0, dtype=torch.uint8, device=device).set_(p.untyped_storage())
+                results[f"p{i}.memory"] = memory.cpu()
+            for key, value in sorted(opt.state[p].items()):
+                if isinstance(value, Tensor):
+                    results[f"p{i}.{key}"] = value.detach().cpu()
+        return results
 
 
 def _flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -70,13 +122,7 @@ def _flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
         "maximize": {"momentum": 0.9, "maximize": True},
         "decay": {"momentum": 0.9, "weight_decay": 0.1},
         "l1": {"momentum": 0.9, "l1": 0.01},
-        "all": {
-            "momentum": 0.9,
-            "nesterov": True,
-            "maximize": True,
-            "weight_decay": 0.1,
-            "l1": 0.01,
-        },
+        "all": dict(momentum=0.9, nesterov=True, maximize=True, weight_decay=0.1, l1=0.01),
         "fused": {"momentum": 0.9, "fused": True},
     }
     adam: dict[str, dict[str, Any]] = {
@@ -115,16 +161,10 @@ def _cases() -> Iterator[Case]:
             name = NAMES[dtype]
             yield Case(f"{optimizer}/sizes/{name}", optimizer, options, dtype, None, SIZES)
             yield Case(f"{optimizer}/large/{name}", optimizer, options, dtype, None, LARGE)
-            for layout in LAYOUTS:
-                if layout != "dense":
-                    yield Case(
-                        f"{optimizer}/{layout}/{name}",
-                        optimizer,
-                        options,
-                        dtype,
-                        layout=layout,
-                        short=dtype in (fp32, bf16) and optimizer == "AdamW",
-                    )
+            short = dtype in (fp32, bf16) and optimizer == "AdamW"
+            for layout in list(LAYOUTS)[1:]:  # the first is dense
+                title = f"{optimizer}/{layout}/{name}"
+                yield Case(title, optimizer, options, dtype, layout=layout, short=short)
         for dtype, grad in ((fp32, bf16), (fp32, fp16), (bf16, fp32), (fp16, fp32), (fp64, fp32)):
             name = f"{optimizer}/grad-{NAMES[grad]}/{NAMES[dtype]}"
             yield Case(name, optimizer, options, dtype, grad, short=optimizer == "AdamW")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from braze._native import _C
@@ -12,39 +11,18 @@ from braze.nn import BatchNormAct2d
 from braze.nn.functional import dropout_mask
 from torch import Tensor
 
-from .golden_cases import NAMES, bf16, fp16, fp32, values
+from .golden_cases import NAMES, Golden, bf16, fp16, fp32, values
 
 
-class Pass(Protocol):
-    """``tolerance``: of a tensor's largest element; None: every bit. ``short``: run first and by sanitizers."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def short(self) -> bool: ...
-    @property
-    def tolerance(self) -> float | None: ...
-    def run(self, device: str) -> dict[str, Tensor]: ...
+def _mask(numel: int, p: float, seed: int, offset: int, device: str) -> dict[str, Tensor]:
+    place = "cpu" if device == "emulated" else device
+    return {"mask": dropout_mask(numel, p, seed, offset, place).cpu()}
 
 
-@dataclass(frozen=True)
-class Mask:
+def mask(numel: int, p: float, seed: int, offset: int, short: bool = False) -> Golden:
     """One mask: a function of these four numbers alone."""
-
-    numel: int
-    p: float
-    seed: int
-    offset: int
-    short: bool = False
-    tolerance: float | None = None
-
-    @property
-    def name(self) -> str:
-        return f"dropout/{self.numel}/{self.p}/{self.seed:x}-{self.offset:x}"
-
-    def run(self, device: str) -> dict[str, Tensor]:
-        place = "cpu" if device == "emulated" else device
-        return {"mask": dropout_mask(self.numel, self.p, self.seed, self.offset, place).cpu()}
+    name = f"dropout/{numel}/{p}/{seed:x}-{offset:x}"
+    return Golden(name, partial(_mask, numel, p, seed, offset), short)
 
 
 # NHWC, NCHW; and NCHW whose planes of 49 elements begin nowhere in particular, one element off.
@@ -62,23 +40,13 @@ def _placed(key: str, place: str, dtype: torch.dtype, device: str) -> Tensor:
     return flat[1:].view(shape).copy_(x)
 
 
-@dataclass(frozen=True)
-class Dropped:
+def dropped(place: str, dtype: torch.dtype) -> Golden:
     """What is dropped, forward and backward, with the mask of one seed and offset."""
+    title = f"dropped/{place}/{NAMES[dtype]}"
 
-    place: str
-    dtype: torch.dtype
-    short: bool = True
-    tolerance: float | None = None
-
-    @property
-    def name(self) -> str:
-        return f"dropped/{self.place}/{NAMES[self.dtype]}"
-
-    def run(self, device: str) -> dict[str, Tensor]:
+    def run(device: str) -> dict[str, Tensor]:
         state = torch.tensor([-12345678901234, 8], device=device)
-        x = _placed(f"{self.name}/x", self.place, self.dtype, device)
-        dy = _placed(f"{self.name}/dy", self.place, self.dtype, device)
+        x, dy = (_placed(f"{title}/{key}", place, dtype, device) for key in ("x", "dy"))
         backward = torch.ops.braze.act_dropout_backward
         results = {
             "plain": _C.dropout_apply(x, state, 0.3, False, False, False),
@@ -90,40 +58,27 @@ class Dropped:
         }
         return {name: tensor.cpu() for name, tensor in results.items()}
 
+    return Golden(title, run, True)
 
-@dataclass(frozen=True)
-class Normed:
+
+def normed(place: str, dtype: torch.dtype, activation: str, join: bool) -> Golden:
     """A forward and backward of act(bn(x)) or act(bn(x) + residual), and a forward in eval()."""
+    title = f"batch_norm/{place}/{'add+' if join else ''}{activation}/{NAMES[dtype]}"
+    # Sums of another order, then rounded: to the next number of the dtype at worst.
+    tolerance = {fp32: 1e-5, fp16: 2.0**-10, bf16: 2.0**-7}[dtype]
 
-    place: str
-    dtype: torch.dtype
-    activation: str
-    join: bool
-    short: bool = True
-
-    @property
-    def name(self) -> str:
-        join = "add+" if self.join else ""
-        return f"batch_norm/{self.place}/{join}{self.activation}/{NAMES[self.dtype]}"
-
-    @property
-    def tolerance(self) -> float:
-        # Sums of another order, then rounded: to the next number of the dtype at worst.
-        return {fp32: 1e-5, fp16: 2.0**-10, bf16: 2.0**-7}[self.dtype]
-
-    def run(self, device: str) -> dict[str, Tensor]:
-        channels = PLACES[self.place][1]
-        norm = BatchNormAct2d(channels, activation=self.activation)
+    def run(device: str) -> dict[str, Tensor]:
+        channels = PLACES[place][1]
+        norm = BatchNormAct2d(channels, activation=activation)
         with torch.no_grad():
             assert norm.weight is not None and norm.bias is not None
-            norm.weight.copy_(values(f"{self.name}/weight", (channels,), fp32).abs() + 0.5)
-            norm.bias.copy_(values(f"{self.name}/bias", (channels,), fp32))
+            norm.weight.copy_(values(f"{title}/weight", (channels,), fp32).abs() + 0.5)
+            norm.bias.copy_(values(f"{title}/bias", (channels,), fp32))
         norm = norm.to(device)
         x, dy, residual = (
-            _placed(f"{self.name}/{key}", self.place, self.dtype, device)
-            for key in ("x", "dy", "residual")
+            _placed(f"{title}/{key}", place, dtype, device) for key in ("x", "dy", "residual")
         )
-        inputs = [x, residual] if self.join else [x]
+        inputs = [x, residual] if join else [x]
         for tensor in inputs:
             tensor.requires_grad_()
         y = norm(*inputs)
@@ -135,22 +90,24 @@ class Normed:
             results["eval"] = norm.eval()(*inputs)
         return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
+    return Golden(title, run, True, tolerance)
 
-def _passes() -> Iterator[Pass]:
+
+def _passes() -> Iterator[Golden]:
     # Around a block's eight lanes, vectors and chunks; every word of key and counter; rare and frequent p.
     for n in (1, 7, 8, 9, 15, 17, 63, 65, 1023, 1025, 65535, 65537):
-        yield Mask(n, 0.5, 1, 0, n < 100)
+        yield mask(n, 0.5, 1, 0, n < 100)
     for p in (0.0, 1e-5, 0.1, 0.9, 0.99999, 1.0):
-        yield Mask(4097, p, 2, 4, p == 0.1)
+        yield mask(4097, p, 2, 4, p == 0.1)
     for seed in (0, 0xFFFFFFFF, 0x100000000, 0xFEDCBA9876543210):
         for offset in (0, 0xFFFFFFFF, 0x100000000, 0x0123456789ABCDEF):
-            yield Mask(1000, 0.3, seed, offset)
+            yield mask(1000, 0.3, seed, offset)
     for place in PLACES:
         for dtype in (fp32, bf16, fp16):
-            yield Dropped(place, dtype)
+            yield dropped(place, dtype)
             for join in (False, True):
-                yield Normed(place, dtype, "relu", join)
-            yield Normed(place, dtype, "silu", False)
+                yield normed(place, dtype, "relu", join)
+            yield normed(place, dtype, "silu", False)
 
 
-PASSES: tuple[Pass, ...] = tuple(_passes())
+PASSES: tuple[Golden, ...] = tuple(_passes())

@@ -43,70 +43,40 @@ class Step:
         return digest(root, SOURCES[self.program])
 
 
-def _words(text: str) -> tuple[str, ...]:
-    """Arguments; "_" stands for a space inside of one."""
-    return tuple(word.replace("_", " ") for word in text.split())
+def _step(name: str, program: str, arguments: str, rehearsal: str, *seconds: float) -> Step:
+    """Arguments as one text; "~" stands for a space inside of one."""
+
+    def words(text: str) -> tuple[str, ...]:
+        return tuple(word.replace("~", " ") for word in text.split())
+
+    return Step(name, program, words(arguments), words(rehearsal), *seconds)
 
 
-_QUICK_NORM = _words("--device cpu --quick --batch 2 --seconds 0 --only bf16_NHWC_relu_N=256")
-_QUICK_OPTIM = _words("--device cpu --seconds 0 --optimizer AdamW --only 1_x_64")
-_QUICK_DROPOUT = _words("--device cpu --seconds 0 --only dropout_1M_bf16")
-_QUICK_MODEL = _words("--model resnet18 --size 32 --batch 1 --seconds 0 --dtype fp32 --layout NHWC")
-_QUICK_TESTS = ("--device", "fake", "--only", "test_dropout_cuda")
+_QUICK = "--device cpu --seconds 0 "
+_NORM = _QUICK + "--quick --batch 2 --only bf16~NHWC~relu~N=256"
+_OPTIM = _QUICK + "--optimizer AdamW --only 1~x~64"
+_DROPOUT = _QUICK + "--only dropout~1M~bf16"
+_MODEL = _QUICK + "--model resnet18 --size 32 --batch 1 --dtype fp32 --layout NHWC"
+_NORMS = "--only bf16~NHWC~relu~N=256 --only bf16~NHWC~add+relu"
+_ADAMW = "--optimizer AdamW --only 1000~x~1024 --only ResNet-50 --only 100M --only groups"
+_DROPOUTS = "--device cuda --seconds 0.5 --only dropout~64M --only relu~64M"
+_INFERENCE = "--device cuda --seconds 3 --only resnet50~N=256"
+_TESTS = "--device fake --only test_dropout_cuda"
 STEPS = (
-    Step("build", "gpu_build", (), ("--device", "cpu"), 80, 1000, 1000),
-    Step(
-        "contact",
-        "golden",
-        ("--device", "cuda", "--short"),
-        _words("--device emulated --short"),
-        20,
-        60,
-    ),
-    Step(
-        "batch norm, headline",
-        "batch_norm_cuda",
-        _words("--only bf16_NHWC_relu_N=256 --only bf16_NHWC_add+relu"),
-        _QUICK_NORM,
-        40,
-        80,
-        40,
-    ),
-    Step(
-        "optimizer, headline",
-        "optim_cuda",
-        _words("--optimizer AdamW --only 1000_x_1024 --only ResNet-50 --only 100M --only groups"),
-        _QUICK_OPTIM,
-        30,
-        60,
-        30,
-    ),
-    Step(
-        "dropout, headline",
-        "dropout",
-        _words("--device cuda --seconds 0.5 --only dropout_64M --only relu_64M"),
-        _QUICK_DROPOUT,
-        15,
-        40,
-        20,
-    ),
-    Step("micro", "micro", (), ("--device", "cpu"), 45, 90, 40),
-    Step(
-        "inference",
-        "infer",
-        _words("--device cuda --seconds 3 --only resnet50_N=256"),
-        _QUICK_MODEL,
-        35,
-        80,
-        60,
-    ),
-    Step("tests", "gpu_tests", (), _QUICK_TESTS, 180, 170, 1e9),
-    Step("memcheck", "sanitize", ("--tool", "memcheck"), ("--device", "cpu"), 80, 120, 240),
+    _step("build", "gpu_build", "", "--device cpu", 80, 1000, 1000),
+    _step("contact", "golden", "--device cuda --short", "--device emulated --short", 20, 60),
+    _step("batch norm, headline", "batch_norm_cuda", _NORMS, _NORM, 40, 80, 40),
+    _step("optimizer, headline", "optim_cuda", _ADAMW, _OPTIM, 30, 60, 30),
+    _step("dropout, headline", "dropout", _DROPOUTS, _DROPOUT, 15, 40, 20),
+    _step("micro", "micro", "", "--device cpu", 45, 90, 40),
+    _step("inference", "infer", _INFERENCE, _MODEL, 35, 80, 60),
+    _step("tests", "gpu_tests", "", _TESTS, 180, 170, 1e9),
+    _step("memcheck", "sanitize", "--tool memcheck", "--device cpu", 80, 120, 240),
     # What is left for a second call.
-    Step("bits", "golden", ("--device", "cuda"), _words("--device emulated --only l1"), 60, 120),
-    Step("batch norm", "batch_norm_cuda", (), _QUICK_NORM, 200, 300, 60),
-    Step("optimizer", "optim_cuda", (), _QUICK_OPTIM, 160, 300, 30),
-    Step("dropout", "dropout", ("--device", "cuda"), _QUICK_DROPOUT, 60, 120, 20),
-    Step("inference, all", "infer", ("--device", "cuda"), _QUICK_MODEL, 60, 120, 60),
-    Step("sanitizers", "sanitize", (), ("--device", "cpu"), 240, 400, 240),
+    _step("bits", "golden", "--device cuda", "--device emulated --only l1", 60, 120),
+    _step("batch norm", "batch_norm_cuda", "", _NORM, 200, 300, 60),
+    _step("optimizer", "optim_cuda", "", _OPTIM, 160, 300, 30),
+    _step("dropout", "dropout", "--device cuda", _DROPOUT, 60, 120, 20),
+    _step("inference, all", "infer", "--device cuda", _MODEL, 60, 120, 60),
+    _step("sanitizers", "sanitize", "", "--device cpu", 240, 400, 240),
 )

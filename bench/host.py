@@ -16,6 +16,7 @@ import braze.optim
 import torch
 from torch.nn import Parameter
 
+from . import table
 from .cells import OPTIONS
 from .files import write_json
 from .rows import count
@@ -54,10 +55,9 @@ def _step(name: str, count: int, size: int) -> Callable[[], Any]:
 def measure(optimizers: list[str], seconds: float, size: int) -> dict[str, Any]:
     """Measures and prints. Microseconds."""
     result: dict[str, Any] = {"build": braze.build_info(), "rows": []}
-    heads = "".join(f"{n:>9}" for n in COUNTS)
-    print(
-        f"host us of one step (minimum), by number of tensors\n{'optimizer':10}{heads}   fit a + b*n (goal)"
-    )
+    counts = " ".join(f"{n}:9.1f" for n in COUNTS)
+    columns = f"optimizer:<10 {counts} fixed_us:10.1f per_tensor_us:15.3f"
+    print(f"host us of one step (minimum), by number of tensors\n{table.header(columns)}")
     for name in optimizers:
         times = interleave({str(n): _step(name, n, size) for n in COUNTS}, seconds)
         # The minimum: what another process does to the host's time says nothing about the step.
@@ -72,12 +72,9 @@ def measure(optimizers: list[str], seconds: float, size: int) -> dict[str, Any]:
             "median_us": {n: times[str(n)].median * 1e6 for n in COUNTS},
         }
         result["rows"].append({**row, "fixed_us": fixed, "per_tensor_us": each, "met": met})
-        figures = "".join(f"{value:9.1f}" for value in least)
-        print(
-            f"{name:10}{figures}   {fixed:.1f} + {each:.3f} n "
-            f"({GOAL_FIXED_US:.0f} + {GOAL_TENSOR_US} n: {'met' if met else 'MISSED'})",
-            flush=True,
-        )
+        verdict = f"goal {GOAL_FIXED_US:g} + {GOAL_TENSOR_US:g} n: {'met' if met else 'MISSED'}"
+        shown = {str(n): us for n, us in zip(COUNTS, least, strict=True)}
+        print(table.line(result["rows"][-1] | shown | {"note": verdict}, columns), flush=True)
     return result
 
 

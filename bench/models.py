@@ -16,66 +16,19 @@ from torch.utils._pytree import tree_leaves
 from .rows import Hopeless
 
 TORCHVISION = (
-    "resnet18",
-    "resnet50",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "vgg11_bn",
-    "vgg16_bn",
-    "googlenet",
-    "inception_v3",
-    "densenet121",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "mobilenet_v3_large",
-    "mnasnet1_0",
-    "shufflenet_v2_x1_0",
-    "efficientnet_b0",
-    "efficientnet_v2_s",
-    "regnet_x_400mf",
-    "regnet_y_400mf",
-    "fcn_resnet50",
-    "deeplabv3_resnet50",
-    "lraspp_mobilenet_v3_large",
-    "r3d_18",
-    "r2plus1d_18",
+    "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11_bn vgg16_bn googlenet inception_v3 densenet121 "
+    "mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet1_0 shufflenet_v2_x1_0 efficientnet_b0 "
+    "efficientnet_v2_s regnet_x_400mf regnet_y_400mf fcn_resnet50 deeplabv3_resnet50 "
+    "lraspp_mobilenet_v3_large r3d_18 r2plus1d_18"
+).split()
+_TIMM = (
+    "resnet26d resnetv2_50 seresnet50 ecaresnet26t skresnet18 resnest14d res2net50_26w_4s resnetrs50 "
+    "repvgg_a0 gernet_s regnety_004 densenet121 dla34 dpn68 hrnet_w18_small cspresnet50 cspdarknet53 "
+    "darknet53 ese_vovnet19b_dw selecsls42b xception41 inception_v4 mobilenetv2_100 mobilenetv3_large_100 "
+    "mobilenetv4_conv_small mobileone_s0 lcnet_050 ghostnet_100 mixnet_s fbnetc_100 rexnet_100 "
+    "efficientnet_lite0 tf_efficientnetv2_b0 hgnet_tiny"
 )
-TIMM = (
-    "timm:resnet26d",
-    "timm:resnetv2_50",
-    "timm:seresnet50",
-    "timm:ecaresnet26t",
-    "timm:skresnet18",
-    "timm:resnest14d",
-    "timm:res2net50_26w_4s",
-    "timm:resnetrs50",
-    "timm:repvgg_a0",
-    "timm:gernet_s",
-    "timm:regnety_004",
-    "timm:densenet121",
-    "timm:dla34",
-    "timm:dpn68",
-    "timm:hrnet_w18_small",
-    "timm:cspresnet50",
-    "timm:cspdarknet53",
-    "timm:darknet53",
-    "timm:ese_vovnet19b_dw",
-    "timm:selecsls42b",
-    "timm:xception41",
-    "timm:inception_v4",
-    "timm:mobilenetv2_100",
-    "timm:mobilenetv3_large_100",
-    "timm:mobilenetv4_conv_small",
-    "timm:mobileone_s0",
-    "timm:lcnet_050",
-    "timm:ghostnet_100",
-    "timm:mixnet_s",
-    "timm:fbnetc_100",
-    "timm:rexnet_100",
-    "timm:efficientnet_lite0",
-    "timm:tf_efficientnetv2_b0",
-    "timm:hgnet_tiny",
-)
+TIMM = [f"timm:{name}" for name in _TIMM.split()]
 _VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18")
 _VIDEO_FRAMES = 4
 _SEGMENTATION = ("fcn_", "deeplabv3_", "lraspp_")

@@ -18,32 +18,19 @@ from torch.nn import Parameter
 
 from . import cuda_clock, optim_cuda, rows, table
 from .cells import CELLS, OPTIONS, Cell
+from .cuda_clock import Step
 from .rows import Work
 from .timing import interleave, stream_bandwidth
 
-TORCH_MODES: dict[str, dict[str, bool]] = {
-    "for-loop": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 COLUMNS = (
     "cell:<22 optimizer:<10 torch_mode:>11 torch_us:11.1f braze_us:11.1f ratio_min:11.2f ratio_median:13.2f "
     "goal:7.2f floor_us:10.1f"
 )
 
 
-def _contenders(cell: Cell, name: str) -> dict[str, Callable[[], Any]]:
-    """All modes over the same parameters and gradients, so that none has the luckier pages."""
-    params = [Parameter(torch.randn(shape, dtype=cell.dtype)) for shape in cell.shapes]
-    for p in params:
-        p.grad = torch.randn_like(p)
-
-    def build(module: Any, **mode: bool) -> Callable[[], Any]:
-        groups: Any = [{"params": [p]} for p in params] if cell.group_each else params
-        step: Callable[[], Any] = getattr(module, name)(groups, **OPTIONS[name], **mode).step
-        return step
-
-    modes = {mode: build(torch.optim, **flags) for mode, flags in TORCH_MODES.items()}
+def _contenders(cell: Cell, name: str) -> dict[str, Step]:
+    build = optim_cuda.builder_of(cell, name, "cpu")
+    modes = {mode: build(torch.optim, **flags) for mode, flags in optim_cuda.TORCH_MODES.items()}
     if name == "SGD" and cell.dtype in (torch.bfloat16, torch.float16) and _fused_sgd_is_broken():
         del modes["fused"]
     return {**modes, "braze": build(braze.optim)}

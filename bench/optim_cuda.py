@@ -6,7 +6,7 @@ import argparse
 import math
 import statistics
 import sys
-import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import braze.optim
@@ -17,6 +17,7 @@ from . import cuda_clock, rows, table
 from .cells import CUDA_CELLS, OPTIONS, Cell
 from .cuda_clock import Clock, Spent, Step
 from .rows import Row, Work, goal
+from .timing import turns
 
 TORCH_MODES: dict[str, dict[str, bool]] = {
     "for-loop": {"foreach": False, "fused": False},
@@ -30,19 +31,27 @@ COPY_GOAL, MODEL_COPY_GOAL = 0.95, 0.85
 LAUNCH_CELLS = 4
 
 
-def contenders(cell: Cell, name: str, device: Clock) -> dict[str, Step]:
-    """All modes over the same parameters and gradients. A mode that fails is left out; its error is printed."""
-    params = [
-        Parameter(torch.randn(shape, device=device.name).to(cell.dtype)) for shape in cell.shapes
-    ]
+def builder_of(cell: Cell, name: str, device: str) -> Callable[..., Step]:
+    """Makes optimizers' steps over the same parameters and gradients, so that none has the luckier pages."""
+
+    def random(shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(cell.dtype)
+
+    params = [Parameter(random(shape)) for shape in cell.shapes]
     for p in params:
-        p.grad = torch.randn(p.shape, device=device.name).to(cell.dtype)
+        p.grad = random(p.shape)
 
     def build(module: Any, **mode: bool) -> Step:
         groups: Any = [{"params": [p]} for p in params] if cell.group_each else params
         step: Step = getattr(module, name)(groups, **OPTIONS[name], **mode).step
         return step
 
+    return build
+
+
+def contenders(cell: Cell, name: str, device: Clock) -> dict[str, Step]:
+    """All modes. One that fails is left out; its error is printed."""
+    build = builder_of(cell, name, device.name)
     capturable = {} if name == "SGD" else {"capturable": True}
     builders: dict[str, Any] = {
         **{mode: lambda f=flags: build(torch.optim, **f) for mode, flags in TORCH_MODES.items()},
@@ -84,19 +93,14 @@ def _rounds(device: Clock, calls: dict[str, Step], seconds: float) -> dict[str, 
     guess = {mode: device.wall(step, 1).wall for mode, step in calls.items()}
     seen: dict[str, list[Spent]] = {mode: [] for mode in calls}
     queued: dict[str, list[Spent]] = {mode: [] for mode in calls}
-    names = list(calls)
-    deadline = time.perf_counter() + seconds
-    round_ = 0
-    while round_ < 3 or (time.perf_counter() < deadline and round_ < 50):
-        turn = round_ % len(names)
-        for mode in names[turn:] + names[:turn]:
+    for order in turns(calls, seconds, 50):
+        for mode in order:
             step, spent = calls[mode], guess[mode]
             step()
             count = max(1, min(100, int(5e-3 / spent)))
             seen[mode].append(device.wall(step, count))
             queued[mode].append(device.queued(step, count, 1.5 * count * spent + 2e-4))
             guess[mode] = seen[mode][-1].wall
-        round_ += 1
     return {
         mode: {
             "wall_us": _figure(_median([s.wall for s in seen[mode]])),
@@ -104,9 +108,9 @@ def _rounds(device: Clock, calls: dict[str, Step], seconds: float) -> dict[str, 
             "busy_us": _figure(_median([s.device for s in seen[mode]])),
             "device_us": _figure(_median([s.device for s in queued[mode]])),
             "host_us": _figure(_median([s.host for s in queued[mode]])),
-            "rounds": round_,
+            "rounds": len(seen[mode]),
         }
-        for mode in names
+        for mode in calls
     }
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from braze import _nvcc
 
 from . import cuda_clock, rows
 from .rows import Row, Work
@@ -23,12 +24,12 @@ CONTROL_S, BRAZE_S = 30, 240
 
 
 def find_tool(name: str) -> str | None:
-    """In the toolkit's own folder, else on PATH (where a wrapper may lie)."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        path = Path(home or "/nonexistent") / "bin" / name
-        if os.access(path, os.X_OK):
-            return str(path)
-    return shutil.which(name)
+    """In the folder of the toolkit that braze is compiled with, else on PATH."""
+    try:
+        folder = str(_nvcc.find(torch.version.cuda or "").nvcc.parent)
+    except _nvcc.ToolkitError:
+        folder = ""
+    return shutil.which(name, path=folder) or shutil.which(name)
 
 
 def errors_reported(text: str) -> int | None:

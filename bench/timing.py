@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,17 @@ class Times:
     median: float
 
 
+def turns(names: Iterable[str], seconds: float, most: float = math.inf) -> Iterator[list[str]]:
+    """The names in an order that rotates, for about ``seconds``; thrice at least, ``most`` times at most."""
+    order = list(names)
+    deadline = time.perf_counter() + seconds
+    count = 0
+    while count < 3 or (time.perf_counter() < deadline and count < most):
+        yield order
+        order = order[1:] + order[:1]
+        count += 1
+
+
 def interleave(
     calls: Mapping[str, Callable[[], object]], seconds: float, block: float = 2e-3
 ) -> dict[str, Times]:
@@ -29,12 +41,9 @@ def interleave(
     Returns:
         Minimum and median of the single calls, by name.
     """
-    names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 3 or time.perf_counter() < deadline:
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for order in turns(calls, seconds):
+        for name in order:
             call = calls[name]
             call()
             spent = 0.0
@@ -44,7 +53,6 @@ def interleave(
                 elapsed = time.perf_counter() - start
                 samples[name].append(elapsed)
                 spent += elapsed
-        rounds += 1
     return {name: Times(min(s), statistics.median(s)) for name, s in samples.items()}
 
 
