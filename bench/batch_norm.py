@@ -32,7 +32,7 @@ from .batch_norm_cases import (
     summed,
 )
 from .rows import Row, Work
-from .timing import interleave, stream_bandwidth
+from .timing import interleave, ratios, stream_bandwidth
 
 # Ratio of the sums over all layers at N = 8 with 2 threads; no layer may be slower than torch.
 GOALS = {
@@ -58,18 +58,14 @@ def measure(
     case: Case, layer: Layer, direction: str, seconds: float, bandwidth: float
 ) -> dict[str, Any]:
     times = interleave(contenders(case, layer, direction, "cpu"), seconds)
-    ours, theirs = times["braze"], times["torch"]
     return {
         "case": case.name,
         "direction": direction,
         "layer": layer.name,
         "count": layer.count,
-        "torch_us": theirs.minimum * 1e6,
-        "braze_us": ours.minimum * 1e6,
-        "torch_median_us": theirs.median * 1e6,
-        "braze_median_us": ours.median * 1e6,
-        "ratio_min": theirs.minimum / ours.minimum,
-        "ratio_median": theirs.median / ours.median,
+        **ratios(times),
+        "torch_median_us": times["torch"].median * 1e6,
+        "braze_median_us": times["braze"].median * 1e6,
         "floor_us": case.bytes_moved(layer, direction) / bandwidth * 1e6,
     }
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .rows import Hopeless
+from .timing import turns
 
 Step = Callable[[], Any]
 NAN = float("nan")
@@ -197,6 +199,40 @@ class Rehearsal:
 
 
 Clock = Cuda | Rehearsal
+
+
+def _us(
+    values: Iterable[float], of: Callable[[list[float]], float] = statistics.median
+) -> float | None:
+    """Microseconds for JSON, which has no nan."""
+    known = [value for value in values if not math.isnan(value)]
+    return of(known) * 1e6 if known else None
+
+
+def measure(device: Clock, calls: dict[str, Step], seconds: float) -> dict[str, dict[str, Any]]:
+    """Microseconds of contenders in turns: end to end and, with steps queued, on the device and the host."""
+    guess = {name: device.wall(step, 1).wall for name, step in calls.items()}
+    seen: dict[str, list[Spent]] = {name: [] for name in calls}
+    queued: dict[str, list[Spent]] = {name: [] for name in calls}
+    for order in turns(calls, seconds, 50):
+        for name in order:
+            step, spent = calls[name], guess[name]
+            step()
+            count = max(1, min(100, int(5e-3 / spent)))
+            seen[name].append(device.wall(step, count))
+            queued[name].append(device.queued(step, count, 1.5 * count * spent + 2e-4))
+            guess[name] = seen[name][-1].wall
+    return {
+        name: {
+            "wall_us": _us(s.wall for s in seen[name]),
+            "wall_min_us": _us((s.wall for s in seen[name]), min),
+            "busy_us": _us(s.device for s in seen[name]),
+            "device_us": _us(s.device for s in queued[name]),
+            "host_us": _us(s.host for s in queued[name]),
+            "rounds": len(seen[name]),
+        }
+        for name in calls
+    }
 
 
 def prepare(arguments: argparse.Namespace) -> None:

@@ -7,8 +7,6 @@ speed of a copy).
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,7 @@ from torch.nn import functional as theirs
 from . import cuda_clock, rows, table
 from .cuda_clock import Cuda
 from .rows import Row, Work, goal
-from .timing import interleave, stream_bandwidth
+from .timing import interleave, ratios, stream_bandwidth
 
 Call = Callable[[Tensor], Tensor]
 
@@ -114,45 +112,25 @@ def cells(device: str) -> list[Cell]:
     ]
 
 
-def _on_cuda(cell: Cell, device: Cuda, seconds: float) -> dict[str, Any]:
-    """Microseconds end to end and, with calls queued, on the device; medians of interleaved rounds."""
-    calls = cell.calls("cuda")
-    for call in calls.values():
-        call()
-    guess = {name: device.wall(call, 3).wall for name, call in calls.items()}
-    walls: dict[str, list[float]] = {name: [] for name in calls}
-    busy: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(min(50, max(3, int(seconds / (20 * sum(guess.values())))))):
-        for name, call in calls.items():
-            walls[name].append(device.wall(call, 10).wall)
-            busy[name].append(device.queued(call, 10, 15 * guess[name] + 2e-4).device)
-    wall = {name: statistics.median(times) for name, times in walls.items()}
-    known = [seconds for seconds in busy["braze"] if not math.isnan(seconds)]
-    on_device = statistics.median(known) if known else wall["braze"]
-    return {
-        "torch_us": wall["torch"] * 1e6,
-        "braze_us": wall["braze"] * 1e6,
-        "device_us": on_device * 1e6,
-        "ratio_min": min(walls["torch"]) / min(walls["braze"]),
-        "ratio_median": wall["torch"] / wall["braze"],
-        "gb_s": cell.bytes_moved / on_device / 1e9,
-    }
-
-
 def measure(cell: Cell, device: Cuda | None, bandwidth: float, seconds: float, row: Row) -> None:
     """One row."""
     floor = row["floor_us"] = cell.bytes_moved / bandwidth * 1e6
     if device is None:
-        times = interleave(cell.calls("cpu"), seconds)
-        row.update(
-            torch_us=times["torch"].minimum * 1e6,
-            braze_us=times["braze"].minimum * 1e6,
-            ratio_min=times["torch"].minimum / times["braze"].minimum,
-            ratio_median=times["torch"].median / times["braze"].median,
-            goal=OPERATIONS[cell.operation].goals[cell.both],
-        )
+        row.update(ratios(interleave(cell.calls("cpu"), seconds)))
+        row["goal"] = OPERATIONS[cell.operation].goals[cell.both]
         return
-    row.update(_on_cuda(cell, device, seconds), copy_gb_s=bandwidth / 1e9)
+    times = cuda_clock.measure(device, cell.calls("cuda"), seconds)
+    ours, theirs = times["braze"], times["torch"]
+    on_device = ours["device_us"] or ours["wall_us"]
+    row.update(
+        torch_us=theirs["wall_us"],
+        braze_us=ours["wall_us"],
+        device_us=on_device,
+        ratio_min=theirs["wall_min_us"] / ours["wall_min_us"],
+        ratio_median=theirs["wall_us"] / ours["wall_us"],
+        gb_s=cell.bytes_moved / on_device / 1e3,
+        copy_gb_s=bandwidth / 1e9,
+    )
     row["of_copy"] = share = floor / row["device_us"]
     if cell.numel == max(ELEMENTS["cuda"]) and not cell.both:
         text = f"{cell.name}: at least {COPY_GOAL} of a copy"

@@ -20,7 +20,7 @@ from . import cuda_clock, optim_cuda, rows, table
 from .cells import CELLS, OPTIONS, Cell
 from .cuda_clock import Step
 from .rows import Work
-from .timing import interleave, stream_bandwidth
+from .timing import interleave, ratios, stream_bandwidth
 
 COLUMNS = (
     "cell:<22 optimizer:<10 torch_mode:>11 torch_us:11.1f braze_us:11.1f ratio_min:11.2f ratio_median:13.2f "
@@ -50,15 +50,11 @@ def _measure(cell: Cell, name: str, seconds: float, bandwidth: float) -> dict[st
     probe = interleave({mode: calls[mode] for mode in torch_modes}, 0.0)
     best = min(torch_modes, key=lambda mode: probe[mode].minimum)
     times = interleave({best: calls[best], "braze": calls["braze"]}, seconds)
-    ours, theirs = times["braze"], times[best]
     return {
         "cell": cell.name,
         "optimizer": name,
         "torch_mode": best,
-        "torch_us": theirs.minimum * 1e6,
-        "braze_us": ours.minimum * 1e6,
-        "ratio_min": theirs.minimum / ours.minimum,
-        "ratio_median": theirs.median / ours.median,
+        **ratios(times, best),
         "goal": cell.goal_sgd if name == "SGD" else cell.goal_adam,
         "floor_us": cell.bytes_moved(name) / bandwidth * 1e6,
     }

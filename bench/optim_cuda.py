@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +13,8 @@ from torch.nn import Parameter
 
 from . import cuda_clock, rows, table
 from .cells import CUDA_CELLS, OPTIONS, Cell
-from .cuda_clock import Clock, Spent, Step
+from .cuda_clock import Clock, Step
 from .rows import Row, Work, goal
-from .timing import turns
 
 TORCH_MODES: dict[str, dict[str, bool]] = {
     "for-loop": {"foreach": False, "fused": False},
@@ -79,41 +76,6 @@ def bytes_needed(cell: Cell) -> int:
     return cell.bytes * (2 + 2 * 7 + 4) + 2 * 4 * cell.numel
 
 
-def _median(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else float("nan")
-
-
-def _figure(seconds: float) -> float | None:
-    """Microseconds for JSON, which has no nan."""
-    return None if math.isnan(seconds) else seconds * 1e6
-
-
-def _rounds(device: Clock, calls: dict[str, Step], seconds: float) -> dict[str, Any]:
-    guess = {mode: device.wall(step, 1).wall for mode, step in calls.items()}
-    seen: dict[str, list[Spent]] = {mode: [] for mode in calls}
-    queued: dict[str, list[Spent]] = {mode: [] for mode in calls}
-    for order in turns(calls, seconds, 50):
-        for mode in order:
-            step, spent = calls[mode], guess[mode]
-            step()
-            count = max(1, min(100, int(5e-3 / spent)))
-            seen[mode].append(device.wall(step, count))
-            queued[mode].append(device.queued(step, count, 1.5 * count * spent + 2e-4))
-            guess[mode] = seen[mode][-1].wall
-    return {
-        mode: {
-            "wall_us": _figure(_median([s.wall for s in seen[mode]])),
-            "wall_min_us": _figure(min(s.wall for s in seen[mode])),
-            "busy_us": _figure(_median([s.device for s in seen[mode]])),
-            "device_us": _figure(_median([s.device for s in queued[mode]])),
-            "host_us": _figure(_median([s.host for s in queued[mode]])),
-            "rounds": len(seen[mode]),
-        }
-        for mode in calls
-    }
-
-
 def goals(cell: Cell, name: str, modes: dict[str, Any], bandwidth: float) -> list[dict[str, Any]]:
     """The goals that this row has."""
     found = []
@@ -156,7 +118,7 @@ def measure(
         )
         return
     moved = cell.bytes_moved(name)
-    modes = row["modes"] = _rounds(device, contenders(cell, name, device), seconds)
+    modes = row["modes"] = cuda_clock.measure(device, contenders(cell, name, device), seconds)
     if "braze" not in modes:
         raise RuntimeError("braze's step failed; the log has its error")
     ours = modes["braze"]

@@ -56,6 +56,17 @@ def interleave(
     return {name: Times(min(s), statistics.median(s)) for name, s in samples.items()}
 
 
+def ratios(times: Mapping[str, Times], best: str = "torch") -> dict[str, float]:
+    """Least microseconds of ``best`` and braze, and how much faster braze is."""
+    ours, theirs = times["braze"], times[best]
+    return {
+        "torch_us": theirs.minimum * 1e6,
+        "braze_us": ours.minimum * 1e6,
+        "ratio_min": theirs.minimum / ours.minimum,
+        "ratio_median": theirs.median / ours.median,
+    }
+
+
 def stream_bandwidth(megabytes: int = 256, seconds: float = 1.0) -> float:
     """Bytes per second of ``y += x`` with torch's threads, two reads and a write: the yardstick for floors.
 
