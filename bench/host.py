@@ -9,22 +9,23 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import braze.optim
 import torch
 from torch.nn import Parameter
 
-from . import table
+from . import rows, table
 from .cells import OPTIONS
-from .files import write_json
-from .rows import count
+from .rows import Row, Work
 from .sources import find_root
 from .timing import interleave
 
 COUNTS = (1, 10, 100, 1000)
 GOAL_FIXED_US, GOAL_TENSOR_US = 10.0, 0.03
+COLUMNS = (
+    f"optimizer:<10 {' '.join(f'{n}:9.1f' for n in COUNTS)} fixed_us:10.1f per_tensor_us:15.3f"
+)
 
 
 def fit(counts: list[int], times: list[float]) -> tuple[float, float]:
@@ -52,43 +53,35 @@ def _step(name: str, count: int, size: int) -> Callable[[], Any]:
     return step
 
 
-def measure(optimizers: list[str], seconds: float, size: int) -> dict[str, Any]:
-    """Measures and prints. Microseconds."""
-    result: dict[str, Any] = {"build": braze.build_info(), "rows": []}
-    counts = " ".join(f"{n}:9.1f" for n in COUNTS)
-    columns = f"optimizer:<10 {counts} fixed_us:10.1f per_tensor_us:15.3f"
-    print(f"host us of one step (minimum), by number of tensors\n{table.header(columns)}")
-    for name in optimizers:
-        times = interleave({str(n): _step(name, n, size) for n in COUNTS}, seconds)
-        # The minimum: what another process does to the host's time says nothing about the step.
-        least = [times[str(n)].minimum * 1e6 for n in COUNTS]
-        fixed, each = fit(list(COUNTS), least)
-        # Every count: a relative fit hardly sees a jump at the last one.
-        goals = [GOAL_FIXED_US + GOAL_TENSOR_US * n for n in COUNTS]
-        met = all(us <= goal for us, goal in zip(least, goals, strict=True))
-        row = {
-            "optimizer": name,
-            "min_us": dict(zip(COUNTS, least, strict=True)),
-            "median_us": {n: times[str(n)].median * 1e6 for n in COUNTS},
-        }
-        result["rows"].append({**row, "fixed_us": fixed, "per_tensor_us": each, "met": met})
-        verdict = f"goal {GOAL_FIXED_US:g} + {GOAL_TENSOR_US:g} n: {'met' if met else 'MISSED'}"
-        shown = {str(n): us for n, us in zip(COUNTS, least, strict=True)}
-        print(table.line(result["rows"][-1] | shown | {"note": verdict}, columns), flush=True)
-    return result
+def measure(name: str, seconds: float, size: int, row: Row) -> None:
+    """One row. Microseconds."""
+    times = interleave({str(n): _step(name, n, size) for n in COUNTS}, seconds)
+    # The minimum: what another process does to the host's time says nothing about the step.
+    row["min_us"] = {str(n): times[str(n)].minimum * 1e6 for n in COUNTS}
+    row["median_us"] = {str(n): times[str(n)].median * 1e6 for n in COUNTS}
+    least = list(row["min_us"].values())
+    row["fixed_us"], row["per_tensor_us"] = fit(list(COUNTS), least)
+    # Every count: a relative fit hardly sees a jump at the last one.
+    goals = [GOAL_FIXED_US + GOAL_TENSOR_US * n for n in COUNTS]
+    row["met"] = all(us <= goal for us, goal in zip(least, goals, strict=True))
+    row["optimizer"] = name
+
+
+def line(row: Row) -> str:
+    verdict = f"goal {GOAL_FIXED_US:g} + {GOAL_TENSOR_US:g} n: {'met' if row['met'] else 'MISSED'}"
+    return (
+        table.line(row | row["min_us"] | {"note": verdict}, COLUMNS) if row["ok"] else row["note"]
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--optimizer", choices=[*OPTIONS, "all"], default="all")
-    add("--seconds", type=float, default=2.0, help="per optimizer (default 2)")
-    add("--size", type=int, default=64, help="elements of a tensor (default 64)")
-    add("--threads", type=count, default=1, help="that look at the gradients (default 1)")
-    add("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--optimizer", choices=[*OPTIONS, "all"], default="all")
+    parser.add_argument("--size", type=int, default=64, help="elements of a tensor (default 64)")
+    rows.add_options(parser, (), 2.0, "optimizer")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0; 1 where the emulated device is missing."""
+    """Returns :func:`rows.run`'s code; 1 where the emulated device is missing."""
     try:
         emulated = load_emulated()
         emulated.set_null_launch(True)
@@ -100,15 +93,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 1
     threads = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads or 1)
     emulated.enable(True)
+    print(f"host us of one step (minimum), by number of tensors\n{table.header(COLUMNS)}")
+
+    def work(name: str) -> Work:
+        return Work(name, lambda row: measure(name, arguments.seconds, arguments.size, row))
+
+    names = list(OPTIONS) if arguments.optimizer == "all" else [arguments.optimizer]
     try:
-        names = list(OPTIONS) if arguments.optimizer == "all" else [arguments.optimizer]
-        result = measure(names, arguments.seconds, arguments.size)
+        return rows.run(map(work, names), arguments, {"build": braze.build_info()}, line)
     finally:
         emulated.enable(False)
         torch.set_num_threads(threads)
         emulated.set_null_launch(False)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
-    return 0

@@ -24,7 +24,7 @@ EXPLICIT = ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
 
 
 class ToolkitError(RuntimeError):
-    """No usable nvcc, or a list of architectures that means nothing; the text says how to mend it."""
+    """Nothing can be compiled, or it did not compile; the text says why and how to mend it."""
 
 
 @dataclass(frozen=True)

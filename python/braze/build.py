@@ -31,10 +31,7 @@ from braze import _build, _nvcc
 SOURCES = Path(_build.__file__ or "").parent / "csrc"
 LIBRARY = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 Log = Callable[[str], None]
-
-
-class BuildError(RuntimeError):
-    """The kernels were not built; the text says why and what to do."""
+BuildError = _nvcc.ToolkitError
 
 
 def _sources() -> list[Path]:
@@ -56,15 +53,8 @@ def _digest() -> str:
 
 def key() -> str:
     """The name of this build's folder in the cache: equal names mean interchangeable builds."""
-    names = "_".join(_architectures()).replace("-real", "").replace("-virtual", "v")
+    names = "_".join(_nvcc.architectures()).replace("-real", "").replace("-virtual", "v")
     return f"{_stem()}-{names}-{_digest()}"
-
-
-def _architectures() -> list[str]:
-    try:
-        return _nvcc.architectures()
-    except _nvcc.ToolkitError as error:
-        raise BuildError(str(error)) from error
 
 
 def cache_root() -> Path:
@@ -197,7 +187,7 @@ def commands(folder: Path, toolkit: _nvcc.Toolkit) -> tuple[list[list[str]], lis
         "-std=c++20",
         *(word for folder in includes for word in ("-isystem", str(folder))),
     ]
-    nvcc = [str(toolkit.nvcc), *common, *_nvcc.gencode(_architectures()), *_build.NVCC_FLAGS]
+    nvcc = [str(toolkit.nvcc), *common, *_nvcc.gencode(_nvcc.architectures()), *_build.NVCC_FLAGS]
     nvcc += ["-ccbin", cxx[0], "-Xcompiler=-fPIC,-fvisibility=hidden"]
     host = [*cxx, *common, *_build.CXX_FLAGS, "-fPIC", "-fvisibility=hidden"]
     calls, objects = [], []
@@ -221,14 +211,11 @@ def commands(folder: Path, toolkit: _nvcc.Toolkit) -> tuple[list[list[str]], lis
 
 
 def _compile(folder: Path, log: Log, failure_log: Path) -> None:
-    try:
-        toolkit = _nvcc.find(torch.version.cuda or "")
-    except _nvcc.ToolkitError as error:
-        raise BuildError(str(error)) from error
+    toolkit = _nvcc.find(torch.version.cuda or "")
     calls, link = commands(folder, toolkit)
     log(
         f"braze: compiling {len(calls)} files with {toolkit.nvcc} (CUDA {toolkit.release}) for "
-        f"{' '.join(_architectures())}"
+        f"{' '.join(_nvcc.architectures())}"
     )
 
     def run(call: list[str]) -> tuple[int, str]:
@@ -261,7 +248,7 @@ def _compile(folder: Path, log: Log, failure_log: Path) -> None:
     record = {
         "nvcc": f"{toolkit.nvcc} {toolkit.release}",
         "compiler": host.splitlines()[0] if host else link[0],
-        "architectures": _architectures(),
+        "architectures": _nvcc.architectures(),
         "seconds": round(seconds, 1),
     }
     (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -17,20 +17,9 @@ from braze.nn import functional
 __all__ = ["FusionError", "check_same"]
 
 # Relative, of the whole tensor: in fp64 only the order of sums differs.
-_WIDE = 1e-6
-_OWN = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
-_DROPOUTS = frozenset(
-    function
-    for library in (F, functional)
-    for function in (
-        library.dropout,
-        library.dropout1d,
-        library.dropout2d,
-        library.dropout3d,
-        library.alpha_dropout,
-        library.feature_alpha_dropout,
-    )
-)
+_LIMITS = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
+_NAMES = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout".split()
+_DROPOUTS = frozenset(getattr(library, name) for library in (F, functional) for name in _NAMES)
 
 
 class FusionError(RuntimeError):
@@ -107,7 +96,6 @@ def _compare(
     after: nn.Module,
     example: Any,
     training: bool,
-    tolerance: Callable[[torch.dtype], float],
     run: Callable[[nn.Module, Any, bool], Iterator[tuple[str, Tensor]]],
 ) -> None:
     expected = dict(run(before, copy.deepcopy(example), training))
@@ -128,7 +116,7 @@ def _compare(
         if "gradient" in name:
             size = max(size, 1e-6 * scale)
         error = _norm(other.double() - tensor.double())
-        limit = tolerance(tensor.dtype)
+        limit = _LIMITS[tensor.dtype]
         if not error <= limit * size + 1e-12:
             raise FusionError(
                 f"{name} differs by {error / max(size, 1e-300):.3g} (relative) after fusing; up to "
@@ -159,11 +147,7 @@ def check_same(before: nn.Module, after: nn.Module, example: Any) -> None:
     copies = [copy.deepcopy(before), copy.deepcopy(after)]
     for model in copies:
         _without_dropout(model)
-    _compare(copies[0], copies[1], example, False, lambda dtype: _OWN[dtype], _own_results)
+    _compare(copies[0], copies[1], example, False, _own_results)
     wide = [model.double() for model in copies]
     for training in (True, False):
-        _compare(wide[0], wide[1], _double(example), training, _limit, _results)
-
-
-def _limit(dtype: torch.dtype) -> float:
-    return max(_WIDE, _OWN[dtype]) if dtype != torch.float64 else _WIDE
+        _compare(wide[0], wide[1], _double(example), training, _results)
