@@ -1,8 +1,6 @@
 """``python -m bench NAME``: a checkout's benchmarks with the braze that can be imported."""
 
-from braze.__main__ import main
-
-from . import COMMANDS
+from . import COMMANDS, command
 
 if __name__ == "__main__":
-    raise SystemExit(main(package="bench", commands=COMMANDS))
+    raise SystemExit(command.main(None, "bench", COMMANDS))

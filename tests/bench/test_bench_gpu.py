@@ -260,6 +260,15 @@ def test_a_built_module_travels(checkout: Path, monkeypatch: pytest.MonkeyPatch)
     assert not gpu_build.unpack(checkout, wanted)
 
 
+def test_the_build_needs_no_braze() -> None:
+    code = "import runpy, sys; sys.modules['braze'] = None; runpy.run_module('bench')"
+    code = code.replace("'bench'", "'bench', run_name='__main__', alter_sys=True")
+    for program, fails in (("gpu_build", False), ("golden", True)):
+        command = [sys.executable, "-c", code, program, "--help"]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert ("braze" in run.stderr) == (run.returncode != 0) == fails, run.stderr
+
+
 def test_an_archive_cannot_write_elsewhere(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / gpu_build.ARCHIVE, "w:gz") as archive:
         archive.add(__file__, arcname="../escaped")
@@ -308,8 +317,8 @@ def test_pytest_leaves_rows(tmp_path: Path) -> None:
     code = (
         "import sys, bench.gpu_tests as t, pathlib\n"
         f"t.find_root = lambda start: pathlib.Path({str(tmp_path)!r})\n"
-        "from braze.__main__ import main\n"
-        "sys.exit(main(['gpu_tests', *sys.argv[1:]], 'bench', {'gpu_tests': ''}))"
+        "from bench import command\n"
+        "sys.exit(command.main(['gpu_tests', *sys.argv[1:]], 'bench', {'gpu_tests': ''}))"
     )
     command = [sys.executable, "-c", code, "--jobs", "2", "--rows", "--skip-file", str(skip)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}

@@ -16,7 +16,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from braze import demo
-from braze.__main__ import Command, main
+from braze.__main__ import main
+from braze.bench.command import Command
 from braze.demo import data as demo_data
 from braze.demo import sides as demo_sides
 from braze.demo.models import ARCHITECTURES, build
