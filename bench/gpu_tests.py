@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
     ]
     if not files:
         return 0
-    os.environ["BRAZE_TEST_DEVICE"] = arguments.device
+    os.environ |= {"BRAZE_TEST_DEVICE": arguments.device, "BRAZE_TEST_ALL": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     options = ["-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-v", "--tb=short"]
     options += ["-o", f"faulthandler_timeout={HANGS_S}", f"--rootdir={tests.parent}"]

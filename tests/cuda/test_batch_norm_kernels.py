@@ -10,7 +10,7 @@ from pathlib import Path
 
 import emulator_build as build
 import pytest
-from test_emulated_kernels import FLAGS, KERNELS, expect_silence, run
+from test_emulated_kernels import FLAGS, KERNELS, compiled_again, expect_silence, run
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
 
@@ -39,10 +39,12 @@ def test_every_schedule() -> None:
     assert "10 schedules" in output
 
 
+@compiled_again
 def test_other_compiler() -> None:
     expect_silence(norm_program("clang"), "--small", BRAZE_EMULATOR_ORDER="pct")
 
 
+@compiled_again
 def test_asan() -> None:
     program = norm_program("asan")
     expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="random")
@@ -51,6 +53,7 @@ def test_asan() -> None:
     assert "batch_norm_units.cuh" in output, output
 
 
+@compiled_again
 def test_msan() -> None:
     program = norm_program("msan")
     expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="reverse")
@@ -58,6 +61,7 @@ def test_msan() -> None:
     assert status != 0 and "MemorySanitizer: use-of-uninitialized-value" in output, output
 
 
+@compiled_again
 @pytest.mark.parametrize("mode", ["A", "B"])
 def test_tsan(mode: str) -> None:
     program = norm_program("tsan")

@@ -10,7 +10,10 @@ from test_batch_norm_kernels import FEW_BLOCKS, norm_program
 from test_emulated_kernels import run
 from test_kernel_mutants import barriers_unnoticed, mutants, mutated_sources, survivors_of
 
-pytestmark = pytest.mark.cpu_only("is about the emulator")
+pytestmark = [
+    pytest.mark.cpu_only("is about the emulator"),
+    pytest.mark.slow("hundreds of runs of kernels with a fault"),
+]
 
 UNITS, GRID, LAST_BLOCK = "batch_norm_units.cuh", "batch_norm_grid.cu", "last_block.cuh"
 STATISTICS, APPLY = "batch_norm_statistics.cuh", "batch_norm_apply.cuh"

@@ -14,7 +14,10 @@ import pytest
 from test_dropout_kernels import program, run
 from test_kernel_mutants import HEADER
 
-pytestmark = pytest.mark.cpu_only("is about the emulator")
+pytestmark = [
+    pytest.mark.cpu_only("is about the emulator"),
+    pytest.mark.slow("hundreds of runs of kernels with a fault"),
+]
 
 KERNELS, LAUNCH = "cuda/dropout_kernels.cuh", "cuda/dropout_launch.cu"
 PLAN = "plan/dropout.h"

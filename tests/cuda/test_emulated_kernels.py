@@ -16,6 +16,7 @@ import emulator_build as build
 import pytest
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
+compiled_again = pytest.mark.slow("compiles all kernels once more")
 
 KERNELS = build.EMULATOR / "kernels"
 CUDA = build.ROOT / "csrc" / "cuda"
@@ -106,10 +107,12 @@ def test_every_schedule() -> None:
     assert "10 schedules" in output
 
 
+@compiled_again
 def test_other_compiler() -> None:
     expect_silence(kernels_program("clang"), "--small", BRAZE_EMULATOR_ORDER="pct")
 
 
+@compiled_again
 def test_other_machine() -> None:
     tests = (
         "general_steps",
@@ -121,6 +124,7 @@ def test_other_machine() -> None:
     expect_silence(kernels_program("aarch64"), "--small", *tests)
 
 
+@compiled_again
 def test_asan() -> None:
     program = kernels_program("asan")
     expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="random")
@@ -129,6 +133,7 @@ def test_asan() -> None:
     assert "elements.cuh" in output or "optimizer_kernels.cuh" in output, output
 
 
+@compiled_again
 def test_msan() -> None:
     program = kernels_program("msan")
     expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="reverse")
@@ -136,6 +141,7 @@ def test_msan() -> None:
     assert status != 0 and "MemorySanitizer: use-of-uninitialized-value" in output, output
 
 
+@compiled_again
 @pytest.mark.parametrize("mode", ["A", "B"])
 def test_tsan(mode: str) -> None:
     program = kernels_program("tsan")

@@ -13,6 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
 
+again = pytest.mark.slow("compiles the emulator once more")
 CONTROLS = emulator_build.EMULATOR / "controls"
 ORDERS = ("inorder", "reverse", "random", "pct")
 
@@ -30,7 +31,9 @@ def check(program: Path, environment: dict[str, str]) -> None:
     assert ", 0 failed" in done.stdout and not done.stdout.startswith("0 checks"), done.stdout
 
 
-@pytest.mark.parametrize("variant", ["native", "clang", "asan", "aarch64"])
+@pytest.mark.parametrize(
+    "variant", ["native", *(pytest.param(v, marks=again) for v in ("clang", "asan", "aarch64"))]
+)
 @pytest.mark.parametrize("name", ["language", "rules", "runtime"])
 def test_every_order(name: str, variant: str) -> None:
     program = built(name, variant)
@@ -45,6 +48,7 @@ def test_preemption_at_atomics() -> None:
         check(program, {"BRAZE_EMULATOR_ORDER": order, "BRAZE_EMULATOR_YIELD": "0.3"})
 
 
+@again
 @pytest.mark.parametrize("mode", ["A", "B"])
 def test_no_false_race(mode: str) -> None:
     program = built("language", "tsan")

@@ -17,7 +17,10 @@ import emulator_build as build
 import pytest
 from test_emulated_kernels import FEW_BLOCKS, kernels_program, run
 
-pytestmark = pytest.mark.cpu_only("is about the emulator")
+pytestmark = [
+    pytest.mark.cpu_only("is about the emulator"),
+    pytest.mark.slow("hundreds of runs of kernels with a fault"),
+]
 
 KERNELS_FILE, ELEMENTS = "optimizer_kernels.cuh", "elements.cuh"
 TABLE, LAUNCH, ZEROS = "device_table.cu", "optimizer_launch.cu", "zeros.cu"

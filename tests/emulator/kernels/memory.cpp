@@ -1,15 +1,10 @@
 // Counts the memory requests of the kernels: here the optimizers', and of kernels whose figures are
 // known.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
+#include "memory.h"
+
 #include <vector>
 
-#include "cuda/device.cuh"
 #include "cuda/optimizer_launch.h"
-#include "emulator/control.h"
-#include "emulator/hooks.h"
 
 namespace {
 
@@ -31,41 +26,22 @@ __global__ void vector_kernel(const float* in, float* out) {
   cuda::store16(out + 4 * threadIdx.x, cuda::load16(in + 4 * threadIdx.x));
 }
 
-void* device_memory(size_t bytes) {
-  void* memory = nullptr;
-  if (cudaMalloc(&memory, bytes) != cudaSuccess) abort();
-  memset(memory, 0, bytes);
-  return memory;
-}
-
-template <class Launch>
-void count(const char* name, Launch launch) {
-  emulator::count_memory(true);
-  const cudaError_t error = launch();
-  emulator::count_memory(false);
-  if (error != cudaSuccess) {
-    printf("%s: %s\n", name, cudaGetErrorString(error));
-    exit(1);
-  }
-  emulator::print_memory_counts(name);
-}
-
 // One tensor of one chunk and a half, `phase` elements off 16 bytes.
 TensorWork tensor(DType dtype, DType state, int phase) {
   constexpr int64_t kElements = 12288;
-  const auto operand = [&](DType of) {
-    const size_t size = of == DType::f64 ? 8 : of == DType::f32 ? 4 : 2;
-    auto* memory = static_cast<char*>(device_memory((kElements + 8) * size));
-    return Operand{memory + static_cast<size_t>(phase) * size, nullptr, of};
+  const auto operand = [&](const char* name, DType of) {
+    const size_t size = size_of(of);
+    return Operand{device_memory(name, kElements * size, static_cast<size_t>(phase) * size),
+                   nullptr, of};
   };
   TensorWork work;
   work.numel = kElements;
   work.is_double = dtype == DType::f64;
-  work.param = operand(dtype);
-  work.grad = operand(dtype);
+  work.param = operand("param", dtype);
+  work.grad = operand("grad", dtype);
   work.sum.dtype = dtype;
-  work.state[0] = operand(state);
-  work.state[1] = operand(state);
+  work.state[0] = operand("state0", state);
+  work.state[1] = operand("state1", state);
   return work;
 }
 
@@ -92,13 +68,12 @@ void count_steps() {
     const std::vector<TensorWork> work = {tensor(c.dtype, c.state, c.phase)};
     const std::string name = c.name;
     cuda::StepLauncher launcher;
-    count(("adam_" + name).c_str(), [&] { return launcher.adam_step({work, 1}, adam, nullptr); });
-    count(("sgd_" + name).c_str(), [&] { return launcher.sgd_step({work, 2}, sgd, nullptr); });
-    count(("fold_" + name).c_str(),
-          [&] { return launcher.fold_gradients({work, 3}, fold, nullptr); });
+    count("adam_" + name, [&] { return launcher.adam_step({work, 1}, adam, nullptr); });
+    count("sgd_" + name, [&] { return launcher.sgd_step({work, 2}, sgd, nullptr); });
+    count("fold_" + name, [&] { return launcher.fold_gradients({work, 3}, fold, nullptr); });
   }
   std::vector<TensorWork> work = {tensor(DType::f32, DType::f32, 0)};
-  work[0].step = {device_memory(4), nullptr, DType::f32};
+  work[0].step = {device_memory("step", 4), nullptr, DType::f32};
   cuda::StepLauncher launcher;
   count("adam_device", [&] { return launcher.adam_step({work, 1}, {on_device}, {}, nullptr); });
 }
@@ -106,10 +81,11 @@ void count_steps() {
 }  // namespace
 
 void count_batch_norm();
+void count_dropout();
 
 int main() {
-  auto* in = static_cast<float*>(device_memory(4096));
-  auto* out = static_cast<float*>(device_memory(4096));
+  auto* in = reinterpret_cast<float*>(device_memory("in", 4096));
+  auto* out = reinterpret_cast<float*>(device_memory("out", 4096));
   const dim3 square(32, 32);
   count("control_strided",
         [&] { return BRAZE_LAUNCH(strided_kernel, 1, 32, 0, nullptr, in, out); });
@@ -120,5 +96,6 @@ int main() {
         [&] { return BRAZE_LAUNCH((transpose_kernel<33>), 1, square, 0, nullptr, in, out); });
   count_steps();
   count_batch_norm();
+  count_dropout();
   return 0;
 }
