@@ -2,6 +2,7 @@
 // of the whole list in turn, look the tensor up, and stream through it 16 bytes at a time.
 // Formulas: math/optimizer.h.
 #pragma once
+#include "../math/hook.h"
 #include "elements.cuh"
 #include "last_block.cuh"
 
@@ -17,7 +18,7 @@ struct AdamOp {
   static constexpr int kStates = 3;
 
   static __device__ __forceinline__ bool reads(uint32_t flags, int k) {
-    return k < 2 || (flags & kAmsgrad);
+    return k < 2 || BRAZE_HOOK(reads_maximum, flags & kAmsgrad);
   }
   static __device__ __forceinline__ bool writes(uint32_t flags, int k) { return reads(flags, k); }
 
@@ -37,7 +38,7 @@ struct SgdOp {
 
   // A first buffer is never read: it may hold anything.
   static __device__ __forceinline__ bool reads(uint32_t flags, int) {
-    return (flags & (kHasMomentum | kFirst)) == kHasMomentum;
+    return BRAZE_HOOK(reads_momentum, (flags & (kHasMomentum | kFirst)) == kHasMomentum);
   }
   static __device__ __forceinline__ bool writes(uint32_t flags, int) {
     return flags & kHasMomentum;
@@ -83,7 +84,7 @@ __device__ __forceinline__ void update_at(const Operands& t,
   const auto store = [&](int column, const Pack& pack) {
     Access::store(t.data[column], t.dtype(column), positions[column], pack);
   };
-  const uint32_t flags = kPlain ? t.flags & ~kAmsgrad : t.flags;
+  const uint32_t flags = kPlain ? BRAZE_HOOK(plain_flags, t.flags & ~kAmsgrad) : t.flags;
   const bool has_grad = kPlain || t.data[kGrad] != nullptr;
   const bool has_sum = !kPlain && Op::kUpdatesParam && t.data[kSum] != nullptr;
   Pack param = {}, grad = {}, sum = {}, state[Op::kStates] = {};
@@ -105,7 +106,9 @@ __device__ __forceinline__ void update_at(const Operands& t,
     if constexpr (Op::kUpdatesParam) {
       if (has_sum) {
         const T total = Access::get(sum, j);
-        g = has_grad ? accumulate_gradient(total, g, a.fold_weight, T(1), false) : total;
+        g = BRAZE_HOOK(grad_and_sum, has_grad)
+                ? accumulate_gradient(total, g, a.fold_weight, T(1), false)
+                : total;
       }
     }
     Op::update(p, g, own, a, flags);
@@ -126,7 +129,8 @@ template <class Op, class Access, class T, bool kPlain>
 __device__ __forceinline__ void update_vectors(const Operands& t, int64_t first, int count,
                                                const typename Op::template Args<T>& a) {
 #pragma unroll 1
-  for (int v = static_cast<int>(threadIdx.x); v < count; v += kBlockThreads) {
+  for (int v = static_cast<int>(threadIdx.x); v < BRAZE_HOOK(vector_end, count);
+       v += kBlockThreads) {
     const int64_t i = first + v * Access::kCount;
     const int64_t positions[kNumColumns] = {i, i, i, i, i, i};
     update_at<Op, Access, T, kPlain>(t, positions, a);
@@ -148,9 +152,9 @@ __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, i
   if (t.dims == nullptr && (!kWide || common == static_cast<int>(DType::f64))) {
     width = common == kMixed ? Mixed<T>::kCount : 16 >> log2_size(static_cast<DType>(common));
     const int phase = t.vector_phase(begin, width);
-    if (phase >= 0) {
+    if (BRAZE_HOOK(has_phase, phase >= 0)) {
       head = min((width - phase) & (width - 1), size);
-      count = (size - head) / width;
+      count = BRAZE_HOOK(vector_count, (size - head) / width);
     }
   }
   const int64_t first = begin + head;
@@ -167,8 +171,9 @@ __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, i
   }
   const int vectorised = count * width;
 #pragma unroll 1
-  for (int k = static_cast<int>(threadIdx.x); k < size - vectorised; k += kBlockThreads) {
-    const int64_t i = begin + k + (k < head ? 0 : vectorised);
+  for (int k = BRAZE_HOOK(single_begin, static_cast<int>(threadIdx.x));
+       k < BRAZE_HOOK(single_end, size - vectorised); k += kBlockThreads) {
+    const int64_t i = begin + k + (k < BRAZE_HOOK(head_end, head) ? 0 : vectorised);
     int64_t positions[kNumColumns] = {i, i, i, i, i, i};
     if constexpr (!kPlain) t.locate(i, positions);
     update_at<Op, Single<T>, T, kPlain>(t, positions, a);
@@ -185,9 +190,9 @@ __device__ __forceinline__ const char* section(const StepArgument& argument, uin
 // The tensor that `chunk` belongs to: the last one that does not begin after it.
 __device__ __forceinline__ int find_tensor(const TensorEntry* entries, int count, int64_t chunk) {
   int low = 0, high = count;
-  while (high - low > 1) {
+  while (BRAZE_HOOK(candidates, high - low) > 1) {
     const int middle = (low + high) / 2;
-    if (entries[middle].first_chunk <= chunk) {
+    if (entries[middle].first_chunk <= BRAZE_HOOK(wanted_chunk, chunk)) {
       low = middle;
     } else {
       high = middle;
@@ -206,7 +211,7 @@ __device__ __forceinline__ Operands make_operands(const StepArgument& argument,
   t.dims = kPlain || entry.dims < 0
                ? nullptr
                : reinterpret_cast<const int64_t*>(section(argument, argument.dims)) +
-                     (entry.dims - argument.dims_begin);
+                     (entry.dims - BRAZE_HOOK(dims_begin, argument.dims_begin));
   t.ndim = entry.ndim;
   t.dtypes = entry.dtypes | ((now.flags >> kGradDtypeShift) & 3u) << (2 * kGrad);
   t.flags = now.flags;
@@ -260,10 +265,11 @@ __device__ __forceinline__ DType step_dtype(const TensorEntry& entry) {
 // Counts on: by the last block to finish, so that every block has read the old value.
 __device__ inline void advance_steps(const StepArgument& argument, bool skipped) {
   if (argument.blocks_done == nullptr) return;
-  if (!is_last_block(argument.blocks_done, gridDim.x)) return;
-  if (skipped) return;
+  if (BRAZE_HOOK(not_last, !is_last_block(argument.blocks_done, gridDim.x))) return;
+  if (BRAZE_HOOK(skipped, skipped)) return;
   const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
-  for (int i = static_cast<int>(threadIdx.x); i < argument.num_tensors; i += kBlockThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < BRAZE_HOOK(counted_tensors, argument.num_tensors);
+       i += BRAZE_HOOK(tensor_stride, kBlockThreads)) {
     const TensorEntry& entry = entries[i];
     if (entry.step == nullptr) continue;
     Single<double>::store(entry.step, step_dtype(entry), 0,
@@ -289,17 +295,18 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
     const int i = find_tensor(entries, argument.num_tensors, chunk);
     const TensorEntry& entry = entries[i];
     const Operands t = make_operands<kPlain>(argument, entry, now[i]);
-    const int64_t begin = (chunk - entry.first_chunk) * kChunkElements;
-    const int64_t end = min(begin + kChunkElements, entry.numel);
+    const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
+    const int64_t end = min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel));
     const uint32_t hyper = now[i].hyper;
     if (!kPlain && entry.is_double) {
       using Args = typename Op::template Args<double>;
-      const char* args =
-          section(argument, argument.wide_hypers) + (hyper - argument.wide_hypers_begin);
+      const char* args = section(argument, argument.wide_hypers) +
+                         (hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin));
       update_chunk<Op, double, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
     } else {
       using Args = typename Op::template Args<float>;
-      const char* args = section(argument, argument.hypers) + (hyper - argument.hypers_begin);
+      const char* args = section(argument, argument.hypers) +
+                         (hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin));
       update_chunk<Op, float, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
     }
   }
@@ -313,7 +320,8 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
   BRAZE_SHARED(Prepared<Op>, prepared, 1);
   const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
   const auto* now = reinterpret_cast<const TensorNow*>(section(argument, argument.now));
-  const bool skipped = argument.found_inf != nullptr && *argument.found_inf != 0.0f;
+  const bool skipped =
+      argument.found_inf != nullptr && BRAZE_HOOK(found_inf, *argument.found_inf) != 0.0f;
   uint32_t prepared_hyper = 0;
   double prepared_step = -1;
   const int64_t chunk_end = skipped ? argument.chunk_begin : argument.chunk_end;
@@ -324,23 +332,25 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
         section(argument, argument.hypers) + (now[i].hyper - argument.hypers_begin));
     const double step =
         entry.step == nullptr ? step_of(hyper) : read_scalar(entry.step, step_dtype(entry)) + 1;
-    if (prepared_hyper != now[i].hyper || prepared_step != step) {
+    if (BRAZE_HOOK(other_hyper, prepared_hyper != now[i].hyper) ||
+        BRAZE_HOOK(other_step, prepared_step != step)) {
       prepared_hyper = now[i].hyper;
       prepared_step = step;
       __syncthreads();  // the block is through with the arguments of its previous chunk
       if (threadIdx.x == 0) {
         const double scale = argument.grad_scale == nullptr ? 1.0 : *argument.grad_scale;
-        const auto args = make_args(hyper, 1 / scale, step);
+        const auto args = make_args(hyper, BRAZE_HOOK(inverse_scale, 1 / scale), step);
         prepared[0].d = args;
         prepared[0].f = round_args<float>(args);
-        prepared[0].penalty = args.l2 != 0 || args.l1 != 0 ? kPenalty : 0u;
+        prepared[0].penalty =
+            BRAZE_HOOK(has_l2, args.l2 != 0) || BRAZE_HOOK(has_l1, args.l1 != 0) ? kPenalty : 0u;
       }
       __syncthreads();
     }
     Operands t = make_operands<kPlain>(argument, entry, now[i]);
-    t.flags |= prepared[0].penalty;
-    const int64_t begin = (chunk - entry.first_chunk) * kChunkElements;
-    const int64_t end = min(begin + kChunkElements, entry.numel);
+    t.flags |= BRAZE_HOOK(penalty, prepared[0].penalty);
+    const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
+    const int64_t end = min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel));
     if (!kPlain && entry.is_double) {
       update_chunk<Op, double, kPlain>(t, begin, end, prepared[0].d);
     } else {

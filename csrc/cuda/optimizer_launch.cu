@@ -3,6 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../math/hook.h"
 #include "optimizer_kernels.cuh"
 #include "optimizer_launch.h"
 #include "zeros.h"
@@ -87,7 +88,9 @@ cudaError_t StepLauncher::resident_blocks(Kernel kernel, int64_t& blocks) {
 
 template <class Op>
 void StepLauncher::make_entries(const StepWork& work) {
-  if (generation_ == work.generation && algorithm_ == kAlgorithm<Op>) return;
+  if (BRAZE_HOOK(same_generation, generation_ == work.generation) &&
+      BRAZE_HOOK(same_algorithm, algorithm_ == kAlgorithm<Op>))
+    return;
   generation_ = work.generation;
   algorithm_ = kAlgorithm<Op>;
   entries_.clear();
@@ -107,7 +110,7 @@ void StepLauncher::make_entries(const StepWork& work) {
       if (!used || columns[c]->data == nullptr) continue;
       entry.data[c] = columns[c]->data;
       entry.dtypes |= static_cast<uint16_t>(static_cast<int>(columns[c]->dtype) << (2 * c));
-      plain = plain && c != kSum && columns[c]->dtype == t.param.dtype;
+      plain = plain && BRAZE_HOOK(column_is_read, c != kSum) && columns[c]->dtype == t.param.dtype;
     }
     entry.step = t.step.data;
     entry.step_is_double = t.step.dtype == DType::f64;
@@ -159,7 +162,8 @@ void StepLauncher::make_now(const StepWork& work, const std::vector<Hyper>& hype
     const uint32_t dtype = static_cast<uint32_t>(t.grad.dtype);
     now_[i] = {t.grad.data, static_cast<uint32_t>(hyper * hyper_size(i)),
                flags | dtype << kGradDtypeShift};
-    plain_ = plain_ && plain_dtype_[i] == dtype && t.grad.data != nullptr && !(flags & kAmsgrad);
+    plain_ = plain_ && plain_dtype_[i] == dtype && t.grad.data != nullptr &&
+             BRAZE_HOOK(no_maximum, !(flags & kAmsgrad));
   }
 }
 
@@ -231,7 +235,9 @@ void StepLauncher::place(size_t first, size_t count, bool capturing) {
     return bytes;
   };
   const bool all_fit = total(0, 5) <= kArgumentBytes, changing_fit = total(0, 3) <= kArgumentBytes;
-  const size_t resident_from = all_fit || capturing ? 5 : changing_fit ? 3 : 0;
+  const size_t resident_from = BRAZE_HOOK(all_resident, all_fit || capturing) ? 5
+                               : changing_fit                                 ? 3
+                                                                              : 0;
   char* image = table_.image(total(resident_from, 5));
   size_t in_argument = 0, in_image = 0;
   for (size_t s = 0; s < sections.size(); ++s) {
@@ -249,13 +255,14 @@ cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale sca
                                        cudaStream_t stream) {
   place(first, count, capturing);
   int64_t chunks = argument_.chunk_end - argument_.chunk_begin;
-  if (chunks <= 0 && !(kOnDevice && has_steps_)) return cudaSuccess;
+  if (chunks <= 0 && BRAZE_HOOK(counts_nothing, !(kOnDevice && has_steps_))) return cudaSuccess;
   argument_.grad_scale = scale.grad_scale;
   argument_.found_inf = scale.found_inf;
   argument_.blocks_done = kOnDevice && has_steps_ ? blocks_done_ : nullptr;
   const bool resident = (argument_.entries & kResident) != 0;
   if (resident) {
-    if (const cudaError_t error = table_.upload(stream); error != cudaSuccess) return error;
+    if (const cudaError_t error = BRAZE_HOOK(upload, table_.upload(stream)); error != cudaSuccess)
+      return error;
   }
   argument_.resident = table_.device();
   const auto run = [&](auto kernel) {
@@ -263,7 +270,8 @@ cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale sca
     if (const cudaError_t error = resident_blocks(kernel, blocks); error != cudaSuccess) {
       return error;
     }
-    const unsigned int grid = static_cast<unsigned int>(std::clamp<int64_t>(chunks, 1, blocks));
+    const unsigned int grid =
+        static_cast<unsigned int>(std::clamp<int64_t>(BRAZE_HOOK(chunks, chunks), 1, blocks));
     return BRAZE_LAUNCH(kernel, grid, kBlockThreads, 0, stream, argument_);
   };
   cudaError_t error;
@@ -290,7 +298,7 @@ cudaError_t StepLauncher::launch(const StepWork& work, const std::vector<Hyper>&
   }
   const bool capturing = status != cudaStreamCaptureStatusNone;
   if (kOnDevice && has_steps_ && blocks_done_ == nullptr) {
-    if (capturing) return cudaErrorStreamCaptureUnsupported;
+    if (BRAZE_HOOK(capturing, capturing)) return cudaErrorStreamCaptureUnsupported;
     if (const cudaError_t error = take_zeros(1, &blocks_done_); error != cudaSuccess) {
       return error;
     }
@@ -308,8 +316,9 @@ cudaError_t StepLauncher::launch(const StepWork& work, const std::vector<Hyper>&
       range.end = std::max(range.end, now_[end].hyper + static_cast<uint32_t>(hyper_size(end)));
       bytes += sizeof(TensorNow) + sizeof(TensorEntry) + dims_bytes(end, 1);
       size_t hypers = 0;
-      for (const HyperRange& r : ranges) hypers += r.end == 0 ? 0 : r.end - r.begin;
-      if (bytes + hypers > kArgumentBytes && end > first) break;
+      for (const HyperRange& r : ranges)
+        hypers += BRAZE_HOOK(hyper_bytes, r.end == 0 ? 0 : r.end - r.begin);
+      if (BRAZE_HOOK(argument_full, bytes + hypers > kArgumentBytes && end > first)) break;
     }
     const cudaError_t error = launch_range<Op, kOnDevice>(first, end - first, scale, true, stream);
     if (error != cudaSuccess) return error;

@@ -5,29 +5,21 @@ The programs are in tests/emulator/batch_norm; BRAZE_EMULATOR_SEED chooses their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import emulator_build as build
 import pytest
-from test_emulated_kernels import FLAGS, KERNELS, compiled_again, expect_silence, run
+from test_emulated_kernels import CUDA, KERNELS, build_kernels, compiled_again, expect_silence, run
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
 
 NORM = build.EMULATOR / "batch_norm"
-CUDA = build.ROOT / "csrc" / "cuda"
 
 
-def norm_program(
-    variant: str, cuda: Path = CUDA, name: str = "batch_norm", include: Sequence[Path] = ()
-) -> Path:
-    if (reason := build.have(variant)) is not None:
-        pytest.skip(reason)
+def norm_program(variant: str, faults: bool = False) -> Path:
     sources = [*sorted(NORM.glob("*.cpp")), KERNELS / "harness.cpp", KERNELS / "intercept.cpp"]
-    sources += sorted(cuda.glob("batch_norm_*.cu"))
-    return build.build_program(
-        name, sources, variant, include=(*include, NORM, KERNELS), flags=FLAGS
-    )
+    sources += sorted(CUDA.glob("batch_norm_*.cu"))
+    return build_kernels("batch_norm", sources, variant, faults)
 
 
 # Few blocks, so that TSan can tell all threads of a launch apart.

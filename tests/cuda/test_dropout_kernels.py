@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-import emulator_build as build
 import pytest
-from test_emulated_kernels import CUDA, FLAGS, KERNELS, compiled_again, expect_silence, run
+from test_emulated_kernels import CUDA, KERNELS, build_kernels, compiled_again, expect_silence, run
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
 
@@ -16,20 +14,10 @@ SOURCE = KERNELS / "dropout_tests.cpp"
 TESTS = tuple(re.findall(r"^TEST\((dropout_\w+)\)", SOURCE.read_text(), re.MULTILINE))
 
 
-def program(
-    variant: str, cuda: Path = CUDA, name: str = "dropout", include: Sequence[Path] = ()
-) -> Path:
+def program(variant: str, faults: bool = False) -> Path:
     """Dropout's tests alone: an edit of another kernel does not rebuild them under six compilers."""
-    if (reason := build.have(variant)) is not None:
-        pytest.skip(reason)
     sources = [KERNELS / "harness.cpp", KERNELS / "intercept.cpp", SOURCE]
-    return build.build_program(
-        name,
-        [*sources, cuda / "dropout_launch.cu"],
-        variant,
-        include=(*include, KERNELS, KERNELS / "include"),
-        flags=FLAGS,
-    )
+    return build_kernels("dropout", [*sources, CUDA / "dropout_launch.cu"], variant, faults)
 
 
 def test_every_schedule() -> None:

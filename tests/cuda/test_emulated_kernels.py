@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ compiled_again = pytest.mark.slow("compiles all kernels once more")
 KERNELS = build.EMULATOR / "kernels"
 CUDA = build.ROOT / "csrc" / "cuda"
 FLAGS = ("-include", str(KERNELS / "intercept.h"))
+FAULTS = ("-include", str(KERNELS / "faults.h"))
 SEED = os.environ.get("BRAZE_EMULATOR_SEED", "1")
 
 # Few blocks, so that TSan can tell all threads of a launch apart.
@@ -49,17 +51,20 @@ def together() -> Path:
     return source
 
 
-def kernels_program(
-    variant: str, cuda: Path = CUDA, name: str = "kernels", include: Sequence[Path] = ()
-) -> Path:
+def build_kernels(name: str, sources: Sequence[Path], variant: str, faults: bool) -> Path:
+    """A program of tests; with `faults`, of kernels that can have one (test_kernel_faults.py)."""
     if (reason := build.have(variant)) is not None:
         pytest.skip(reason)
+    name, flags = (f"{name}_faults", FAULTS) if faults else (name, ())
+    include = (KERNELS, KERNELS / "include")
+    return build.build_program(name, sources, variant, include=include, flags=(*flags, *FLAGS))
+
+
+def kernels_program(variant: str, faults: bool = False) -> Path:
     sources = [together(), KERNELS / "intercept.cpp", KERNELS / "reference.cpp"]
     # Not every operation: each has a program of its own.
-    sources += [cuda / f"{name}.cu" for name in ("device_table", "optimizer_launch", "zeros")]
-    return build.build_program(
-        name, sources, variant, include=(*include, KERNELS, KERNELS / "include"), flags=FLAGS
-    )
+    sources += [CUDA / f"{name}.cu" for name in ("device_table", "optimizer_launch", "zeros")]
+    return build_kernels("kernels", sources, variant, faults)
 
 
 # In the order of the tests.
@@ -153,3 +158,9 @@ def test_tsan(mode: str) -> None:
         program, "--small", "device_counts_general", BRAZE_EMULATOR_DROP_BARRIER=site, **env
     )
     assert status != 0 and "WARNING: ThreadSanitizer: data race" in output, output
+
+
+def test_no_asm_elsewhere() -> None:
+    files = (p for p in (build.ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    found = [p.name for p in files if re.search(r"\basm\s+(volatile\s*)?\(|\basm\(", p.read_text())]
+    assert found == ["ptx.cuh"]

@@ -117,8 +117,9 @@ def test_rejected_calls_change_nothing(op: Op, wrong: Wrong) -> None:
     checks.check_rejected(op, wrong)
 
 
+@pytest.mark.slow("every operation for every instruction set")
 @pytest.mark.cpu_only("compares CPU threads and instruction sets")
-@cases(FP32, BF16, choose=lambda op: op.large)
+@cases(choose=lambda op: op.large)
 def test_same_bits(op: Op, sample: Sample, dtype: torch.dtype) -> None:
     checks.check_bits(op, sample, dtype)
 
