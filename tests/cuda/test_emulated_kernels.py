@@ -161,6 +161,8 @@ def test_tsan(mode: str) -> None:
 
 
 def test_no_asm_elsewhere() -> None:
-    files = (p for p in (build.ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    files = (
+        p for p in (build.ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")
+    )
     found = [p.name for p in files if re.search(r"\basm\s+(volatile\s*)?\(|\basm\(", p.read_text())]
     assert found == ["ptx.cuh"]
