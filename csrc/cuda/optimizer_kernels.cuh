@@ -342,8 +342,7 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
         const auto args = make_args(hyper, BRAZE_HOOK(inverse_scale, 1 / scale), step);
         prepared[0].d = args;
         prepared[0].f = round_args<float>(args);
-        prepared[0].penalty =
-            BRAZE_HOOK(has_l2, args.l2 != 0) || BRAZE_HOOK(has_l1, args.l1 != 0) ? kPenalty : 0u;
+        prepared[0].penalty = BRAZE_HOOK(has_l2, args.l2 != 0) || args.l1 != 0 ? kPenalty : 0u;
       }
       __syncthreads();
     }
