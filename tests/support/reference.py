@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,12 +87,16 @@ def adam_step(
     return result.to(p.dtype), rounded
 
 
+STEPS: dict[str, Callable[..., tuple[Tensor, State]]] = {
+    "sgd": lambda *args, step, **flags: sgd_step(*args, **flags),
+    "adam": adam_step,
+}
+
+
 def optimizer_step(
     kind: str, p: Tensor, g: Tensor, state: State, arithmetic: torch.dtype, step: int, flags: Flags
 ) -> tuple[Tensor, State]:
-    if kind == "sgd":
-        return sgd_step(p, g, state, arithmetic, **flags)
-    return adam_step(p, g, state, arithmetic, step=step, **flags)
+    return STEPS[kind](p, g, state, arithmetic, step=step, **flags)
 
 
 def magnitudes(
