@@ -16,9 +16,10 @@ OPTIONS: dict[str, dict[str, float]] = {
     "SGD": {"lr": 1e-3, "momentum": 0.9},
     "Adam": {"lr": 1e-3},
     "AdamW": {"lr": 1e-3},
+    "RMSprop": {"lr": 1e-3},
 }
 # Reads and writes of one parameter element, in elements: p, g and the state.
-ELEMENTS_MOVED = {"SGD": 5, "Adam": 7, "AdamW": 7}
+ELEMENTS_MOVED = {"SGD": 5, "Adam": 7, "AdamW": 7, "RMSprop": 5}
 
 TORCH_MODES: dict[str, dict[str, bool]] = {
     "for-loop": {"foreach": False, "fused": False},

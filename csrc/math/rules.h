@@ -2,6 +2,7 @@
 #pragma once
 #include "adam.h"
 #include "fold.h"
+#include "rmsprop.h"
 #include "sgd.h"
 
 namespace braze {
@@ -25,6 +26,6 @@ struct RuleList {
   }
 };
 
-using Rules = RuleList<Adam, Sgd, Fold>;
+using Rules = RuleList<Adam, Sgd, Fold, Rmsprop>;
 
 }  // namespace braze

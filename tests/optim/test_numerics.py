@@ -46,9 +46,16 @@ ADAM_FLAGS: list[Flags] = [
     {"betas": (0.0, 0.9)},
     {"betas": (0.5, 0.0), "eps": 1e-2},
 ]
-CLASSES: dict[str, Any] = {"sgd": optim.SGD, "adam": optim.Adam}
+RMSPROP_FLAGS: list[Flags] = [
+    {},
+    {"centered": True},
+    {"momentum": 0.9, "maximize": True},
+    {"momentum": 0.9, "centered": True, "weight_decay": 0.01, "l1": 0.02, "alpha": 0.9},
+]
+CLASSES: dict[str, Any] = {"sgd": optim.SGD, "adam": optim.Adam, "rmsprop": optim.RMSprop}
 CASES = [("sgd", dict(flags, lr=0.1)) for flags in SGD_FLAGS]
 CASES += [("adam", dict(flags, lr=0.01)) for flags in ADAM_FLAGS]
+CASES += [("rmsprop", dict(flags, lr=0.01)) for flags in RMSPROP_FLAGS]
 
 
 def case_id(value: Any) -> str:
@@ -226,6 +233,7 @@ COMPLEX_CASES: list[tuple[str, Flags]] = [
     ("Adam", {"lr": 0.01, "weight_decay": 0.01}),
     ("Adam", {"lr": 0.01, "amsgrad": True, "maximize": True}),
     ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+    ("RMSprop", {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "centered": True}),
 ]
 
 

@@ -25,6 +25,10 @@ def _effective_gradient(
     return g
 
 
+def _rounded(new: State, state: State, p: Tensor) -> State:
+    return {k: v.to(state[k].dtype if k in state else p.dtype) for k, v in new.items()}
+
+
 def sgd_step(
     p: Tensor,
     g: Tensor,
@@ -81,15 +85,68 @@ def adam_step(
     denominator = largest.sqrt() / (1 - betas[1] ** step) ** 0.5 + eps
     decayed = wide * (1 - lr * weight_decay) if decoupled else wide
     result = decayed - lr / (1 - betas[0] ** step) * (first / denominator)
-    rounded = {
-        key: value.to(state[key].dtype if key in state else p.dtype) for key, value in new.items()
-    }
-    return result.to(p.dtype), rounded
+    return result.to(p.dtype), _rounded(new, state, p)
+
+
+def _rmsprop_step(
+    p: Tensor,
+    g: Tensor,
+    state: State,
+    arithmetic: torch.dtype,
+    *,
+    step: int,
+    lr: float,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+    maximize: bool = False,
+    l1: float = 0.0,
+) -> tuple[Tensor, State]:
+    wide = p.to(arithmetic)
+    grad = _effective_gradient(wide, g.to(arithmetic), weight_decay, l1, maximize)
+    old = {key: value.to(arithmetic) for key, value in state.items() if key != "step"}
+    zero = torch.zeros_like(wide)
+    second = alpha * old.get("square_avg", zero) + (1 - alpha) * grad * grad
+    new = {"square_avg": second}
+    if centered:
+        average = new["grad_avg"] = alpha * old.get("grad_avg", zero) + (1 - alpha) * grad
+        second = (second - average * average).clamp(min=0)
+    direction = grad / (second.sqrt() + eps)
+    if momentum:
+        direction = direction + momentum * old.get("momentum_buffer", zero)
+        new["momentum_buffer"] = direction
+    return (wide - lr * direction).to(p.dtype), _rounded(new, state, p)
+
+
+def _rmsprop_magnitudes(
+    p: Tensor, g: Tensor, state: State, step: int, flags: Flags
+) -> tuple[Tensor, State]:
+    wide = {key: value.double() for key, value in state.items() if key != "step"}
+    plain = {k: flags[k] for k in flags.keys() & {"lr", "alpha", "weight_decay", "l1"}}
+    absolute = {key: value.abs() for key, value in wide.items()}
+    args = p.double().abs(), g.double().abs(), absolute, torch.float64
+    _, moments = _rmsprop_step(*args, step=step, centered=True, **plain)
+    alpha, zero = flags.get("alpha", 0.99), torch.zeros_like(args[0])
+    gradient = (moments["grad_avg"] - alpha * absolute.get("grad_avg", zero)) / (1 - alpha)
+    _, true = _rmsprop_step(p.double(), g.double(), wide, torch.float64, step=step, **flags)
+    second, condition = true["square_avg"], torch.ones_like(zero)
+    if flags.get("centered"):
+        square = true["grad_avg"] ** 2
+        condition = 1 + (second + square) / (second - square).clamp(min=1e-300)
+        second = (second - square).clamp(min=0)
+    direction = gradient / (second.sqrt() + flags.get("eps", 1e-8)) * condition
+    momentum = flags.get("momentum", 0.0)
+    direction = direction + momentum * absolute.get("momentum_buffer", zero)
+    moments["momentum_buffer"] = direction
+    return args[0] + flags["lr"] * direction, moments
 
 
 STEPS: dict[str, Callable[..., tuple[Tensor, State]]] = {
     "sgd": lambda *args, step, **flags: sgd_step(*args, **flags),
     "adam": adam_step,
+    "rmsprop": _rmsprop_step,
 }
 
 
@@ -104,6 +161,8 @@ def magnitudes(
 ) -> tuple[Tensor, State]:
     """In fp64, the sums of the absolute values of the terms that one step adds up: what rounding
     errors are relative to when terms cancel."""
+    if kind == "rmsprop":
+        return _rmsprop_magnitudes(p, g, state, step, flags)
     wide = {key: value.double().abs() for key, value in state.items() if key != "step"}
     plain = dict(flags, maximize=False)
     p, g = p.double().abs(), g.double().abs()

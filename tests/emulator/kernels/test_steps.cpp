@@ -85,6 +85,12 @@ const std::vector<Options> kSgd = {{.penalty = false},
                                    {.momentum = true, .nesterov = true},
                                    {.penalty = true, .momentum = true, .nesterov = true}};
 
+const std::vector<Options> kRmsprop = {{},
+                                       {.penalty = true},
+                                       {.momentum = true},
+                                       {.centered = true},
+                                       {.penalty = true, .momentum = true, .centered = true}};
+
 // Two steps, so that the second works on what the first wrote.
 template <class Rule>
 void check(const std::vector<Spec>& specs, const Options& options) {
@@ -142,11 +148,13 @@ std::vector<Spec> strided_specs(bool many) {
 TEST(plain_steps) {
   for (const Options& options : kAdam) check<Adam>(make_specs(kUniform, false), options);
   for (const Options& options : kSgd) check<Sgd>(make_specs(kUniform, false), options);
+  for (const Options& options : kRmsprop) check<Rmsprop>(make_specs(kUniform, false), options);
 }
 
 TEST(general_steps) {
   for (const Options& options : kAdam) check<Adam>(make_specs(kGeneral, true), options);
   for (const Options& options : kSgd) check<Sgd>(make_specs(kGeneral, true), options);
+  for (const Options& options : kRmsprop) check<Rmsprop>(make_specs(kGeneral, true), options);
   check<Fold>(make_specs(kGeneral, false), {});
 }
 
