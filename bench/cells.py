@@ -17,9 +17,10 @@ OPTIONS: dict[str, dict[str, float]] = {
     "Adam": {"lr": 1e-3},
     "AdamW": {"lr": 1e-3},
     "RMSprop": {"lr": 1e-3},
+    "Lion": {"lr": 1e-4},
 }
 # Reads and writes of one parameter element, in elements: p, g and the state.
-ELEMENTS_MOVED = {"SGD": 5, "Adam": 7, "AdamW": 7, "RMSprop": 5}
+ELEMENTS_MOVED = {"SGD": 5, "Adam": 7, "AdamW": 7, "RMSprop": 5, "Lion": 5}
 
 TORCH_MODES: dict[str, dict[str, bool]] = {
     "for-loop": {"foreach": False, "fused": False},

@@ -2,6 +2,7 @@
 #pragma once
 #include "adam.h"
 #include "fold.h"
+#include "lion.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
@@ -26,6 +27,6 @@ struct RuleList {
   }
 };
 
-using Rules = RuleList<Adam, Sgd, Fold, Rmsprop>;
+using Rules = RuleList<Adam, Sgd, Fold, Rmsprop, Lion>;
 
 }  // namespace braze

@@ -52,10 +52,21 @@ RMSPROP_FLAGS: list[Flags] = [
     {"momentum": 0.9, "maximize": True},
     {"momentum": 0.9, "centered": True, "weight_decay": 0.01, "l1": 0.02, "alpha": 0.9},
 ]
-CLASSES: dict[str, Any] = {"sgd": optim.SGD, "adam": optim.Adam, "rmsprop": optim.RMSprop}
+LION_FLAGS: list[Flags] = [
+    {},
+    {"weight_decay": 0.1, "maximize": True},
+    {"l1": 0.02, "betas": (0.5, 0.9)},
+]
+CLASSES: dict[str, Any] = {
+    "sgd": optim.SGD,
+    "adam": optim.Adam,
+    "rmsprop": optim.RMSprop,
+    "lion": optim.Lion,
+}
 CASES = [("sgd", dict(flags, lr=0.1)) for flags in SGD_FLAGS]
 CASES += [("adam", dict(flags, lr=0.01)) for flags in ADAM_FLAGS]
 CASES += [("rmsprop", dict(flags, lr=0.01)) for flags in RMSPROP_FLAGS]
+CASES += [("lion", dict(flags, lr=0.01)) for flags in LION_FLAGS]
 
 
 def case_id(value: Any) -> str:

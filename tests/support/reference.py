@@ -143,10 +143,52 @@ def _rmsprop_magnitudes(
     return args[0] + flags["lr"] * direction, moments
 
 
+def _lion_step(
+    p: Tensor,
+    g: Tensor,
+    state: State,
+    arithmetic: torch.dtype,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    l1: float = 0.0,
+) -> tuple[Tensor, State]:
+    wide = p.to(arithmetic)
+    grad = _effective_gradient(wide, g.to(arithmetic), 0.0, l1, maximize)
+    old = state["exp_avg"].to(arithmetic) if state else torch.zeros_like(wide)
+    mixed = betas[0] * old + (1 - betas[0]) * grad
+    sign = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
+    new = {"exp_avg": betas[1] * old + (1 - betas[1]) * grad}
+    return (wide * (1 - lr * weight_decay) - lr * sign).to(p.dtype), _rounded(new, state, p)
+
+
+def _lion_magnitudes(
+    p: Tensor, g: Tensor, state: State, step: int, flags: Flags
+) -> tuple[Tensor, State]:
+    betas = flags.get("betas", (0.9, 0.99))
+    zero = torch.zeros_like(p, dtype=torch.float64)
+    old = state["exp_avg"].double() if state else zero
+    size = _effective_gradient(p.double().abs(), g.double().abs(), 0.0, flags.get("l1", 0.0), False)
+    true = _effective_gradient(
+        p.double(), g.double(), 0.0, flags.get("l1", 0.0), flags.get("maximize", False)
+    )
+    mixed, terms = (betas[0] * m + (1 - betas[0]) * v for m, v in ((old, true), (old.abs(), size)))
+    # Where the terms cancel, rounding decides the sign.
+    narrow = torch.finfo(torch.float64 if p.dtype == torch.float64 else torch.float32)
+    either = (terms > 0) & (mixed.abs() <= 16 * narrow.eps * terms + 4 * narrow.tiny * narrow.eps)
+    scale = p.double().abs() * (1 + flags["lr"] * flags.get("weight_decay", 0.0)) + flags["lr"]
+    scale = torch.where(either, scale / narrow.eps, scale)
+    return scale, {"exp_avg": betas[1] * old.abs() + (1 - betas[1]) * size}
+
+
 STEPS: dict[str, Callable[..., tuple[Tensor, State]]] = {
     "sgd": lambda *args, step, **flags: sgd_step(*args, **flags),
     "adam": adam_step,
     "rmsprop": _rmsprop_step,
+    "lion": _lion_step,
 }
 
 
@@ -163,6 +205,8 @@ def magnitudes(
     errors are relative to when terms cancel."""
     if kind == "rmsprop":
         return _rmsprop_magnitudes(p, g, state, step, flags)
+    if kind == "lion":
+        return _lion_magnitudes(p, g, state, step, flags)
     wide = {key: value.double().abs() for key, value in state.items() if key != "step"}
     plain = dict(flags, maximize=False)
     p, g = p.double().abs(), g.double().abs()
