@@ -15,14 +15,8 @@ import braze.optim
 import torch
 from torch.nn import Parameter
 
-from .cells import CELLS, OPTIONS, Cell
+from .cells import CELLS, OPTIONS, Cell, torch_optimizers
 from .timing import interleave, stream_bandwidth
-
-TORCH_MODES: dict[str, dict[str, bool]] = {
-    "for-loop": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 
 
 def _contenders(cell: Cell, name: str) -> dict[str, Callable[[], Any]]:
@@ -31,15 +25,13 @@ def _contenders(cell: Cell, name: str) -> dict[str, Callable[[], Any]]:
     for p in params:
         p.grad = torch.randn_like(p)
 
-    def build(module: Any, **mode: bool) -> Callable[[], Any]:
-        groups: Any = [{"params": [p]} for p in params] if cell.group_each else params
-        step: Callable[[], Any] = getattr(module, name)(groups, **OPTIONS[name], **mode).step
-        return step
-
-    modes = {mode: build(torch.optim, **flags) for mode, flags in TORCH_MODES.items()}
+    groups: Any = [{"params": [p]} for p in params] if cell.group_each else params
+    modes: dict[str, Callable[[], Any]] = {
+        mode: make(groups).step for mode, make in torch_optimizers(name).items()
+    }
     if name == "SGD" and cell.dtype in (torch.bfloat16, torch.float16) and _fused_sgd_is_broken():
         del modes["fused"]
-    return {**modes, "braze": build(braze.optim)}
+    return {**modes, "braze": getattr(braze.optim, name)(groups, **OPTIONS[name]).step}
 
 
 def _fused_sgd_is_broken() -> bool:

@@ -14,15 +14,10 @@ import torch
 from torch.nn import Parameter
 
 from . import cuda_clock, rows
-from .cells import CUDA_CELLS, OPTIONS, Cell
+from .cells import CUDA_CELLS, OPTIONS, TORCH_MODES, Cell, torch_optimizers
 from .cuda_clock import Clock, Spent, Step
 from .rows import Row, Work, goal
 
-TORCH_MODES: dict[str, dict[str, bool]] = {
-    "for-loop": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 BRAZE_MODES: dict[str, dict[str, bool]] = {"braze": {}, "braze fused": {"fused": True}}
 # Of what a copy reaches in the same process.
 COPY_GOAL, MODEL_COPY_GOAL = 0.95, 0.85
@@ -38,17 +33,19 @@ def contenders(cell: Cell, name: str, device: Clock) -> dict[str, Step]:
     for p in params:
         p.grad = torch.randn(p.shape, device=device.name).to(cell.dtype)
 
-    def build(module: Any, **mode: bool) -> Step:
-        groups: Any = [{"params": [p]} for p in params] if cell.group_each else params
-        step: Step = getattr(module, name)(groups, **OPTIONS[name], **mode).step
+    groups: Any = [{"params": [p]} for p in params] if cell.group_each else params
+    modes, ours = torch_optimizers(name), getattr(braze.optim, name)
+
+    def build(**mode: bool) -> Step:
+        step: Step = ours(groups, **OPTIONS[name], **mode).step
         return step
 
     capturable = {} if name == "SGD" else {"capturable": True}
     builders: dict[str, Any] = {
-        **{mode: lambda f=flags: build(torch.optim, **f) for mode, flags in TORCH_MODES.items()},
-        **{mode: lambda f=flags: build(braze.optim, **f) for mode, flags in BRAZE_MODES.items()},
-        "torch graph": lambda: device.graph(build(torch.optim, fused=True, **capturable)),
-        "braze graph": lambda: device.graph(build(braze.optim, **capturable)),
+        **{mode: lambda make=make: make(groups).step for mode, make in modes.items()},
+        **{mode: lambda f=flags: build(**f) for mode, flags in BRAZE_MODES.items()},
+        "torch graph": lambda: device.graph([*modes.values()][-1](groups, **capturable).step),
+        "braze graph": lambda: device.graph(build(**capturable)),
     }
     calls: dict[str, Step] = {}
     for mode, builder in builders.items():

@@ -324,7 +324,7 @@ class FusedStep(Optimizer):
     def _fold(self, weight: float, scale: float) -> bool:
         into_momentum = self._folds_momentum and self.accumulation == "sum"
         into_momentum = into_momentum and not self._uses_torch
-        reason = self._plan.fold(self.param_groups, self.state, weight * scale, into_momentum)
+        reason = self._plan.fold(self.param_groups, self.state, weight * scale, into_state)
         if reason == "none":
             return False
         if reason != "":

@@ -46,16 +46,15 @@ TensorWork tensor(DType dtype, DType state, int phase) {
 }
 
 void count_steps() {
-  AdamDeviceHyper on_device = {};
-  on_device.rule = {1e-3, 0.9, 0.999, 1e-8, 0, 0, 1, false};
-  on_device.step = 1;
-  on_device.grad_scale = 1;
-  const auto d = adam_args(on_device.rule, bias_correction(0.9, 0.999, 1), 1, 1);
-  const std::vector<AdamHyper> adam = {{round_args<float>(d), d, false, false}};
-  const SgdRule sgd_rule = {1e-2, 0, 0, 0.9, 0, 1};
-  const auto s = sgd_args(sgd_rule, false, 1, 1);
-  const std::vector<SgdHyper> sgd = {{round_args<float>(s), s, false, true, false}};
-  const std::vector<FoldHyper> fold = {{1, 1}};
+  DeviceHyper<Adam> on_device = {};
+  on_device.options = {
+      .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0, .l1 = 0, .sign = 1};
+  on_device.inputs.step = 1;
+  const std::vector adam = {make_hyper<Adam>(on_device.options, on_device.inputs)};
+  const Sgd::Options sgd_options = {.lr = 1e-2, .momentum = 0.9, .sign = 1};
+  const std::vector sgd = {make_hyper<Sgd>(sgd_options, {})};
+  const std::vector fold = {make_hyper<Fold>({.weight = 1, .keep = 1}, {})};
+  const std::vector made_on_device = {on_device};
   const struct {
     const char* name;
     DType dtype, state;
@@ -68,14 +67,18 @@ void count_steps() {
     const std::vector<TensorWork> work = {tensor(c.dtype, c.state, c.phase)};
     const std::string name = c.name;
     cuda::StepLauncher launcher;
-    count("adam_" + name, [&] { return launcher.adam_step({work, 1}, adam, nullptr); });
-    count("sgd_" + name, [&] { return launcher.sgd_step({work, 2}, sgd, nullptr); });
-    count("fold_" + name, [&] { return launcher.fold_gradients({work, 3}, fold, nullptr); });
+    count("adam_" + name,
+          [&] { return launcher.step({work, 1}, view_of(adam), {}, nullptr); });
+    count("sgd_" + name,
+          [&] { return launcher.step({work, 2}, view_of(sgd), {}, nullptr); });
+    count("fold_" + name,
+          [&] { return launcher.step({work, 3}, view_of(fold), {}, nullptr); });
   }
   std::vector<TensorWork> work = {tensor(DType::f32, DType::f32, 0)};
   work[0].step = {device_memory("step", 4), nullptr, DType::f32};
   cuda::StepLauncher launcher;
-  count("adam_device", [&] { return launcher.adam_step({work, 1}, {on_device}, {}, nullptr); });
+  count("adam_device",
+        [&] { return launcher.step({work, 1}, view_of(made_on_device), {}, nullptr); });
 }
 
 }  // namespace
