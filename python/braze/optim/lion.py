@@ -18,7 +18,7 @@ class _LionInTorch(Optimizer):
     """The same in torch's operators, for what the kernels do not take."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         if any(
             p.grad is not None and p.grad.is_sparse for g in self.param_groups for p in g["params"]
         ):
