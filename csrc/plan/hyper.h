@@ -2,7 +2,6 @@
 #pragma once
 #include <vector>
 
-#include "../math/hook.h"
 #include "../math/rules.h"
 #include "tensor_work.h"
 
@@ -19,7 +18,7 @@ struct Hyper {
 template <class Args>
 BRAZE_INLINE uint32_t penalty_flag(const Args& args) {
   if constexpr (requires { args.l2; }) {
-    return BRAZE_HOOK(has_l2, args.l2 != 0) || args.l1 != 0 ? kPenalty : 0u;
+    return args.l2 != 0 || args.l1 != 0 ? kPenalty : 0u;
   } else {
     return 0;
   }

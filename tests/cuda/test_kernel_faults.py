@@ -35,7 +35,7 @@ FAULTS = {
         candidates: minus_one; skipped: zero; found_inf: zero positive_part; not_last: zero
         counted_tensors: minus_one; tensor_stride: twice; other_hyper: zero; other_step: zero
         tensor_end: huge; first_chunk: zero; hypers_begin: zero; wide_hypers_begin: zero
-        inverse_scale: one; has_l2: zero; penalty: zero; reads_momentum: zero
+        inverse_scale: one; penalty: zero; reads_momentum: zero
         plain_flags: all_bits; stores_state: zero; grad_and_sum: zero; same_phase: one
         stride_column: minus_one; lower_half: zero one; absent_operand: one; copy_state: zero
         other_stream: zero; small_staging: zero; room_for_staging: one; compare_stride: twice
