@@ -135,6 +135,7 @@ def test_device(op: Op, sample: Sample, dtype: torch.dtype, device: devices.Devi
     checks.check_device(op, sample, dtype, device)
 
 
+@pytest.mark.slow("repeats each operation until its memory shows")
 @pytest.mark.cpu_only("measures this process's memory")
 @cases(FP32, choose=lambda op: op.samples[1:2])
 def test_memory_stays_flat(op: Op, sample: Sample, dtype: torch.dtype) -> None:

@@ -149,7 +149,14 @@ def check_step(kind: str, flags: Flags, optimizer: Any, params: list[Parameter],
     assert torch.equal(flat(p.grad for p in params), kept_grads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+more = pytest.mark.slow("more dtypes")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [*DTYPES[1:3], *(pytest.param(d, marks=more) for d in (DTYPES[0], DTYPES[3]))],
+    ids=case_id,
+)
 @pytest.mark.parametrize(("kind", "flags"), CASES, ids=case_id)
 def test_all_sizes(kind: str, flags: Flags, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
