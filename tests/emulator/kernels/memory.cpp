@@ -47,11 +47,10 @@ TensorWork tensor(DType dtype, DType state, int phase) {
 
 void count_steps() {
   DeviceHyper<Adam> on_device = {};
-  on_device.options = {
-      .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0, .l1 = 0, .sign = 1};
+  on_device.options = {1e-3, 0.9, 0.999, 1e-8, 0, 0, 1, false, false};
   on_device.inputs.step = 1;
   const std::vector adam = {make_hyper<Adam>(on_device.options, on_device.inputs)};
-  const Sgd::Options sgd_options = {.lr = 1e-2, .momentum = 0.9, .sign = 1};
+  const Sgd::Options sgd_options = {1e-2, 0, 0, 0.9, 0, 1, false};
   const std::vector sgd = {make_hyper<Sgd>(sgd_options, {})};
   const std::vector fold = {make_hyper<Fold>({.weight = 1, .keep = 1}, {})};
   const std::vector made_on_device = {on_device};
