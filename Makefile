@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | build | clean. Everything is set up in .venv on first use.
+# make demo | test | test-all | lint | bench | build | clean. Everything is set up in .venv on first use.
+# make test: the quick tier, which shows that braze can replace torch here; test-all: every test.
 # make gpu: what only a GPU can tell, in nine minutes, with the torch of $(PYTHON); python3 bench/gpu.py --help.
 # make cuda-import: links and imports the CUDA kernels against a CUDA torch; needs nvcc, no GPU, 5 GB.
 PYTHON ?= python3
@@ -17,13 +18,14 @@ CXX_FILES := $(filter %.h %.cpp %.inl %.cuh %.cu,$(SOURCES) $(shell find tests -
 # venv/bin first: pip's cmake and ninja, not older ones of the system.
 RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONNOUSERSITE=1
 
-.PHONY: demo test lint bench gpu cuda-import build clean format
+.PHONY: demo test test-all lint bench gpu cuda-import build clean format
 build: .venv/built
 
 demo: .venv/built
 	$(RUN) $(BIN)/python -m braze demo $(ARGS)
 
-test: .venv/built
+test-all: export BRAZE_TEST_ALL := 1
+test test-all: .venv/built
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: .venv/built

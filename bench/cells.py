@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import braze.optim
 import torch
 
 from .resnet50 import convolutions
@@ -12,9 +16,37 @@ OPTIONS: dict[str, dict[str, float]] = {
     "SGD": {"lr": 1e-3, "momentum": 0.9},
     "Adam": {"lr": 1e-3},
     "AdamW": {"lr": 1e-3},
+    "RMSprop": {"lr": 1e-3},
+    "Lion": {"lr": 1e-4},
 }
 # Reads and writes of one parameter element, in elements: p, g and the state.
-ELEMENTS_MOVED = {"SGD": 5, "Adam": 7, "AdamW": 7}
+ELEMENTS_MOVED = {"SGD": 5, "Adam": 7, "AdamW": 7, "RMSprop": 5, "Lion": 5}
+
+TORCH_MODES: dict[str, dict[str, bool]] = {
+    "for-loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+def torch_optimizers(name: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """Constructors of what braze's class is measured against: the modes of torch's class, else its formula
+    in torch's operators."""
+    ours, theirs = getattr(braze.optim, name), getattr(torch.optim, name, None)
+    if theirs is None:
+        written = ours._torch_class
+        return {"for-loop": lambda groups: written(groups, ours(groups, **OPTIONS[name]).defaults)}
+    known = inspect.signature(theirs).parameters
+    found = {}
+    for mode, flags in TORCH_MODES.items():
+        given = {flag: value for flag, value in flags.items() if flag in known}
+        if given.items() >= {k: v for k, v in flags.items() if v}.items():
+            found[mode] = _constructor(theirs, {**OPTIONS[name], **given})
+    return found
+
+
+def _constructor(cls: Any, options: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+    return lambda groups, **extra: cls(groups, **options, **extra)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = [name for name in choose(in_order([*paths]), arguments.only) if name not in skip]
     if not files:
         return 0
-    os.environ["BRAZE_TEST_DEVICE"] = arguments.device
+    os.environ |= {"BRAZE_TEST_DEVICE": arguments.device, "BRAZE_TEST_ALL": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     options = ["-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-v", "--tb=short"]
     options += ["-o", f"faulthandler_timeout={HANGS_S}", f"--rootdir={tests.parent}"]

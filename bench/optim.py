@@ -17,7 +17,7 @@ import torch
 from torch.nn import Parameter
 
 from . import cuda_clock, optim_cuda, rows, table
-from .cells import CELLS, OPTIONS, Cell
+from .cells import CELLS, OPTIONS, Cell, torch_optimizers
 from .cuda_clock import Step
 from .rows import Work
 from .timing import interleave, ratios, stream_bandwidth
@@ -29,11 +29,13 @@ COLUMNS = (
 
 
 def _contenders(cell: Cell, name: str) -> dict[str, Step]:
-    build = optim_cuda.builder_of(cell, name, "cpu")
-    modes = {mode: build(torch.optim, **flags) for mode, flags in optim_cuda.TORCH_MODES.items()}
+    groups = optim_cuda.groups_of(cell, "cpu")
+    modes: dict[str, Step] = {
+        mode: make(groups).step for mode, make in torch_optimizers(name).items()
+    }
     if name == "SGD" and cell.dtype in (torch.bfloat16, torch.float16) and _fused_sgd_is_broken():
         del modes["fused"]
-    return {**modes, "braze": build(braze.optim)}
+    return {**modes, "braze": getattr(braze.optim, name)(groups, **OPTIONS[name]).step}
 
 
 def _fused_sgd_is_broken() -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import braze.optim
@@ -12,24 +13,24 @@ import torch
 from torch.nn import Parameter
 
 from . import cuda_clock, rows, table
-from .cells import CUDA_CELLS, OPTIONS, Cell
+from .cells import CUDA_CELLS, OPTIONS, TORCH_MODES, Cell, torch_optimizers
 from .cuda_clock import Clock, Step
 from .rows import Row, Work, goal
 
-TORCH_MODES: dict[str, dict[str, bool]] = {
-    "for-loop": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
-BRAZE_MODES: dict[str, dict[str, bool]] = {"braze": {}, "braze fused": {"fused": True}}
 # Of what a copy reaches in the same process.
 COPY_GOAL, MODEL_COPY_GOAL = 0.95, 0.85
 # The first cells, whose launches are counted.
 LAUNCH_CELLS = 4
 
 
-def builder_of(cell: Cell, name: str, device: str) -> Callable[..., Step]:
-    """Makes optimizers' steps over the same parameters and gradients, so that none has the luckier pages."""
+def braze_modes(name: str) -> dict[str, dict[str, bool]]:
+    """RMSprop has no ``fused`` in torch, and Lion is not in torch at all."""
+    fused = "fused" in inspect.signature(getattr(braze.optim, name)).parameters
+    return {"braze": {}, **({"braze fused": {"fused": True}} if fused else {})}
+
+
+def groups_of(cell: Cell, device: str) -> Any:
+    """Parameters with gradients, the same for all optimizers, so that none has the luckier pages."""
 
     def random(shape: Sequence[int]) -> torch.Tensor:
         return torch.randn(shape, device=device).to(cell.dtype)
@@ -38,23 +39,24 @@ def builder_of(cell: Cell, name: str, device: str) -> Callable[..., Step]:
     for p in params:
         p.grad = random(p.shape)
 
-    def build(module: Any, **mode: bool) -> Step:
-        groups: Any = [{"params": [p]} for p in params] if cell.group_each else params
-        step: Step = getattr(module, name)(groups, **OPTIONS[name], **mode).step
-        return step
-
-    return build
+    return [{"params": [p]} for p in params] if cell.group_each else params
 
 
 def contenders(cell: Cell, name: str, device: Clock) -> dict[str, Step]:
     """All modes. One that fails is left out; its error is printed."""
-    build = builder_of(cell, name, device.name)
+    groups = groups_of(cell, device.name)
+    modes, ours = torch_optimizers(name), getattr(braze.optim, name)
+
+    def build(**mode: bool) -> Step:
+        step: Step = ours(groups, **OPTIONS[name], **mode).step
+        return step
+
     capturable = {} if name == "SGD" else {"capturable": True}
     builders: dict[str, Any] = {
-        **{mode: lambda f=flags: build(torch.optim, **f) for mode, flags in TORCH_MODES.items()},
-        **{mode: lambda f=flags: build(braze.optim, **f) for mode, flags in BRAZE_MODES.items()},
-        "torch graph": lambda: device.graph(build(torch.optim, fused=True, **capturable)),
-        "braze graph": lambda: device.graph(build(braze.optim, **capturable)),
+        **{mode: lambda make=make: make(groups).step for mode, make in modes.items()},
+        **{mode: lambda f=flags: build(**f) for mode, flags in braze_modes(name).items()},
+        "torch graph": lambda: device.graph([*modes.values()][-1](groups, **capturable).step),
+        "braze graph": lambda: device.graph(build(**capturable)),
     }
     calls: dict[str, Step] = {}
     for mode, builder in builders.items():
@@ -134,7 +136,7 @@ def measure(
         fits_l2=cell.bytes * (3 if name == "SGD" else 4) < device.facts()["l2_bytes"],
         goals=goals(cell, name, modes, bandwidth),
     )
-    missing = [m for m in BRAZE_MODES | {"braze graph": {}} if m not in modes]
+    missing = [m for m in braze_modes(name) | {"braze graph": {}} if m not in modes]
     if missing:
         raise RuntimeError(f"failed: {', '.join(missing)} (see the log)")
 

@@ -13,8 +13,7 @@ _KERNELS = ("csrc/cuda/**/*", "csrc/math/**/*", "csrc/plan/**/*", "csrc/ops/*_cu
 FAMILIES: dict[str, tuple[str, ...]] = {
     "optimizer": (
         *_KERNELS,
-        "csrc/ops/step_plan*",
-        "csrc/ops/python_state*",
+        "csrc/ops/optim/*",
         "csrc/ops/tensor_work*",
     ),
     "batch_norm": (*_KERNELS, "csrc/ops/batch_norm*", "csrc/ops/dense*"),

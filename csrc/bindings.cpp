@@ -6,7 +6,7 @@
 #include "ops/device_backend.h"
 #include "ops/dropout.h"
 #include "ops/fingerprint.h"
-#include "ops/step_plan.h"
+#include "ops/optim/step_plan.h"
 
 namespace py = pybind11;
 
@@ -35,7 +35,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "braze's compiled CPU operators";
 
   py::class_<braze::StepPlan>(m, "StepPlan", py::custom_type_setup(enable_gc))
-      .def(py::init<const std::string&, std::string>(), py::arg("algorithm"), py::arg("owner"))
+      .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("owner"))
       .def(
           "step",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double grad_scale,
@@ -56,10 +56,8 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "fold",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double weight,
-             bool into_momentum) {
-            return plan.fold(groups.ptr(), state.ptr(), weight, into_momentum);
-          },
-          py::arg("groups"), py::arg("state"), py::arg("weight"), py::arg("into_momentum"))
+             bool into_state) { return plan.fold(groups.ptr(), state.ptr(), weight, into_state); },
+          py::arg("groups"), py::arg("state"), py::arg("weight"), py::arg("into_state"))
       .def("reset", &braze::StepPlan::reset)
       .def_property_readonly("rebuilds", &braze::StepPlan::rebuilds);
 

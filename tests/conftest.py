@@ -3,15 +3,19 @@
 emulated: CPU tensors run through the CUDA host layer and kernels, on an emulator; no GPU needed.
 fake: CUDA tensors that are no GPU's, on the emulator; what a GPU could not read is an error as it is there.
 cuda: the same tests on the current CUDA device, each on a stream of its own.
+
+And which tests run: those marked slow only with BRAZE_TEST_ALL=1.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # The helpers, and the test modules that others take parts of.
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
@@ -26,7 +30,8 @@ LEFT_OUT = {
     "emulated_only": ("fake", "cuda"),
     "fake_lacks": ("fake",),
 }
-left_out_key = pytest.StashKey[Counter[str | None]]()
+ALL = os.environ.get("BRAZE_TEST_ALL") == "1"
+left_out_key = pytest.StashKey[Counter[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,24 +44,38 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "fake_lacks(reason): needs what the fake device does not have"
     )
+    config.addinivalue_line("markers", "slow(reason): not in the quick tier (make test)")
     if devices.MODE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("BRAZE_TEST_DEVICE=cuda, but torch.cuda.is_available() is False")
 
 
 def reason_against(item: pytest.Item) -> str | None:
-    """Why a test is left out on this device; None if it is not."""
+    """Why a test is left out; None if it is not."""
     for name, modes in LEFT_OUT.items():
         if devices.MODE in modes and (marker := item.get_closest_marker(name)) is not None:
-            return str(marker.args[0])
-    return None
+            return f"{devices.MODE}: {marker.args[0]}"
+    marker = item.get_closest_marker("slow")
+    return None if ALL or marker is None else f"slow, make test-all: {marker.args[0]}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if reason_against(item) is not None]
+    reasons = [reason_against(item) for item in items]
+    left_out = [item for item, reason in zip(items, reasons, strict=True) if reason is not None]
     if left_out:
-        config.stash[left_out_key] = Counter(map(reason_against, left_out))
+        config.stash[left_out_key] = Counter(reason for reason in reasons if reason is not None)
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if reason_against(item) is None]
+        items[:] = [item for item, reason in zip(items, reasons, strict=True) if reason is None]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # of pytest-xdist
+        output["left_out"] = dict(session.config.stash.get(left_out_key, Counter()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker collects all tests."""
+    node.config.stash[left_out_key] = Counter(getattr(node, "workeroutput", {}).get("left_out"))
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +139,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     for reason, count in config.stash.get(left_out_key, Counter()).items():
-        terminalreporter.write_line(f"left out: {count} tests, {devices.MODE}: {reason}")
+        terminalreporter.write_line(f"left out: {count} tests, {reason}")
     for report in terminalreporter.getreports("passed"):
         for line in dict(report.user_properties).get("summary", ()):
             terminalreporter.write_line(line)

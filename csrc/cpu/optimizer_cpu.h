@@ -1,6 +1,5 @@
-// CPU optimizer kernels: plain pointers in, no torch. One parallel region per call.
+// The CPU optimizer kernels: plain pointers in, no torch. One parallel region per call.
 #pragma once
-#include <cstdint>
 #include <vector>
 
 #include "../plan/chunks.h"
@@ -8,11 +7,8 @@
 
 namespace braze::cpu {
 
-void adam_step(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
-               const std::vector<AdamHyper>& hypers, int threads);
-void sgd_step(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
-              const std::vector<SgdHyper>& hypers, int threads);
-void fold_gradients(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
-                    const std::vector<FoldHyper>& hypers, int threads);
+// One update of all tensors. `hypers` are Hyper<Rule>, not made on a device.
+void update_tensors(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
+                    const Hypers& hypers, int threads);
 
 }  // namespace braze::cpu

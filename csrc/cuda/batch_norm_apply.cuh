@@ -1,5 +1,6 @@
 // Batch normalisation's second pass: y = activation(z1 [+ z2 | + residual]), 16 bytes at a time.
 #pragma once
+#include "../math/hook.h"
 #include "batch_norm_units.cuh"
 
 namespace braze::cuda {
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) x[k][i].load(a.args.input[k].x, units[i]);
     }
-    const bool has_residual = kInputs == 1 && a.args.residual != nullptr;
+    const bool has_residual = BRAZE_HOOK(has_residual, kInputs == 1 && a.args.residual != nullptr);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) residual[i].load(a.args.residual, units[i], has_residual);
 #pragma unroll
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
       y.store(a.args.y, units[i]);
       if constexpr (kMask) {
         if (units[i].lanes != 0) {
-          a.args.mask[units[i].mask] = static_cast<uint8_t>(bits & units[i].lanes);
+          a.args.mask[units[i].mask] =
+              static_cast<uint8_t>(bits & BRAZE_HOOK(mask_lanes, units[i].lanes));
         }
       }
     }

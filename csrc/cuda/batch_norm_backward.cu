@@ -1,3 +1,4 @@
+#include "../math/hook.h"
 #include "batch_norm_backward.cuh"
 #include "batch_norm_launch.h"
 
@@ -14,8 +15,10 @@ BackwardArgument make_argument(const BackwardArgs& args, bool reduction) {
   BackwardArgument argument = {};
   argument.args = args;
   argument.upper = argument.lower = 1;
-  argument.recompute = args.mask == nullptr && args.activation != Activation::identity;
-  argument.reads_x = reduction || argument.recompute || args.batch_statistics;
+  argument.recompute =
+      BRAZE_HOOK(without_mask, args.mask == nullptr) && args.activation != Activation::identity;
+  argument.reads_x = reduction || BRAZE_HOOK(recomputes, argument.recompute) ||
+                     BRAZE_HOOK(needs_x, args.batch_statistics);
   switch (args.activation) {
     case Activation::relu: set_slopes<Activation::relu>(argument); break;
     case Activation::relu6: set_slopes<Activation::relu6>(argument); break;
@@ -49,7 +52,7 @@ cudaError_t fill_grid(Kernel kernel, int lanes, bool reduction, BackwardArgument
 template <class F>
 cudaError_t choose(const BackwardArgs& args, F&& f) {
   const bool curved = args.activation != Activation::identity && !has_two_slopes(args.activation);
-  if (curved && args.mask != nullptr) return cudaErrorInvalidValue;
+  if (BRAZE_HOOK(curved_and_masked, curved && args.mask != nullptr)) return cudaErrorInvalidValue;
   return with_dtype(args.shape.dtype, [&](auto storage) {
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;

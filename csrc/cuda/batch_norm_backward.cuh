@@ -1,6 +1,7 @@
 // Batch normalisation backward: d = (dy [+ dy2]) * activation'(z) is summed per channel in one pass
 // and made into the inputs' gradients in the next. Formulas: math/batch_norm.h.
 #pragma once
+#include "../math/hook.h"
 #include "batch_norm_units.cuh"
 
 namespace braze::cuda {
@@ -42,9 +43,13 @@ struct BackwardUnit {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) x[k].load(args.input[k].x, place, a.reads_x);
     dy.load(args.dy, place);
-    dy2.load(args.dy2, place, args.dy2 != nullptr);
-    residual.load(args.residual, place, kInputs == 1 && a.recompute && args.residual != nullptr);
-    mask = args.mask != nullptr && place.lanes != 0 ? args.mask[place.mask] >> place.bit : 0;
+    dy2.load(args.dy2, place, BRAZE_HOOK(has_dy2, args.dy2 != nullptr));
+    residual.load(
+        args.residual, place,
+        BRAZE_HOOK(reads_residual, kInputs == 1 && a.recompute && args.residual != nullptr));
+    mask = args.mask != nullptr && place.lanes != 0
+               ? args.mask[place.mask] >> BRAZE_HOOK(mask_bit, place.bit)
+               : 0;
   }
 
   // d of each lane; 0 where dy is, as in lanes that the unit lacks.
@@ -59,7 +64,7 @@ struct BackwardUnit {
       for (int j = 0; j < kLanes; ++j) d[j] += dy2.get(j);
     }
     T z[kLanes] = {};
-    if (kCurved || a.recompute) {
+    if (kCurved || BRAZE_HOOK(recompute, a.recompute)) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         z[j] = normalizer[0](x[0].get(j), j);
@@ -71,7 +76,7 @@ struct BackwardUnit {
       }
     }
     const T parameter = static_cast<T>(a.args.parameter);
-    if (!kCurved && a.args.mask != nullptr) {
+    if (BRAZE_HOOK(masked, !kCurved && a.args.mask != nullptr)) {
       const T upper = static_cast<T>(a.upper), lower = static_cast<T>(a.lower);
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
@@ -116,15 +121,16 @@ __device__ __forceinline__ void finish_input(const BackwardArgument& a, int k, i
   const int64_t channels = a.grid.channels;
   const BatchNormStats<T> stats = load_stats<T>(a.args.input[k].stats, channels, c);
   const BatchNormSums sums = make_sums(grad, grad_rounded_input, stats.mean_low);
-  if (k == 0 && a.args.sums != nullptr) {
+  if (BRAZE_HOOK(first_input, k == 0) && a.args.sums != nullptr) {
     T* const to = static_cast<T*>(a.args.sums) + c;
     to[0] = static_cast<T>(sums.grad);
     to[channels] = static_cast<T>(sums.grad_input);
   }
   if (g.coefficients != nullptr) {
     write_coefficients(g.coefficients, channels, c,
-                       a.args.batch_statistics ? make_coefficients(sums, a.args.count, stats)
-                                               : constant_coefficients(stats));
+                       BRAZE_HOOK(batch_coefficients, a.args.batch_statistics)
+                           ? make_coefficients(sums, a.args.count, stats)
+                           : constant_coefficients(stats));
   }
   if (g.grad_weight != nullptr) {
     Single<double>::store(g.grad_weight, g.param_dtype, c, weight_gradient(sums, stats.invstd));
@@ -191,14 +197,14 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
       lanes, grid.active / columns, row, column, columns, shared,
       [&](int lane) {
         Item item = item_of(lane);
-        if (!grid.channels_last) {  // one channel
+        if (BRAZE_HOOK(one_channel, !grid.channels_last)) {  // one channel
 #pragma unroll
           for (int j = 1; j < kLanes; ++j) item.merge(item_of(j));
         }
         return item;
       },
       [&](int lane, const Item& item) {
-        if (lane < lanes) to[lane] = item;
+        if (BRAZE_HOOK(partial_sums, lane < lanes)) to[lane] = item;
       });
   const uint32_t group = group_of(grid, blockIdx.x);
   if (!is_last_block(a.tickets + group, grid.splits)) return;
@@ -206,7 +212,7 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
   merge_splits(grid, group, partials, shared, [&](int64_t c, const Item& item) {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
-      finish_input<T>(a, k, c, item.number[0], item.number[1 + k]);
+      finish_input<T>(a, k, c, item.number[0], item.number[1 + BRAZE_HOOK(second_sum, k)]);
     }
   });
 }
@@ -257,7 +263,7 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
       T d[kLanes];
       units[i].template gradient<kCurved>(a, normalizer, d);
       Pack<S, kLanes> out;
-      if (kInputs == 1 && a.args.grad_residual != nullptr) {
+      if (BRAZE_HOOK(wants_residual, kInputs == 1 && a.args.grad_residual != nullptr)) {
         out.clear();
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) out.set(j, d[j]);
@@ -269,7 +275,7 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
         out.clear();
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          out.set(j, a.args.batch_statistics
+          out.set(j, BRAZE_HOOK(batch_gradient, a.args.batch_statistics)
                          ? input_gradient(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
                                           on_grad[k][j], on_input[k][j], constant[k][j])
                          : input_gradient(d[j], on_grad[k][j]));

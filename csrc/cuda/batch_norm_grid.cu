@@ -2,6 +2,7 @@
 #include <mutex>
 #include <vector>
 
+#include "../math/hook.h"
 #include "batch_norm_grid.h"
 
 namespace braze::cuda {
@@ -65,7 +66,7 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
   NormGrid grid = {};
   grid.channels = shape.c;
   grid.length = shape.row();
-  grid.mask_row = divide_up(grid.length, 8);
+  grid.mask_row = BRAZE_HOOK(mask_row, divide_up(grid.length, 8));
   grid.channels_last = shape.channels_last;
   grid.aligned = true;
   grid.phase = -1;
@@ -73,25 +74,26 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
     if (tensor == nullptr) continue;
     const auto phase = static_cast<int32_t>(reinterpret_cast<uintptr_t>(tensor) % 16 /
                                             static_cast<uintptr_t>(size));
-    grid.aligned = grid.aligned && (grid.phase == -1 || grid.phase == phase);
+    grid.aligned = grid.aligned && BRAZE_HOOK(one_phase, grid.phase == -1 || grid.phase == phase);
     grid.phase = phase;
   }
   grid.phase = std::max(grid.phase, 0);
-  grid.moves_to_phase = !shape.channels_last && grid.aligned && !demand.mask;
+  grid.moves_to_phase = !shape.channels_last && grid.aligned && BRAZE_HOOK(may_move, !demand.mask);
 
   int64_t groups, active;
   if (shape.channels_last) {
     const int64_t words = std::max<int64_t>(divide_up(shape.c, lanes), 1);
     grid.words = divide_up(words, divide_up(words, kMaxColumns));
-    groups = divide_up(words, grid.words);
+    groups = BRAZE_HOOK(channel_groups, divide_up(words, grid.words));
     grid.rows = shape.n * shape.spatial;
     active = grid.words *
              std::clamp<int64_t>(divide_up(grid.rows, kMinUnits), 1, kNormThreads / grid.words);
     grid.width = static_cast<int32_t>(grid.words * lanes);
   } else {
     // A plane's first and last unit may be partial.
-    const bool in_phase = grid.phase == 0 && shape.spatial % vector == 0;
-    const int64_t lost = grid.moves_to_phase && !in_phase ? lanes - 1 : 0;
+    const bool in_phase = BRAZE_HOOK(phase_zero, grid.phase == 0) &&
+                          BRAZE_HOOK(whole_vectors, shape.spatial % vector == 0);
+    const int64_t lost = BRAZE_HOOK(moves, grid.moves_to_phase && !in_phase) ? lanes - 1 : 0;
     grid.words = std::max<int64_t>(divide_up(shape.spatial + lost, lanes), 1);
     groups = std::max<int64_t>(shape.c, 1);
     grid.rows = shape.n;
@@ -99,7 +101,7 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
     grid.width = 1;
   }
   if (shape.numel() == 0) grid.rows = 0;  // no channels: a group, but nothing to read
-  const int64_t threads = divide_up(active, 32) * 32;
+  const int64_t threads = BRAZE_HOOK(warps, divide_up(active, 32)) * 32;
   // Small blocks run in greater numbers.
   const int64_t resident = demand.resident * (kNormThreads / threads);
   const int64_t units = grid.rows * grid.words;
@@ -107,13 +109,14 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
   int64_t splits = groups <= resident / 8 ? resident / groups : divide_up(4 * resident, groups);
   splits =
       std::clamp<int64_t>(splits, 1, std::max<int64_t>(divide_up(units, active * kMinUnits), 1));
-  if (demand.reduction) splits = std::max(splits, divide_up(units, active * kMaxRun));
+  if (demand.reduction)
+    splits = std::max(splits, BRAZE_HOOK(least_splits, divide_up(units, active * kMaxRun)));
   if (groups > INT32_MAX / splits) return cudaErrorInvalidConfiguration;
   grid.groups = static_cast<uint32_t>(groups);
   grid.splits = static_cast<uint32_t>(splits);
   grid.active = static_cast<int32_t>(active);
   grid.stride_rows = splits * active / grid.words;
-  grid.stride_words = splits * active % grid.words;
+  grid.stride_words = BRAZE_HOOK(stride_words, splits * active % grid.words);
   launch = {grid, static_cast<unsigned>(groups * splits), static_cast<unsigned>(threads)};
   return cudaSuccess;
 }

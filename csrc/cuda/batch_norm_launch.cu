@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../math/hook.h"
 #include "batch_norm_apply.cuh"
 #include "batch_norm_launch.h"
 #include "batch_norm_statistics.cuh"
@@ -51,7 +52,7 @@ cudaError_t batch_norm_scratch(const StatisticsArgs& args, NormScratchSize& size
     if (error != cudaSuccess) return error;
     size.workspace =
         size_t{launch.blocks} * static_cast<size_t>(launch.grid.width) * sizeof(MomentsItem);
-    size.tickets = size_t{launch.grid.groups} + 1;
+    size.tickets = size_t{launch.grid.groups} + BRAZE_HOOK(batch_ticket, 1);
     return cudaSuccess;
   });
 }
@@ -78,7 +79,7 @@ cudaError_t batch_norm_statistics(const StatisticsArgs& args, const NormScratch&
 cudaError_t batch_norm_combine(const CombineArgs& args, const NormScratch& scratch,
                                cudaStream_t stream) {
   // Even without channels there is a batch to count.
-  const unsigned blocks = std::max(channel_blocks(args.shape.c), 1u);
+  const unsigned blocks = std::max(BRAZE_HOOK(channel_blocks, channel_blocks(args.shape.c)), 1u);
   const CombineArgument argument{args, scratch.tickets};
   return args.shape.dtype == DType::f64 ? BRAZE_LAUNCH(batch_norm_combine_kernel<double>, blocks,
                                                        kNormThreads, 0, stream, argument)

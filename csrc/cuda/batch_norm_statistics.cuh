@@ -1,6 +1,7 @@
 // Batch normalisation: mean and variance of each channel, the running statistics, and what the
 // other passes need of them. Formulas: math/batch_norm.h.
 #pragma once
+#include "../math/hook.h"
 #include "batch_norm_units.cuh"
 
 namespace braze::cuda {
@@ -65,22 +66,24 @@ __device__ __forceinline__ void finish_channel(void* stats, int64_t channels, in
                                                const ChannelMoments& m,
                                                const BatchNormChannels& b) {
   write_stats<T>(stats, channels, c, m.mean, variance_of(m), b);
-  if (b.running_mean == nullptr || m.count == 0) return;
+  if (b.running_mean == nullptr || BRAZE_HOOK(no_values, m.count == 0)) return;
   double momentum = b.momentum;
-  if (b.cumulative) momentum = 1 / (static_cast<double>(*b.batches_tracked) + 1);
+  if (BRAZE_HOOK(cumulative, b.cumulative))
+    momentum = 1 / (static_cast<double>(*b.batches_tracked) + BRAZE_HOOK(this_batch, 1));
   const auto update = [&](void* running, double value) {
     const double old = Single<double>::load(running, b.running_dtype, c);
     Single<double>::store(running, b.running_dtype, c, update_running(old, value, momentum));
   };
-  update(b.running_mean, m.mean);
-  update(b.running_var, unbiased_variance_of(m));
+  BRAZE_HOOK(running_mean, update(b.running_mean, m.mean));
+  update(b.running_var, BRAZE_HOOK(running_var, unbiased_variance_of(m)));
 }
 
 // By the last of `finishers` blocks that have read the count.
 __device__ __forceinline__ void count_batch(int64_t* batches_tracked, unsigned int* ticket,
                                             uint32_t finishers) {
   if (batches_tracked == nullptr) return;
-  if (is_last_block(ticket, finishers) && threadIdx.x == 0) *batches_tracked += 1;
+  if (is_last_block(ticket, finishers) && BRAZE_HOOK(counts_batch, threadIdx.x == 0))
+    *batches_tracked += 1;
 }
 
 // --- the kernels ---
@@ -105,7 +108,8 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     int values = 0;
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      values += grid.channels_last ? units[i].lanes != 0 : __popc(units[i].lanes);
+      values += BRAZE_HOOK(values_last, grid.channels_last) ? units[i].lanes != 0
+                                                            : __popc(units[i].lanes);
     }
     if (first) {
       // The mean of the thread's first values: near enough, whatever the others hold.
@@ -118,7 +122,8 @@ __global__ void __launch_bounds__(kNormThreads, 2)
       }
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        shift[j] = make_shift(grid.channels_last ? shift[j] : all, static_cast<T>(values));
+        shift[j] = make_shift(BRAZE_HOOK(shift_each, grid.channels_last) ? shift[j] : all,
+                              static_cast<T>(values));
       }
     }
     count += values;
@@ -126,7 +131,8 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     for (int i = 0; i < kUnroll; ++i) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        add_moment(units[i].has(j) ? x[i].get(j) : shift[j], shift[j], sum[j], square[j]);
+        add_moment(BRAZE_HOOK(counted_lane, units[i].has(j)) ? x[i].get(j) : shift[j], shift[j],
+                   sum[j], square[j]);
       }
     }
   }
@@ -140,7 +146,7 @@ __global__ void __launch_bounds__(kNormThreads, 2)
       lanes, grid.active / columns, row, column, columns, shared,
       [&](int lane) {
         double all = sum[lane], all_squares = square[lane];
-        if (!grid.channels_last) {  // one channel, one shift
+        if (BRAZE_HOOK(one_shift, !grid.channels_last)) {  // one channel, one shift
 #pragma unroll
           for (int j = 1; j < kLanes; ++j) {
             all += sum[j];
@@ -152,7 +158,7 @@ __global__ void __launch_bounds__(kNormThreads, 2)
         return item;
       },
       [&](int lane, const MomentsItem& item) {
-        if (lane < lanes) to[lane] = item;
+        if (BRAZE_HOOK(partial_moments, lane < lanes)) to[lane] = item;
       });
   const uint32_t group = group_of(grid, blockIdx.x);
   if (!is_last_block(a.tickets + group, grid.splits)) return;
@@ -169,8 +175,9 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     to[kMomentsM2 * grid.channels] = static_cast<T>(m.m2);
     to[kMomentsCount * grid.channels] = static_cast<T>(m.count);
   });
-  if (a.args.moments == nullptr) {
-    count_batch(a.args.channels.batches_tracked, a.tickets + grid.groups, grid.groups);
+  if (BRAZE_HOOK(no_moments, a.args.moments == nullptr)) {
+    count_batch(a.args.channels.batches_tracked, a.tickets + grid.groups,
+                BRAZE_HOOK(group_finishers, grid.groups));
   }
 }
 
@@ -179,10 +186,10 @@ __global__ void __launch_bounds__(kNormThreads)
     batch_norm_combine_kernel(BRAZE_GRID_CONSTANT(CombineArgument) a) {
   const int64_t channels = a.args.shape.c;
   const int64_t c = int64_t{blockIdx.x} * kNormThreads + threadIdx.x;
-  if (c < channels) {
+  if (c < BRAZE_HOOK(finished_channels, channels)) {
     Moments all;
     const T* from = static_cast<const T*>(a.args.moments) + c;
-    for (int64_t process = 0; process < a.args.processes; ++process) {
+    for (int64_t process = 0; process < BRAZE_HOOK(processes, a.args.processes); ++process) {
       merge_moments(all, moments_of({static_cast<double>(from[kMomentsMean * channels]),
                                      static_cast<double>(from[kMomentsM2 * channels]),
                                      static_cast<double>(from[kMomentsCount * channels])}));
@@ -190,7 +197,7 @@ __global__ void __launch_bounds__(kNormThreads)
     }
     finish_channel<T>(a.args.stats, channels, c, channel_moments(all), a.args.channels);
   }
-  count_batch(a.args.channels.batches_tracked, a.ticket, gridDim.x);
+  count_batch(a.args.channels.batches_tracked, a.ticket, BRAZE_HOOK(block_finishers, gridDim.x));
 }
 
 template <class T>

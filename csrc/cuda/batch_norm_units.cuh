@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../math/batch_norm.h"
+#include "../math/hook.h"
 #include "../plan/batch_norm.h"
 #include "batch_norm_grid.h"
 #include "elements.cuh"
@@ -42,9 +43,12 @@ class Walk {
     const int64_t active = grid.active, thread = threadIdx.x;
     const int64_t first = split_of(grid, block) * active + thread;
     const int64_t units = grid.rows * grid.words, stride = grid.splits * active;
-    left_ = thread < active && first < units ? (units - 1 - first) / stride + 1 : 0;
-    start_ = grid.channels_last ? group_ * grid.words * kLanes : 0;
-    const int64_t from = kBackwards && left_ > 0 ? first + (left_ - 1) * stride : first;
+    left_ = BRAZE_HOOK(active_thread, thread < active) && BRAZE_HOOK(has_units, first < units)
+                ? BRAZE_HOOK(own_units, (units - 1 - first) / stride + 1)
+                : 0;
+    start_ = BRAZE_HOOK(groups_of_channels, grid.channels_last) ? group_ * grid.words * kLanes : 0;
+    const int64_t from =
+        BRAZE_HOOK(walks_back, kBackwards && left_ > 0) ? first + (left_ - 1) * stride : first;
     row_ = from / grid.words;
     word_ = from - row_ * grid.words;
     if (grid.channels_last && start_ + word_ * kLanes >= grid.length) left_ = 0;
@@ -60,7 +64,8 @@ class Walk {
   // An empty one when none is left.
   __device__ __forceinline__ Unit next() {
     Unit unit;
-    const int64_t row = grid_.channels_last ? row_ : row_ * grid_.channels + group_;
+    const int64_t row =
+        BRAZE_HOOK(row_of_all, grid_.channels_last) ? row_ : row_ * grid_.channels + group_;
     const int64_t row_offset = row * grid_.length;
     int64_t begin = start_ + word_ * kLanes;
     if (grid_.moves_to_phase) begin -= (grid_.phase + row_offset) & (kLanes - 1);
@@ -68,11 +73,13 @@ class Walk {
     unit.mask = row * grid_.mask_row + (begin >> 3);
     unit.bit = static_cast<uint32_t>(begin & 7);
     constexpr uint32_t kAll = (1u << kLanes) - 1;
-    const int64_t rest = left_ > 0 ? grid_.length - begin : 0;
-    unit.lanes = rest >= kLanes ? kAll : rest > 0 ? kAll >> (kLanes - rest) : 0;
-    if (begin < 0) unit.lanes &= kAll << -begin;
-    unit.vector = grid_.aligned && unit.lanes == kAll &&
-                  ((grid_.phase + unit.offset) & (kVector<S> - 1)) == 0;
+    const int64_t rest = BRAZE_HOOK(units_left, left_ > 0) ? grid_.length - begin : 0;
+    unit.lanes = rest >= BRAZE_HOOK(whole_unit, kLanes) ? kAll
+                 : rest > 0 ? kAll >> BRAZE_HOOK(missing_lanes, kLanes - rest)
+                            : 0;
+    if (BRAZE_HOOK(before_begin, begin < 0)) unit.lanes &= kAll << BRAZE_HOOK(lanes_before, -begin);
+    unit.vector = BRAZE_HOOK(aligned, grid_.aligned) && BRAZE_HOOK(all_lanes, unit.lanes == kAll) &&
+                  ((BRAZE_HOOK(unit_phase, grid_.phase) + unit.offset) & (kVector<S> - 1)) == 0;
     advance();
     return unit;
   }
@@ -83,14 +90,14 @@ class Walk {
     if constexpr (kBackwards) {
       row_ -= grid_.stride_rows;
       word_ -= grid_.stride_words;
-      if (word_ < 0) {
+      if (BRAZE_HOOK(row_begins, word_) < 0) {
         word_ += grid_.words;
         --row_;
       }
     } else {
       row_ += grid_.stride_rows;
       word_ += grid_.stride_words;
-      if (word_ >= grid_.words) {
+      if (word_ >= BRAZE_HOOK(words, grid_.words)) {
         word_ -= grid_.words;
         ++row_;
       }
@@ -158,7 +165,7 @@ struct Pack {
     }
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
-      if (unit.has(j)) to_storage(get(j), to[j]);
+      if (BRAZE_HOOK(stored_lane, unit.has(j))) to_storage(get(j), to[j]);
     }
   }
 };
@@ -170,7 +177,7 @@ __device__ __forceinline__ void load_channels(T (&values)[kLanes], const void* t
   const T* const from = static_cast<const T*>(table) + row * grid.channels;
 #pragma unroll
   for (int j = 0; j < kLanes; ++j) {
-    const int64_t mine = grid.channels_last ? channel + j : channel;
+    const int64_t mine = BRAZE_HOOK(own_channel, grid.channels_last) ? channel + j : channel;
     values[j] = mine < grid.channels ? from[mine] : T(0);
   }
 }
@@ -239,7 +246,7 @@ __device__ __forceinline__ void merge_rows(int lanes, int rows, int row, int col
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) mine[i] = make(lane + i);
     for (int n = rows; n > 1;) {
-      const int half = (n + 1) / 2;
+      const int half = BRAZE_HOOK(rows_and_one, n + 1) / 2;
       if (row >= half && row < n) {
         const int slot = (row - half) * columns + column;
 #pragma unroll
@@ -251,7 +258,7 @@ __device__ __forceinline__ void merge_rows(int lanes, int rows, int row, int col
         }
       }
       __syncthreads();
-      if (row < n - half) {
+      if (row < BRAZE_HOOK(upper_rows, n - half)) {
         const int slot = row * columns + column;
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
@@ -266,7 +273,7 @@ __device__ __forceinline__ void merge_rows(int lanes, int rows, int row, int col
       __syncthreads();
       n = half;
     }
-    if (row == 0) {
+    if (BRAZE_HOOK(writes_row, row == 0)) {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) take(lane + i, mine[i]);
     }
@@ -279,15 +286,18 @@ template <class Item, class F>
 __device__ __forceinline__ void merge_splits(const NormGrid& grid, uint32_t group,
                                              const Item* partials, double* shared, F&& f) {
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const int width = grid.width, columns = width < threads ? width : threads;
+  const int width = grid.width,
+            columns = BRAZE_HOOK(narrow_grid, width < threads) ? width : threads;
   const int parts = threads / columns, part = thread / columns, column = thread - part * columns;
-  const uint32_t each = (grid.splits - 1) / static_cast<uint32_t>(parts) + 1;
+  const uint32_t each =
+      BRAZE_HOOK(splits_each, (grid.splits - 1) / static_cast<uint32_t>(parts) + 1);
   for (int begin = 0; begin < width; begin += columns) {
     Item item = {};
     const int i = begin + column;
     if (part < parts && i < width) {
       const uint64_t first = static_cast<uint64_t>(part) * each;
-      const uint64_t end = first + each < grid.splits ? first + each : grid.splits;
+      const uint64_t end =
+          BRAZE_HOOK(whole_part, first + each < grid.splits) ? first + each : grid.splits;
       for (uint64_t s = first; s < end; ++s) {
         item.merge(partials[s * static_cast<uint64_t>(width) + static_cast<uint64_t>(i)]);
       }
@@ -296,7 +306,7 @@ __device__ __forceinline__ void merge_splits(const NormGrid& grid, uint32_t grou
         1, parts, part, column, columns, shared, [&](int) { return item; },
         [&](int, const Item& merged) {
           const int64_t channel = static_cast<int64_t>(group) * width + i;
-          if (i < width && channel < grid.channels) f(channel, merged);
+          if (i < width && BRAZE_HOOK(has_channel, channel < grid.channels)) f(channel, merged);
         });
   }
 }

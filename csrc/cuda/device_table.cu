@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../math/hook.h"
 #include "device_table.h"
 
 namespace braze::cuda {
@@ -46,18 +47,18 @@ cudaError_t DeviceTable::grow(size_t bytes) {
   if (device_ != nullptr) (void)cudaFree(device_);
   device_ = device;
   capacity_ = capacity;
-  uploaded_.clear();
+  BRAZE_HOOK(forget_uploaded, uploaded_.clear());
   return cudaSuccess;
 }
 
 cudaError_t DeviceTable::take_staging(size_t bytes, Staging*& result) {
   for (size_t tried = 0; tried < staging_.size(); ++tried) {
     Staging& staging = staging_[(next_staging_ + tried) % staging_.size()];
-    if (staging.capacity < bytes) continue;
-    const cudaError_t state = cudaEventQuery(staging.copied);
+    if (BRAZE_HOOK(small_staging, staging.capacity < bytes)) continue;
+    const cudaError_t state = BRAZE_HOOK(copy_state, cudaEventQuery(staging.copied));
     if (state == cudaErrorNotReady) {
       (void)cudaGetLastError();
-      if (staging_.size() < kMaxStaging) continue;
+      if (BRAZE_HOOK(room_for_staging, staging_.size() < kMaxStaging)) continue;
       BRAZE_TRY(cudaEventSynchronize(staging.copied));
     } else if (state != cudaSuccess) {
       return state;
@@ -83,31 +84,33 @@ cudaError_t DeviceTable::upload(cudaStream_t stream) {
   bytes_uploaded_ = 0;
   if (capacity_ < image_.size()) BRAZE_TRY(grow(image_.size()));
   if (used_ == nullptr) BRAZE_TRY(cudaEventCreateWithFlags(&used_, cudaEventDisableTiming));
-  if (in_use_ && stream != last_stream_) BRAZE_TRY(cudaStreamWaitEvent(stream, used_, 0));
+  if (BRAZE_HOOK(other_stream, in_use_ && stream != last_stream_))
+    BRAZE_TRY(cudaStreamWaitEvent(stream, used_, 0));
   const size_t bytes = image_.size(), known = std::min(bytes, uploaded_.size());
   const auto same = [&](size_t begin) {
     const size_t end = std::min(begin + kCompareBlock, bytes);
     return end <= known && memcmp(&image_[begin], &uploaded_[begin], end - begin) == 0;
   };
   size_t begin = 0;
-  while (begin < bytes && same(begin)) begin += kCompareBlock;
+  while (begin < bytes && same(begin)) begin += BRAZE_HOOK(compare_stride, kCompareBlock);
   if (begin >= bytes) return cudaSuccess;
   size_t last = (bytes - 1) / kCompareBlock * kCompareBlock;
   while (last > begin && same(last)) last -= kCompareBlock;
-  const size_t length = std::min(last + kCompareBlock, bytes) - begin;
+  const size_t length = std::min(last + BRAZE_HOOK(last_block, kCompareBlock), bytes) - begin;
   Staging* staging = nullptr;
   BRAZE_TRY(take_staging(length, staging));
   memcpy(staging->host, &image_[begin], length);
-  uploaded_.resize(
-      std::min(known, begin));  // what lies behind is unknown until the copy is on its way
+  // What lies behind is unknown until the copy is on its way.
+  uploaded_.resize(std::min(known, BRAZE_HOOK(known_begin, begin)));
   BRAZE_TRY(
       cudaMemcpyAsync(device_ + begin, staging->host, length, cudaMemcpyHostToDevice, stream));
   uploaded_ = image_;
   bytes_uploaded_ = length;
-  (void)mark_read(stream);  // whatever becomes of the launch, other streams must see this copy
+  // Whatever becomes of the launch, other streams must see this copy.
+  BRAZE_HOOK(mark_copied, (void)mark_read(stream));
   const cudaError_t error = cudaEventRecord(staging->copied, stream);
   // The event would call the staging memory free while it is still read.
-  if (error != cudaSuccess) (void)cudaStreamSynchronize(stream);
+  if (error != cudaSuccess) BRAZE_HOOK(wait_for_copy, (void)cudaStreamSynchronize(stream));
   return error;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <type_traits>
 
+#include "../math/hook.h"
 #include "../plan/dropout.h"
 #include "dropout_launch.h"
 #include "elements.cuh"
@@ -19,11 +20,13 @@ static_assert(kTilesPerChunk % kDropoutWarps == 0);
 // Which of the eight mask indices of a block are kept, as bits.
 __device__ __forceinline__ uint32_t kept_bits(const RandomState& random, uint64_t block,
                                               uint32_t threshold) {
-  const RandomLanes lanes = random_lanes(random.seed, random.offset, block);
+  const RandomLanes lanes =
+      random_lanes(BRAZE_HOOK(seed, random.seed), BRAZE_HOOK(offset, random.offset),
+                   BRAZE_HOOK(random_block, block));
   uint32_t bits = 0;
 #pragma unroll
   for (int k = 0; k < kLanesPerBlock; ++k) {
-    bits |= is_kept(lanes.lane(k), threshold) ? 1u << k : 0u;
+    bits |= is_kept(lanes.lane(BRAZE_HOOK(lane, k)), threshold) ? 1u << k : 0u;
   }
   return bits;
 }
@@ -37,24 +40,27 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t b, bool narrow) {
 template <int kWidth>
 __device__ __forceinline__ uint32_t channel_bits(const DropoutArgs& a, int64_t i,
                                                  const RandomState& random) {
-  const bool last = a.mask.kind == DropoutMask::channels_last, narrow = a.numel <= INT32_MAX;
-  const int64_t length = last ? a.mask.channels : a.mask.spatial;
+  const bool last = a.mask.kind == DropoutMask::channels_last,
+             narrow = BRAZE_HOOK(narrow, a.numel <= INT32_MAX);
+  const int64_t length = BRAZE_HOOK(length_is_channels, last) ? a.mask.channels : a.mask.spatial;
   int64_t row = divide(i, length, narrow), within = i - row * length;
-  int64_t start = last ? divide(row, a.mask.spatial, narrow) * a.mask.channels : row;
+  int64_t start =
+      last ? divide(row, BRAZE_HOOK(first_spatial, a.mask.spatial), narrow) * a.mask.channels : row;
   int64_t held = -1;
   uint32_t bits = 0, block_bits = 0;
 #pragma unroll 1
   for (int j = 0; j < kWidth; ++j) {
-    const int64_t index = last ? start + within : start;
-    if (index / kLanesPerBlock != held) {
+    const int64_t index = BRAZE_HOOK(index_within, last) ? start + within : start;
+    if (BRAZE_HOOK(other_block, index / kLanesPerBlock != held)) {
       held = index / kLanesPerBlock;
       block_bits = kept_bits(random, static_cast<uint64_t>(held), a.threshold);
     }
-    bits |= (block_bits >> (index % kLanesPerBlock) & 1u) << j;
-    if (++within == length) {
+    bits |= (block_bits >> BRAZE_HOOK(lane_of_channel, index % kLanesPerBlock) & 1u) << j;
+    if (++within == BRAZE_HOOK(run_end, length)) {
       within = 0;
       ++row;
-      start = last ? divide(row, a.mask.spatial, narrow) * a.mask.channels : row;
+      BRAZE_HOOK(next_start,
+                 start = last ? divide(row, a.mask.spatial, narrow) * a.mask.channels : row);
     }
   }
   return bits;
@@ -93,7 +99,8 @@ __device__ __forceinline__ uint32_t tile_bits(const DropoutArgs& a, int64_t base
       bits |= channel_bits<kWidth>(a, base + place_in_tile<kWidth>(j), random) << j;
     }
   } else {
-    const uint64_t block = static_cast<uint64_t>(base) / kLanesPerBlock + threadIdx.x % 32;
+    const uint64_t block =
+        BRAZE_HOOK(tile_block, static_cast<uint64_t>(base) / kLanesPerBlock) + threadIdx.x % 32;
     const uint32_t own = kept_bits(random, block, a.threshold);
     if constexpr (kWidth == kLanesPerBlock) {
       bits = own;
@@ -101,8 +108,11 @@ __device__ __forceinline__ uint32_t tile_bits(const DropoutArgs& a, int64_t base
 #pragma unroll
       for (int j = 0; j < kLanesPerBlock; j += kWidth) {
         const int place = place_in_tile<kWidth>(j);
-        const uint32_t theirs = __shfl_sync(0xffffffffu, own, place / kLanesPerBlock);
-        bits |= (theirs >> place % kLanesPerBlock & ((1u << kWidth) - 1)) << j;
+        const uint32_t theirs =
+            __shfl_sync(0xffffffffu, own, BRAZE_HOOK(owner, place / kLanesPerBlock));
+        bits |= (theirs >> BRAZE_HOOK(bit_of_owner, place % kLanesPerBlock) &
+                 BRAZE_HOOK(bits_wanted, (1u << kWidth) - 1))
+                << j;
       }
     }
   }
@@ -125,23 +135,23 @@ __device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base, ui
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int64_t i = base + place_in_tile<kWidth>((first + k) * kWidth);
-      if (kWidth == 1 && i >= a.numel) continue;
+      if (BRAZE_HOOK(beyond_input, kWidth == 1 && i >= a.numel)) continue;
       x[k] = Access::load(a.x, kDTypeOf<S>, i);
       if constexpr (kTwo) second[k] = Access::load(a.second, kDTypeOf<S>, i);
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int64_t i = base + place_in_tile<kWidth>((first + k) * kWidth);
-      if (kWidth == 1 && i >= a.numel) continue;
-      const uint32_t kept = bits >> (first + k) * kWidth;
+      if (BRAZE_HOOK(beyond_output, kWidth == 1 && i >= a.numel)) continue;
+      const uint32_t kept = bits >> (BRAZE_HOOK(first_access, first) + k) * kWidth;
       typename Access::Pack result = x[k];
 #pragma unroll
       for (int j = 0; j < Access::kCount; ++j) {
         T other = T(0);
         if constexpr (kTwo) other = Access::get(second[k], j);
         Access::set(result, j,
-                    drop_element<kStep, kA, T>((kept >> j & 1u) != 0, Access::get(x[k], j), other,
-                                               terms, parameter));
+                    drop_element<kStep, kA, T>((kept >> BRAZE_HOOK(element_bit, j) & 1u) != 0,
+                                               Access::get(x[k], j), other, terms, parameter));
       }
       Access::store(a.out, kDTypeOf<S>, i, result);
     }
@@ -182,21 +192,22 @@ __global__ void __launch_bounds__(kDropoutThreads, blocks_at_once<S>(kStep))
   constexpr int kWidth = 16 / sizeof(S);
   const RandomState random = a.random.read();
   const auto chunk = static_cast<int64_t>(blockIdx.x);
-  if (a.used != nullptr && chunk == 0 && threadIdx.x == 0) {
+  if (BRAZE_HOOK(stores_used, a.used != nullptr && chunk == 0 && threadIdx.x == 0)) {
     a.used[0] = static_cast<int64_t>(random.seed);
     a.used[1] = static_cast<int64_t>(random.offset);
   }
-  const uint64_t addresses = reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out) |
+  const uint64_t addresses = reinterpret_cast<uint64_t>(a.x) |
+                             BRAZE_HOOK(out_address, reinterpret_cast<uint64_t>(a.out)) |
                              reinterpret_cast<uint64_t>(a.second);
-  const bool aligned = addresses % 16 == 0;
+  const bool aligned = BRAZE_HOOK(misalignment, addresses % 16) == 0;
   const int warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll 1
-  for (int tile = warp; tile < kTilesPerChunk; tile += kDropoutWarps) {
-    const int64_t base = chunk * kDropoutChunk + tile * kTileElements;
+  for (int tile = warp; tile < BRAZE_HOOK(tiles, kTilesPerChunk); tile += kDropoutWarps) {
+    const int64_t base = BRAZE_HOOK(chunk_begin, chunk * kDropoutChunk) + tile * kTileElements;
     if (base >= a.numel) break;
-    const bool wide = aligned && base + kTileElements <= a.numel;
+    const bool wide = aligned && base + BRAZE_HOOK(tile_elements, kTileElements) <= a.numel;
     uint32_t bits = 0;
-    if (a.needs_mask()) {
+    if (BRAZE_HOOK(needs_mask, a.needs_mask())) {
       bits = wide ? tile_bits<kWidth, kChannels>(a, base, random)
                   : tile_bits<1, kChannels>(a, base, random);
     }

@@ -2,6 +2,7 @@
 // stride.
 #pragma once
 #include "../math/convert.h"
+#include "../math/hook.h"
 #include "optimizer_table.h"
 #include "ptx.cuh"
 
@@ -32,7 +33,8 @@ struct Operands {
     for (int d = ndim - 1; d >= 0; --d) {
       const int64_t outer = i / dims[d], index = i - outer * dims[d];
 #pragma unroll
-      for (int c = 0; c < kNumColumns; ++c) positions[c] += index * dims[(c + 1) * ndim + d];
+      for (int c = 0; c < kNumColumns; ++c)
+        positions[c] += index * dims[BRAZE_HOOK(stride_column, c + 1) * ndim + d];
       i = outer;
     }
   }
@@ -42,7 +44,7 @@ struct Operands {
     int common = -1;
 #pragma unroll
     for (int c = 0; c < kNumColumns; ++c) {
-      if (data[c] == nullptr) continue;
+      if (BRAZE_HOOK(absent_operand, data[c] == nullptr)) continue;
       const int mine = static_cast<int>(dtype(c));
       common = common == -1 || common == mine ? mine : otherwise;
       if (common == otherwise) break;
@@ -63,7 +65,7 @@ struct Operands {
       same = same && (phase == -1 || phase == mine);
       phase = mine;
     }
-    return same ? phase : -1;
+    return BRAZE_HOOK(same_phase, same) ? phase : -1;
   }
 };
 
@@ -83,7 +85,8 @@ struct Words {
       return float_from_bits(word[j]);
     } else {
       const uint32_t both = word[j / 2];
-      return from_storage(S{static_cast<uint16_t>(j % 2 == 0 ? both : both >> 16)});
+      return from_storage(
+          S{static_cast<uint16_t>(BRAZE_HOOK(lower_half, j % 2 == 0) ? both : both >> 16)});
     }
   }
 

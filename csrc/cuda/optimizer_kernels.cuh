@@ -1,81 +1,26 @@
 // The optimizer kernels. One launch updates any number of tensors of any dtype: blocks take chunks
 // of the whole list in turn, look the tensor up, and stream through it 16 bytes at a time.
-// Formulas: math/optimizer.h.
+// Formulas: the rules of math/rules.h.
 #pragma once
+#include "../math/hook.h"
 #include "elements.cuh"
 #include "last_block.cuh"
 
 namespace braze::cuda {
 
-// --- what each algorithm does to one element ---
-
-struct AdamOp {
-  using Hyper = AdamDeviceHyper;
-  template <class T>
-  using Args = AdamArgs<T>;
-  static constexpr bool kUpdatesParam = true;
-  static constexpr int kStates = 3;
-
-  static __device__ __forceinline__ bool reads(uint32_t flags, int k) {
-    return k < 2 || (flags & kAmsgrad);
-  }
-  static __device__ __forceinline__ bool writes(uint32_t flags, int k) { return reads(flags, k); }
-
-  template <class T>
-  static __device__ __forceinline__ void update(T& p, T g, T* state, const AdamArgs<T>& a,
-                                                uint32_t flags) {
-    adam_update(p, g, state[0], state[1], state[2], a, flags & kPenalty, flags & kAmsgrad);
-  }
-};
-
-struct SgdOp {
-  using Hyper = SgdDeviceHyper;
-  template <class T>
-  using Args = SgdArgs<T>;
-  static constexpr bool kUpdatesParam = true;
-  static constexpr int kStates = 1;
-
-  // A first buffer is never read: it may hold anything.
-  static __device__ __forceinline__ bool reads(uint32_t flags, int) {
-    return (flags & (kHasMomentum | kFirst)) == kHasMomentum;
-  }
-  static __device__ __forceinline__ bool writes(uint32_t flags, int) {
-    return flags & kHasMomentum;
-  }
-
-  template <class T>
-  static __device__ __forceinline__ void update(T& p, T g, T* state, const SgdArgs<T>& a,
-                                                uint32_t flags) {
-    const Momentum momentum = !(flags & kHasMomentum) ? Momentum::none
-                              : flags & kFirst        ? Momentum::first
-                                                      : Momentum::running;
-    sgd_update(p, g, state[0], a, momentum, flags & kNesterov, flags & kPenalty);
-  }
-};
-
-// state[0] = keep * state[0] + weight * grad.
-struct FoldOp {
-  template <class T>
-  using Args = FoldArgs<T>;
-  static constexpr bool kUpdatesParam = false;
-  static constexpr int kStates = 1;
-
-  static __device__ __forceinline__ bool reads(uint32_t flags, int) { return !(flags & kFirst); }
-  static __device__ __forceinline__ bool writes(uint32_t, int) { return true; }
-
-  template <class T>
-  static __device__ __forceinline__ void update(T&, T g, T* state, const FoldArgs<T>& a,
-                                                uint32_t flags) {
-    state[0] = accumulate_gradient(state[0], g, a.weight, a.keep, flags & kFirst);
-  }
-};
-
 // --- one vector, or one element ---
 
-template <class Op, class Access, class T, bool kPlain>
+// A state that is overwritten is never read: it may hold anything.
+template <class Rule>
+__device__ __forceinline__ bool reads(uint32_t flags, int k) {
+  return Rule::uses(flags, k) &&
+         BRAZE_HOOK(reads_momentum, !(Rule::kFirstOverwrites && (flags & kFirst)));
+}
+
+template <class Rule, class Access, class T, bool kPlain>
 __device__ __forceinline__ void update_at(const Operands& t,
                                           const int64_t (&positions)[kNumColumns],
-                                          const typename Op::template Args<T>& a) {
+                                          const typename Rule::template Args<T>& a) {
   using Pack = typename Access::Pack;
   const auto load = [&](int column) {
     return Access::load(t.data[column], t.dtype(column), positions[column]);
@@ -83,62 +28,65 @@ __device__ __forceinline__ void update_at(const Operands& t,
   const auto store = [&](int column, const Pack& pack) {
     Access::store(t.data[column], t.dtype(column), positions[column], pack);
   };
-  const uint32_t flags = kPlain ? t.flags & ~kAmsgrad : t.flags;
+  const uint32_t flags = kPlain ? BRAZE_HOOK(plain_flags, t.flags & ~Rule::kRareFlags) : t.flags;
   const bool has_grad = kPlain || t.data[kGrad] != nullptr;
-  const bool has_sum = !kPlain && Op::kUpdatesParam && t.data[kSum] != nullptr;
-  Pack param = {}, grad = {}, sum = {}, state[Op::kStates] = {};
-  if constexpr (Op::kUpdatesParam) param = load(kParam);
+  const bool has_sum = !kPlain && Rule::kUpdatesParam && t.data[kSum] != nullptr;
+  Pack param = {}, grad = {}, sum = {}, state[Rule::kStates] = {};
+  if constexpr (Rule::kUpdatesParam) param = load(kParam);
   if (has_grad) grad = load(kGrad);
   if (has_sum) sum = load(kSum);
 #pragma unroll
-  for (int k = 0; k < Op::kStates; ++k) {
-    if (Op::reads(flags, k)) state[k] = load(kState0 + k);
+  for (int k = 0; k < Rule::kStates; ++k) {
+    if (reads<Rule>(flags, k)) state[k] = load(kState0 + k);
   }
 #pragma unroll
   for (int j = 0; j < Access::kCount; ++j) {
-    T p = T(0), own[Op::kStates];
-    if constexpr (Op::kUpdatesParam) p = Access::get(param, j);
+    T p = T(0), own[Rule::kStates];
+    if constexpr (Rule::kUpdatesParam) p = Access::get(param, j);
 #pragma unroll
-    for (int k = 0; k < Op::kStates; ++k) own[k] = Access::get(state[k], j);
+    for (int k = 0; k < Rule::kStates; ++k) own[k] = Access::get(state[k], j);
     // The gradient to apply: grad, the accumulator, or accumulator + weight * grad.
     T g = Access::get(grad, j);
-    if constexpr (Op::kUpdatesParam) {
+    if constexpr (Rule::kUpdatesParam) {
       if (has_sum) {
         const T total = Access::get(sum, j);
-        g = has_grad ? accumulate_gradient(total, g, a.fold_weight, T(1), false) : total;
+        g = BRAZE_HOOK(grad_and_sum, has_grad)
+                ? accumulate_gradient(total, g, a.fold_weight, T(1), false)
+                : total;
       }
     }
-    Op::update(p, g, own, a, flags);
-    if constexpr (Op::kUpdatesParam) Access::set(param, j, p);
+    update_element<Rule>(p, g, own, a, flags);
+    if constexpr (Rule::kUpdatesParam) Access::set(param, j, p);
 #pragma unroll
-    for (int k = 0; k < Op::kStates; ++k) Access::set(state[k], j, own[k]);
+    for (int k = 0; k < Rule::kStates; ++k) Access::set(state[k], j, own[k]);
   }
-  if constexpr (Op::kUpdatesParam) store(kParam, param);
+  if constexpr (Rule::kUpdatesParam) store(kParam, param);
 #pragma unroll
-  for (int k = 0; k < Op::kStates; ++k) {
-    if (Op::writes(flags, k)) store(kState0 + k, state[k]);
+  for (int k = 0; k < Rule::kStates; ++k) {
+    if (BRAZE_HOOK(stores_state, Rule::uses(flags, k))) store(kState0 + k, state[k]);
   }
 }
 
 // --- one chunk ---
 
-template <class Op, class Access, class T, bool kPlain>
+template <class Rule, class Access, class T, bool kPlain>
 __device__ __forceinline__ void update_vectors(const Operands& t, int64_t first, int count,
-                                               const typename Op::template Args<T>& a) {
+                                               const typename Rule::template Args<T>& a) {
 #pragma unroll 1
-  for (int v = static_cast<int>(threadIdx.x); v < count; v += kBlockThreads) {
+  for (int v = static_cast<int>(threadIdx.x); v < BRAZE_HOOK(vector_end, count);
+       v += kBlockThreads) {
     const int64_t i = first + v * Access::kCount;
     const int64_t positions[kNumColumns] = {i, i, i, i, i, i};
-    update_at<Op, Access, T, kPlain>(t, positions, a);
+    update_at<Rule, Access, T, kPlain>(t, positions, a);
   }
 }
 
 // Elements [begin, end): whole 16-byte vectors where all operands have them at the same elements,
 // what lies before and after one by one, and everything one by one where strides or alignments
 // differ.
-template <class Op, class T, bool kPlain>
+template <class Rule, class T, bool kPlain>
 __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, int64_t end,
-                                             const typename Op::template Args<T>& a) {
+                                             const typename Rule::template Args<T>& a) {
   constexpr int kMixed = 4;
   constexpr bool kWide = sizeof(T) == 8;
   const int size = static_cast<int>(end - begin);
@@ -148,30 +96,31 @@ __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, i
   if (t.dims == nullptr && (!kWide || common == static_cast<int>(DType::f64))) {
     width = common == kMixed ? Mixed<T>::kCount : 16 >> log2_size(static_cast<DType>(common));
     const int phase = t.vector_phase(begin, width);
-    if (phase >= 0) {
+    if (BRAZE_HOOK(has_phase, phase >= 0)) {
       head = min((width - phase) & (width - 1), size);
-      count = (size - head) / width;
+      count = BRAZE_HOOK(vector_count, (size - head) / width);
     }
   }
   const int64_t first = begin + head;
   if constexpr (kWide) {
-    update_vectors<Op, Uniform<double, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<double, T>, T, kPlain>(t, first, count, a);
   } else if (common == static_cast<int>(DType::f32)) {
-    update_vectors<Op, Uniform<float, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<float, T>, T, kPlain>(t, first, count, a);
   } else if (common == static_cast<int>(DType::bf16)) {
-    update_vectors<Op, Uniform<Bf16, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<Bf16, T>, T, kPlain>(t, first, count, a);
   } else if (common == static_cast<int>(DType::f16)) {
-    update_vectors<Op, Uniform<F16, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<F16, T>, T, kPlain>(t, first, count, a);
   } else if constexpr (!kPlain) {
-    update_vectors<Op, Mixed<T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Mixed<T>, T, kPlain>(t, first, count, a);
   }
   const int vectorised = count * width;
 #pragma unroll 1
-  for (int k = static_cast<int>(threadIdx.x); k < size - vectorised; k += kBlockThreads) {
-    const int64_t i = begin + k + (k < head ? 0 : vectorised);
+  for (int k = BRAZE_HOOK(single_begin, static_cast<int>(threadIdx.x));
+       k < BRAZE_HOOK(single_end, size - vectorised); k += kBlockThreads) {
+    const int64_t i = begin + k + (k < BRAZE_HOOK(head_end, head) ? 0 : vectorised);
     int64_t positions[kNumColumns] = {i, i, i, i, i, i};
     if constexpr (!kPlain) t.locate(i, positions);
-    update_at<Op, Single<T>, T, kPlain>(t, positions, a);
+    update_at<Rule, Single<T>, T, kPlain>(t, positions, a);
   }
 }
 
@@ -185,9 +134,9 @@ __device__ __forceinline__ const char* section(const StepArgument& argument, uin
 // The tensor that `chunk` belongs to: the last one that does not begin after it.
 __device__ __forceinline__ int find_tensor(const TensorEntry* entries, int count, int64_t chunk) {
   int low = 0, high = count;
-  while (high - low > 1) {
+  while (BRAZE_HOOK(candidates, high - low) > 1) {
     const int middle = (low + high) / 2;
-    if (entries[middle].first_chunk <= chunk) {
+    if (entries[middle].first_chunk <= BRAZE_HOOK(wanted_chunk, chunk)) {
       low = middle;
     } else {
       high = middle;
@@ -206,7 +155,7 @@ __device__ __forceinline__ Operands make_operands(const StepArgument& argument,
   t.dims = kPlain || entry.dims < 0
                ? nullptr
                : reinterpret_cast<const int64_t*>(section(argument, argument.dims)) +
-                     (entry.dims - argument.dims_begin);
+                     (entry.dims - BRAZE_HOOK(dims_begin, argument.dims_begin));
   t.ndim = entry.ndim;
   t.dtypes = entry.dtypes | ((now.flags >> kGradDtypeShift) & 3u) << (2 * kGrad);
   t.flags = now.flags;
@@ -215,10 +164,10 @@ __device__ __forceinline__ Operands make_operands(const StepArgument& argument,
 
 // --- arguments made on the device ---
 
-template <class Op>
+template <class Rule>
 struct Prepared {
-  typename Op::template Args<float> f;
-  typename Op::template Args<double> d;
+  typename Rule::template Args<float> f;
+  typename Rule::template Args<double> d;
   uint32_t penalty;
 };
 
@@ -230,28 +179,27 @@ __device__ __forceinline__ double read_scalar(const DeviceScalar& source, double
   return source.data == nullptr ? otherwise : read_scalar(source.data, source.dtype);
 }
 
-__device__ inline AdamArgs<double> make_args(const AdamDeviceHyper& h, double inv_scale,
-                                             double step) {
-  AdamRule rule = h.rule;
-  rule.lr = read_scalar(h.lr, rule.lr);
-  rule.beta1 = read_scalar(h.beta1, rule.beta1);
-  rule.beta2 = read_scalar(h.beta2, rule.beta2);
-  rule.weight_decay = read_scalar(h.weight_decay, rule.weight_decay);
-  return adam_args(rule, bias_correction(rule.beta1, rule.beta2, step), h.grad_scale * inv_scale,
-                   h.fold_weight * inv_scale);
+template <class Rule, size_t... j>
+__device__ __forceinline__ void read_scalars(typename Rule::Options& options,
+                                             const DeviceHyper<Rule>& h,
+                                             std::index_sequence<j...>) {
+  const auto read = [&](double& option, const DeviceScalar& scalar) {
+    option = read_scalar(scalar, option);
+  };
+  (read(DeviceHyper<Rule>::template field<j>(options), h.scalars[j]), ...);
 }
 
-__device__ inline SgdArgs<double> make_args(const SgdDeviceHyper& h, double inv_scale, double) {
-  SgdRule rule = h.rule;
-  rule.lr = read_scalar(h.lr, rule.lr);
-  rule.weight_decay = read_scalar(h.weight_decay, rule.weight_decay);
-  rule.momentum = read_scalar(h.momentum, rule.momentum);
-  rule.dampening = read_scalar(h.dampening, rule.dampening);
-  return sgd_args(rule, h.decayed, h.grad_scale * inv_scale, h.fold_weight * inv_scale);
+template <class Rule>
+__device__ inline typename Rule::template Args<double> make_args(const DeviceHyper<Rule>& h,
+                                                                 double inv_scale, double step) {
+  typename Rule::Options options = h.options;
+  read_scalars<Rule>(options, h, std::make_index_sequence<kDeviceFields<Rule>>{});
+  StepInputs inputs = h.inputs;
+  inputs.grad_scale *= inv_scale;
+  inputs.fold_weight *= inv_scale;
+  inputs.step = step;
+  return Rule::args(options, inputs, WholePower{});
 }
-
-__device__ __forceinline__ double step_of(const AdamDeviceHyper& h) { return h.step; }
-__device__ __forceinline__ double step_of(const SgdDeviceHyper&) { return 0; }
 
 __device__ __forceinline__ DType step_dtype(const TensorEntry& entry) {
   return entry.step_is_double ? DType::f64 : DType::f32;
@@ -260,10 +208,11 @@ __device__ __forceinline__ DType step_dtype(const TensorEntry& entry) {
 // Counts on: by the last block to finish, so that every block has read the old value.
 __device__ inline void advance_steps(const StepArgument& argument, bool skipped) {
   if (argument.blocks_done == nullptr) return;
-  if (!is_last_block(argument.blocks_done, gridDim.x)) return;
-  if (skipped) return;
+  if (BRAZE_HOOK(not_last, !is_last_block(argument.blocks_done, gridDim.x))) return;
+  if (BRAZE_HOOK(skipped, skipped)) return;
   const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
-  for (int i = static_cast<int>(threadIdx.x); i < argument.num_tensors; i += kBlockThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < BRAZE_HOOK(counted_tensors, argument.num_tensors);
+       i += BRAZE_HOOK(tensor_stride, kBlockThreads)) {
     const TensorEntry& entry = entries[i];
     if (entry.step == nullptr) continue;
     Single<double>::store(entry.step, step_dtype(entry), 0,
@@ -274,12 +223,12 @@ __device__ inline void advance_steps(const StepArgument& argument, bool skipped)
 // --- the kernels ---
 
 // kPlain: every tensor of the launch has a gradient and operands of one dtype other than fp64, all
-// linear, and neither accumulator nor amsgrad. Registers decide how many blocks a multiprocessor
-// holds, and this saves a third of them.
+// linear, and neither accumulator nor a rule's rare flags. Registers decide how many blocks a
+// multiprocessor holds, and this saves a third of them.
 constexpr int blocks_per_multiprocessor(bool plain) { return plain ? 3 : 2; }
 
 // Arguments come ready from the host.
-template <class Op, bool kPlain>
+template <class Rule, bool kPlain>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
     step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
   const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
@@ -289,62 +238,65 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
     const int i = find_tensor(entries, argument.num_tensors, chunk);
     const TensorEntry& entry = entries[i];
     const Operands t = make_operands<kPlain>(argument, entry, now[i]);
-    const int64_t begin = (chunk - entry.first_chunk) * kChunkElements;
-    const int64_t end = min(begin + kChunkElements, entry.numel);
+    const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
+    const int64_t end = min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel));
     const uint32_t hyper = now[i].hyper;
     if (!kPlain && entry.is_double) {
-      using Args = typename Op::template Args<double>;
-      const char* args =
-          section(argument, argument.wide_hypers) + (hyper - argument.wide_hypers_begin);
-      update_chunk<Op, double, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
+      using Args = typename Rule::template Args<double>;
+      const char* args = section(argument, argument.wide_hypers) +
+                         (hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin));
+      update_chunk<Rule, double, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
     } else {
-      using Args = typename Op::template Args<float>;
-      const char* args = section(argument, argument.hypers) + (hyper - argument.hypers_begin);
-      update_chunk<Op, float, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
+      using Args = typename Rule::template Args<float>;
+      const char* args = section(argument, argument.hypers) +
+                         (hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin));
+      update_chunk<Rule, float, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
     }
   }
 }
 
 // Step counts, loss scale or hyper-parameters are in device memory: each block makes the arguments
 // it needs.
-template <class Op, bool kPlain>
+template <class Rule, bool kPlain>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
     device_step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
-  BRAZE_SHARED(Prepared<Op>, prepared, 1);
+  BRAZE_SHARED(Prepared<Rule>, prepared, 1);
   const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
   const auto* now = reinterpret_cast<const TensorNow*>(section(argument, argument.now));
-  const bool skipped = argument.found_inf != nullptr && *argument.found_inf != 0.0f;
+  const bool skipped =
+      argument.found_inf != nullptr && BRAZE_HOOK(found_inf, *argument.found_inf) != 0.0f;
   uint32_t prepared_hyper = 0;
   double prepared_step = -1;
   const int64_t chunk_end = skipped ? argument.chunk_begin : argument.chunk_end;
   for (int64_t chunk = argument.chunk_begin + blockIdx.x; chunk < chunk_end; chunk += gridDim.x) {
     const int i = find_tensor(entries, argument.num_tensors, chunk);
     const TensorEntry& entry = entries[i];
-    const auto& hyper = *reinterpret_cast<const typename Op::Hyper*>(
+    const auto& hyper = *reinterpret_cast<const DeviceHyper<Rule>*>(
         section(argument, argument.hypers) + (now[i].hyper - argument.hypers_begin));
     const double step =
-        entry.step == nullptr ? step_of(hyper) : read_scalar(entry.step, step_dtype(entry)) + 1;
-    if (prepared_hyper != now[i].hyper || prepared_step != step) {
+        entry.step == nullptr ? hyper.inputs.step : read_scalar(entry.step, step_dtype(entry)) + 1;
+    if (BRAZE_HOOK(other_hyper, prepared_hyper != now[i].hyper) ||
+        BRAZE_HOOK(other_step, prepared_step != step)) {
       prepared_hyper = now[i].hyper;
       prepared_step = step;
       __syncthreads();  // the block is through with the arguments of its previous chunk
       if (threadIdx.x == 0) {
         const double scale = argument.grad_scale == nullptr ? 1.0 : *argument.grad_scale;
-        const auto args = make_args(hyper, 1 / scale, step);
+        const auto args = make_args(hyper, BRAZE_HOOK(inverse_scale, 1 / scale), step);
         prepared[0].d = args;
-        prepared[0].f = round_args<float>(args);
-        prepared[0].penalty = args.l2 != 0 || args.l1 != 0 ? kPenalty : 0u;
+        prepared[0].f = rounded(args);
+        prepared[0].penalty = penalty_flag(args);
       }
       __syncthreads();
     }
     Operands t = make_operands<kPlain>(argument, entry, now[i]);
-    t.flags |= prepared[0].penalty;
-    const int64_t begin = (chunk - entry.first_chunk) * kChunkElements;
-    const int64_t end = min(begin + kChunkElements, entry.numel);
+    t.flags |= BRAZE_HOOK(penalty, prepared[0].penalty);
+    const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
+    const int64_t end = min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel));
     if (!kPlain && entry.is_double) {
-      update_chunk<Op, double, kPlain>(t, begin, end, prepared[0].d);
+      update_chunk<Rule, double, kPlain>(t, begin, end, prepared[0].d);
     } else {
-      update_chunk<Op, float, kPlain>(t, begin, end, prepared[0].f);
+      update_chunk<Rule, float, kPlain>(t, begin, end, prepared[0].f);
     }
   }
   advance_steps(argument, skipped);

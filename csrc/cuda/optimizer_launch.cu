@@ -3,6 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../math/hook.h"
 #include "optimizer_kernels.cuh"
 #include "optimizer_launch.h"
 #include "zeros.h"
@@ -12,52 +13,12 @@ namespace {
 
 constexpr uint16_t kNeverPlain = 0xffff;
 
-template <class Op>
-constexpr int kAlgorithm = std::is_same_v<Op, AdamOp>  ? 0
-                           : std::is_same_v<Op, SgdOp> ? 1
-                                                       : 2;
-
-uint32_t flags_of(const AdamHyper& h) {
-  return (h.penalty ? kPenalty : 0u) | (h.amsgrad ? kAmsgrad : 0u);
-}
-uint32_t flags_of(const SgdHyper& h) {
-  return (h.penalty ? kPenalty : 0u) | (h.has_momentum ? kHasMomentum : 0u) |
-         (h.nesterov ? kNesterov : 0u);
-}
-uint32_t flags_of(const FoldHyper&) { return 0; }
-// Whether there is a penalty only the device knows.
-uint32_t flags_of(const AdamDeviceHyper& h) { return h.amsgrad ? kAmsgrad : 0u; }
-uint32_t flags_of(const SgdDeviceHyper& h) {
-  return (h.has_momentum ? kHasMomentum : 0u) | (h.nesterov ? kNesterov : 0u);
-}
-
 template <class Args>
 void append(std::vector<char>& bytes, const Args& args) {
   static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) % 4 == 0);
   const char* begin = reinterpret_cast<const char*>(&args);
   bytes.insert(bytes.end(), begin, begin + sizeof(Args));
 }
-
-// What the kernels read of one hyper: float arguments, and double ones for tensors that need them.
-template <class Hyper>
-struct Stored {
-  using Narrow = decltype(Hyper::f);
-  using Wide = decltype(Hyper::d);
-  static Narrow narrow(const Hyper& h) { return h.f; }
-  static Wide wide(const Hyper& h) { return h.d; }
-};
-template <>
-struct Stored<FoldHyper> {
-  using Narrow = FoldArgs<float>;
-  using Wide = FoldArgs<double>;
-  static Narrow narrow(const FoldHyper& h) {
-    return {static_cast<float>(h.weight), static_cast<float>(h.keep)};
-  }
-  static Wide wide(const FoldHyper& h) { return {h.weight, h.keep}; }
-};
-template <class Hyper>
-constexpr bool kMadeOnDevice =
-    std::is_same_v<Hyper, AdamDeviceHyper> || std::is_same_v<Hyper, SgdDeviceHyper>;
 
 size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -85,11 +46,13 @@ cudaError_t StepLauncher::resident_blocks(Kernel kernel, int64_t& blocks) {
   return cudaSuccess;
 }
 
-template <class Op>
+template <class Rule>
 void StepLauncher::make_entries(const StepWork& work) {
-  if (generation_ == work.generation && algorithm_ == kAlgorithm<Op>) return;
+  if (BRAZE_HOOK(same_generation, generation_ == work.generation) &&
+      BRAZE_HOOK(same_algorithm, rule_ == Rules::index_of<Rule>()))
+    return;
   generation_ = work.generation;
-  algorithm_ = kAlgorithm<Op>;
+  rule_ = Rules::index_of<Rule>();
   entries_.clear();
   dims_.clear();
   plain_dtype_.clear();
@@ -102,12 +65,12 @@ void StepLauncher::make_entries(const StepWork& work) {
     bool plain = t.linear && !t.is_double;
     for (int c = 0; c < kNumColumns; ++c) {
       const bool used = c == kGrad    ? false
-                        : c < kState0 ? Op::kUpdatesParam
-                                      : c < kState0 + Op::kStates;
+                        : c < kState0 ? Rule::kUpdatesParam
+                                      : c < kState0 + Rule::kStates;
       if (!used || columns[c]->data == nullptr) continue;
       entry.data[c] = columns[c]->data;
       entry.dtypes |= static_cast<uint16_t>(static_cast<int>(columns[c]->dtype) << (2 * c));
-      plain = plain && c != kSum && columns[c]->dtype == t.param.dtype;
+      plain = plain && BRAZE_HOOK(column_is_read, c != kSum) && columns[c]->dtype == t.param.dtype;
     }
     entry.step = t.step.data;
     entry.step_is_double = t.step.dtype == DType::f64;
@@ -132,24 +95,33 @@ void StepLauncher::make_entries(const StepWork& work) {
   }
 }
 
-template <class Hyper>
-void StepLauncher::make_now(const StepWork& work, const std::vector<Hyper>& hypers) {
+template <class Rule, bool kOnDevice>
+void StepLauncher::make_now(const StepWork& work, const Hypers& table) {
+  using Stored = std::conditional_t<kOnDevice, DeviceHyper<Rule>, Hyper<Rule>>;
+  const auto* hypers = static_cast<const Stored*>(table.data);
   hypers_.clear();
   wide_hypers_.clear();
-  if constexpr (kMadeOnDevice<Hyper>) {
-    narrow_size_ = sizeof(Hyper);
+  if constexpr (kOnDevice) {
+    narrow_size_ = sizeof(Stored);
     wide_size_ = 0;
-    for (const Hyper& h : hypers) append(hypers_, h);
+    for (size_t h = 0; h < table.count; ++h) append(hypers_, hypers[h]);
   } else {
-    narrow_size_ = sizeof(typename Stored<Hyper>::Narrow);
-    wide_size_ = sizeof(typename Stored<Hyper>::Wide);
+    narrow_size_ = sizeof(hypers->f);
+    wide_size_ = sizeof(hypers->d);
     bool any_wide = false;
     for (const TensorEntry& entry : entries_) any_wide = any_wide || entry.is_double;
-    for (const Hyper& h : hypers) {
-      append(hypers_, Stored<Hyper>::narrow(h));
-      if (any_wide) append(wide_hypers_, Stored<Hyper>::wide(h));
+    for (size_t h = 0; h < table.count; ++h) {
+      append(hypers_, hypers[h].f);
+      if (any_wide) append(wide_hypers_, hypers[h].d);
     }
   }
+  const auto flags_of = [](const Stored& hyper) {
+    // Whether there is a penalty only the device knows.
+    if constexpr (kOnDevice)
+      return Rule::flags(hyper.options);
+    else
+      return hyper.flags;
+  };
   plain_ = true;
   now_.resize(entries_.size());
   for (size_t i = 0; i < entries_.size(); ++i) {
@@ -159,7 +131,8 @@ void StepLauncher::make_now(const StepWork& work, const std::vector<Hyper>& hype
     const uint32_t dtype = static_cast<uint32_t>(t.grad.dtype);
     now_[i] = {t.grad.data, static_cast<uint32_t>(hyper * hyper_size(i)),
                flags | dtype << kGradDtypeShift};
-    plain_ = plain_ && plain_dtype_[i] == dtype && t.grad.data != nullptr && !(flags & kAmsgrad);
+    plain_ = plain_ && plain_dtype_[i] == dtype && t.grad.data != nullptr &&
+             BRAZE_HOOK(no_maximum, !(flags & Rule::kRareFlags));
   }
 }
 
@@ -231,7 +204,9 @@ void StepLauncher::place(size_t first, size_t count, bool capturing) {
     return bytes;
   };
   const bool all_fit = total(0, 5) <= kArgumentBytes, changing_fit = total(0, 3) <= kArgumentBytes;
-  const size_t resident_from = all_fit || capturing ? 5 : changing_fit ? 3 : 0;
+  const size_t resident_from = BRAZE_HOOK(all_resident, all_fit || capturing) ? 5
+                               : changing_fit                                 ? 3
+                                                                              : 0;
   char* image = table_.image(total(resident_from, 5));
   size_t in_argument = 0, in_image = 0;
   for (size_t s = 0; s < sections.size(); ++s) {
@@ -244,18 +219,19 @@ void StepLauncher::place(size_t first, size_t count, bool capturing) {
   }
 }
 
-template <class Op, bool kOnDevice>
+template <class Rule, bool kOnDevice>
 cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale scale, bool capturing,
                                        cudaStream_t stream) {
   place(first, count, capturing);
   int64_t chunks = argument_.chunk_end - argument_.chunk_begin;
-  if (chunks <= 0 && !(kOnDevice && has_steps_)) return cudaSuccess;
+  if (chunks <= 0 && BRAZE_HOOK(counts_nothing, !(kOnDevice && has_steps_))) return cudaSuccess;
   argument_.grad_scale = scale.grad_scale;
   argument_.found_inf = scale.found_inf;
   argument_.blocks_done = kOnDevice && has_steps_ ? blocks_done_ : nullptr;
   const bool resident = (argument_.entries & kResident) != 0;
   if (resident) {
-    if (const cudaError_t error = table_.upload(stream); error != cudaSuccess) return error;
+    if (const cudaError_t error = BRAZE_HOOK(upload, table_.upload(stream)); error != cudaSuccess)
+      return error;
   }
   argument_.resident = table_.device();
   const auto run = [&](auto kernel) {
@@ -263,40 +239,41 @@ cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale sca
     if (const cudaError_t error = resident_blocks(kernel, blocks); error != cudaSuccess) {
       return error;
     }
-    const unsigned int grid = static_cast<unsigned int>(std::clamp<int64_t>(chunks, 1, blocks));
+    const unsigned int grid =
+        static_cast<unsigned int>(std::clamp<int64_t>(BRAZE_HOOK(chunks, chunks), 1, blocks));
     return BRAZE_LAUNCH(kernel, grid, kBlockThreads, 0, stream, argument_);
   };
   cudaError_t error;
   if constexpr (kOnDevice) {
-    error = plain_ ? run(device_step_kernel<Op, true>) : run(device_step_kernel<Op, false>);
-  } else if constexpr (Op::kUpdatesParam) {
-    error = plain_ ? run(step_kernel<Op, true>) : run(step_kernel<Op, false>);
+    error = plain_ ? run(device_step_kernel<Rule, true>) : run(device_step_kernel<Rule, false>);
+  } else if constexpr (Rule::kUpdatesParam) {
+    error = plain_ ? run(step_kernel<Rule, true>) : run(step_kernel<Rule, false>);
   } else {
-    error = run(step_kernel<Op, false>);
+    error = run(step_kernel<Rule, false>);
   }
   // The launch is on its way, so this is no error of it.
   if (error == cudaSuccess && resident) (void)table_.mark_read(stream);
   return error;
 }
 
-template <class Op, bool kOnDevice, class Hyper>
-cudaError_t StepLauncher::launch(const StepWork& work, const std::vector<Hyper>& hypers,
-                                 LossScale scale, cudaStream_t stream) {
-  make_entries<Op>(work);
-  make_now(work, hypers);
+template <class Rule, bool kOnDevice>
+cudaError_t StepLauncher::launch(const StepWork& work, const Hypers& hypers, LossScale scale,
+                                 cudaStream_t stream) {
+  make_entries<Rule>(work);
+  make_now<Rule, kOnDevice>(work, hypers);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (const cudaError_t error = cudaStreamIsCapturing(stream, &status); error != cudaSuccess) {
     return error;
   }
   const bool capturing = status != cudaStreamCaptureStatusNone;
   if (kOnDevice && has_steps_ && blocks_done_ == nullptr) {
-    if (capturing) return cudaErrorStreamCaptureUnsupported;
+    if (BRAZE_HOOK(capturing, capturing)) return cudaErrorStreamCaptureUnsupported;
     if (const cudaError_t error = take_zeros(1, &blocks_done_); error != cudaSuccess) {
       return error;
     }
   }
   const size_t count = entries_.size();
-  if (!capturing) return launch_range<Op, kOnDevice>(0, count, scale, false, stream);
+  if (!capturing) return launch_range<Rule, kOnDevice>(0, count, scale, false, stream);
   // A graph keeps arguments, but would read a table long after it has changed: as many launches as
   // it takes.
   for (size_t first = 0; first < count;) {
@@ -308,40 +285,30 @@ cudaError_t StepLauncher::launch(const StepWork& work, const std::vector<Hyper>&
       range.end = std::max(range.end, now_[end].hyper + static_cast<uint32_t>(hyper_size(end)));
       bytes += sizeof(TensorNow) + sizeof(TensorEntry) + dims_bytes(end, 1);
       size_t hypers = 0;
-      for (const HyperRange& r : ranges) hypers += r.end == 0 ? 0 : r.end - r.begin;
-      if (bytes + hypers > kArgumentBytes && end > first) break;
+      for (const HyperRange& r : ranges)
+        hypers += BRAZE_HOOK(hyper_bytes, r.end == 0 ? 0 : r.end - r.begin);
+      if (BRAZE_HOOK(argument_full, bytes + hypers > kArgumentBytes && end > first)) break;
     }
-    const cudaError_t error = launch_range<Op, kOnDevice>(first, end - first, scale, true, stream);
+    const cudaError_t error =
+        launch_range<Rule, kOnDevice>(first, end - first, scale, true, stream);
     if (error != cudaSuccess) return error;
     first = end;
   }
   return cudaSuccess;
 }
 
-cudaError_t StepLauncher::adam_step(const StepWork& work, const std::vector<AdamHyper>& hypers,
-                                    cudaStream_t stream) {
-  return launch<AdamOp, false>(work, hypers, {}, stream);
-}
-
-cudaError_t StepLauncher::sgd_step(const StepWork& work, const std::vector<SgdHyper>& hypers,
-                                   cudaStream_t stream) {
-  return launch<SgdOp, false>(work, hypers, {}, stream);
-}
-
-cudaError_t StepLauncher::fold_gradients(const StepWork& work, const std::vector<FoldHyper>& hypers,
-                                         cudaStream_t stream) {
-  return launch<FoldOp, false>(work, hypers, {}, stream);
-}
-
-cudaError_t StepLauncher::adam_step(const StepWork& work,
-                                    const std::vector<AdamDeviceHyper>& hypers, LossScale scale,
-                                    cudaStream_t stream) {
-  return launch<AdamOp, true>(work, hypers, scale, stream);
-}
-
-cudaError_t StepLauncher::sgd_step(const StepWork& work, const std::vector<SgdDeviceHyper>& hypers,
-                                   LossScale scale, cudaStream_t stream) {
-  return launch<SgdOp, true>(work, hypers, scale, stream);
+cudaError_t StepLauncher::step(const StepWork& work, const Hypers& hypers, LossScale scale,
+                               cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  Rules::visit(hypers.rule, [&]<class Rule>(Rule) {
+    if constexpr (Rule::kUpdatesParam) {
+      error = hypers.on_device ? launch<Rule, true>(work, hypers, scale, stream)
+                               : launch<Rule, false>(work, hypers, scale, stream);
+    } else {
+      error = launch<Rule, false>(work, hypers, scale, stream);
+    }
+  });
+  return error;
 }
 
 }  // namespace braze::cuda

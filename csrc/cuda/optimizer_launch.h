@@ -31,17 +31,9 @@ class StepLauncher {
   StepLauncher(const StepLauncher&) = delete;
   StepLauncher& operator=(const StepLauncher&) = delete;
 
-  cudaError_t adam_step(const StepWork& work, const std::vector<AdamHyper>& hypers,
-                        cudaStream_t stream);
-  cudaError_t sgd_step(const StepWork& work, const std::vector<SgdHyper>& hypers,
-                       cudaStream_t stream);
-  cudaError_t fold_gradients(const StepWork& work, const std::vector<FoldHyper>& hypers,
-                             cudaStream_t stream);
-  // Step counts, hyper-parameters or the loss scale in device memory.
-  cudaError_t adam_step(const StepWork& work, const std::vector<AdamDeviceHyper>& hypers,
-                        LossScale scale, cudaStream_t stream);
-  cudaError_t sgd_step(const StepWork& work, const std::vector<SgdDeviceHyper>& hypers,
-                       LossScale scale, cudaStream_t stream);
+  // `scale` is for hypers that are made on the device.
+  cudaError_t step(const StepWork& work, const Hypers& hypers, LossScale scale,
+                   cudaStream_t stream);
 
   // Makes later launches process chunks [begin, end) only: for memory that exists in part.
   void limit_chunks(int64_t begin, int64_t end) { only_begin_ = begin, only_end_ = end; }
@@ -51,25 +43,25 @@ class StepLauncher {
   struct HyperRange {
     uint32_t begin, end;
   };
-  template <class Op, bool kOnDevice, class Hyper>
-  cudaError_t launch(const StepWork& work, const std::vector<Hyper>& hypers, LossScale scale,
+  template <class Rule, bool kOnDevice>
+  cudaError_t launch(const StepWork& work, const Hypers& hypers, LossScale scale,
                      cudaStream_t stream);
-  template <class Op, bool kOnDevice>
+  template <class Rule, bool kOnDevice>
   cudaError_t launch_range(size_t first, size_t count, LossScale scale, bool capturing,
                            cudaStream_t stream);
   template <class Kernel>
   cudaError_t resident_blocks(Kernel kernel, int64_t& blocks);
-  template <class Op>
+  template <class Rule>
   void make_entries(const StepWork& work);
-  template <class Hyper>
-  void make_now(const StepWork& work, const std::vector<Hyper>& hypers);
+  template <class Rule, bool kOnDevice>
+  void make_now(const StepWork& work, const Hypers& hypers);
   size_t dims_bytes(size_t first, size_t count) const;
   size_t hyper_size(size_t tensor) const;
   HyperRange hyper_range(size_t first, size_t count, bool wide) const;
   void place(size_t first, size_t count, bool capturing);
 
   int64_t generation_ = -1;
-  int algorithm_ = -1;  // what entries_ were made for
+  int rule_ = -1;  // what entries_ were made for
   std::vector<TensorEntry> entries_;
   std::vector<int64_t> chunks_before_;  // [tensor], and the total
   std::vector<int64_t> dims_;

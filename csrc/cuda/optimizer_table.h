@@ -33,8 +33,7 @@ struct TensorNow {
   uint32_t flags;
 };
 
-enum Flag : uint32_t { kFirst = 1, kPenalty = 2, kAmsgrad = 4, kHasMomentum = 8, kNesterov = 16 };
-constexpr int kGradDtypeShift = 8;  // 2 bits of TensorNow::flags
+constexpr int kGradDtypeShift = 8;  // 2 bits of TensorNow::flags, above all of Flag
 
 // Set in an offset: the bytes are in device memory, not in the argument.
 constexpr uint32_t kResident = 1u << 31;
@@ -56,10 +55,5 @@ struct alignas(16) StepArgument {
   alignas(16) char bytes[kArgumentBytes];
 };
 static_assert(sizeof(StepArgument) <= 32764, "CUDA limits a launch's parameters to 32,764 bytes");
-
-template <class T>
-struct FoldArgs {
-  T weight, keep;
-};
 
 }  // namespace braze::cuda

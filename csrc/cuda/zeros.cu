@@ -2,6 +2,7 @@
 #include <mutex>
 #include <vector>
 
+#include "../math/hook.h"
 #include "zeros.h"
 
 namespace braze::cuda {
@@ -19,12 +20,12 @@ struct Slab {
 class BesideCaptures {
  public:
   BesideCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~BesideCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { BRAZE_HOOK(restore_mode, (void)cudaThreadExchangeStreamCaptureMode(&mode_)); }
   BesideCaptures(const BesideCaptures&) = delete;
   BesideCaptures& operator=(const BesideCaptures&) = delete;
 
  private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  cudaStreamCaptureMode mode_ = BRAZE_HOOK(capture_mode, cudaStreamCaptureModeRelaxed);
 };
 
 // A stream of its own: the wait is for the fill alone, and then all streams see zeros.
@@ -32,7 +33,7 @@ cudaError_t fill(unsigned int* memory, size_t words) {
   cudaStream_t stream = nullptr;
   cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
   if (error != cudaSuccess) return error;
-  error = cudaMemsetAsync(memory, 0, words * sizeof(unsigned int), stream);
+  error = BRAZE_HOOK(fill_zeros, cudaMemsetAsync(memory, 0, words * sizeof(unsigned int), stream));
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   (void)cudaStreamDestroy(stream);
   return error;
@@ -70,7 +71,7 @@ cudaError_t take_zeros(size_t words, unsigned int** zeros) {
     if (error != cudaSuccess) return error;
   }
   *zeros = slab.free;
-  slab.free += words;
+  slab.free += BRAZE_HOOK(taken_words, words);
   slab.words -= words;
   return cudaSuccess;
 }

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../plan/hyper.h"
+#include "../plan/tensor_work.h"
 
 namespace braze {
 
@@ -28,13 +28,8 @@ class DeviceStep {
     int64_t generation;  // another number whenever more than grad, hyper and first has changed
   };
   virtual ~DeviceStep() = default;
-  virtual void adam(const Work& work, const std::vector<AdamHyper>& hypers) = 0;
-  virtual void adam(const Work& work, const std::vector<AdamDeviceHyper>& hypers,
-                    const DeviceScale& scale) = 0;
-  virtual void sgd(const Work& work, const std::vector<SgdHyper>& hypers) = 0;
-  virtual void sgd(const Work& work, const std::vector<SgdDeviceHyper>& hypers,
-                   const DeviceScale& scale) = 0;
-  virtual void fold(const Work& work, const std::vector<FoldHyper>& hypers) = 0;
+  // `scale` is for hypers that are made on the device.
+  virtual void launch(const Work& work, const Hypers& hypers, const DeviceScale& scale) = 0;
 };
 
 class BatchNormDevice;
@@ -42,7 +37,7 @@ class DropoutDevice;
 
 class DeviceBackend {
  public:
-  static constexpr const char* kCapsuleName = "braze.DeviceBackend.2";
+  static constexpr const char* kCapsuleName = "braze.DeviceBackend.3";
 
   virtual ~DeviceBackend() = default;
   virtual const char* name() const = 0;

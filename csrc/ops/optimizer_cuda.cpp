@@ -26,49 +26,20 @@ class CudaStep final : public DeviceStep {
     }
   }
 
-  void adam(const Work& work, const std::vector<AdamHyper>& hypers) override {
-    run(work, [&](auto& step, cudaStream_t stream) {
-      return launcher_->adam_step(step, hypers, stream);
-    });
-  }
-  void adam(const Work& work, const std::vector<AdamDeviceHyper>& hypers,
-            const DeviceScale& scale) override {
-    run(work, [&](auto& step, cudaStream_t stream) {
-      return launcher_->adam_step(step, hypers, loss_scale(scale), stream);
-    });
-  }
-  void sgd(const Work& work, const std::vector<SgdHyper>& hypers) override {
-    run(work,
-        [&](auto& step, cudaStream_t stream) { return launcher_->sgd_step(step, hypers, stream); });
-  }
-  void sgd(const Work& work, const std::vector<SgdDeviceHyper>& hypers,
-           const DeviceScale& scale) override {
-    run(work, [&](auto& step, cudaStream_t stream) {
-      return launcher_->sgd_step(step, hypers, loss_scale(scale), stream);
-    });
-  }
-  void fold(const Work& work, const std::vector<FoldHyper>& hypers) override {
-    run(work, [&](auto& step, cudaStream_t stream) {
-      return launcher_->fold_gradients(step, hypers, stream);
-    });
-  }
-
- private:
-  static cuda::LossScale loss_scale(const DeviceScale& scale) {
-    return {scale_pointer(scale.grad_scale), scale_pointer(scale.found_inf)};
-  }
-  c10::DeviceIndex index() const { return static_cast<c10::DeviceIndex>(device_); }
-
-  template <class Launch>
-  void run(const Work& work, Launch launch) {
+  void launch(const Work& work, const Hypers& hypers, const DeviceScale& scale) override {
     const c10::cuda::CUDAGuard guard(index());
-    const cuda::StepWork step{work.tensors, work.generation};
-    const cudaError_t error = launch(step, c10::cuda::getCurrentCUDAStream(index()).stream());
+    const cuda::LossScale loss_scale = {scale_pointer(scale.grad_scale),
+                                        scale_pointer(scale.found_inf)};
+    const cudaError_t error = launcher_->step({work.tensors, work.generation}, hypers, loss_scale,
+                                              c10::cuda::getCurrentCUDAStream(index()).stream());
     TORCH_CHECK(error != cudaErrorStreamCaptureUnsupported, owner_,
                 ": the first step cannot be captured into a CUDA graph, for it allocates; run one ",
                 "step on a side stream before the capture (warm-up)");
     check_launch(error, owner_, "the step", device_);
   }
+
+ private:
+  c10::DeviceIndex index() const { return static_cast<c10::DeviceIndex>(device_); }
 
   int device_;
   std::string owner_;

@@ -7,7 +7,7 @@
 
 namespace braze {
 
-constexpr int64_t kChunkElements = 16384;
+constexpr int64_t kCpuChunkElements = 16384;
 // A strided element costs about this many linear ones.
 constexpr int64_t kStridedCost = 8;
 

@@ -2,6 +2,7 @@
 // cuda/.
 #pragma once
 #include "../math/dropout.h"
+#include "../math/hook.h"
 #include "tensor_work.h"
 
 namespace braze {
@@ -15,9 +16,11 @@ struct RandomState {
 
   BRAZE_INLINE RandomState read() const {
     RandomState state;
-    state.seed = seed_pointer == nullptr ? seed : static_cast<uint64_t>(*seed_pointer);
-    state.offset =
-        offset_pointer == nullptr ? offset : offset + static_cast<uint64_t>(*offset_pointer);
+    state.seed =
+        BRAZE_HOOK(own_seed, seed_pointer == nullptr) ? seed : static_cast<uint64_t>(*seed_pointer);
+    state.offset = offset_pointer == nullptr
+                       ? offset
+                       : BRAZE_HOOK(own_offset, offset) + static_cast<uint64_t>(*offset_pointer);
     return state;
   }
 };

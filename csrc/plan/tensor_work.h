@@ -1,6 +1,7 @@
 // One parameter's share of an optimizer step: pointers and layout, no torch. Filled by ops/, read
 // by cpu/ and cuda/.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../math/dtype.h"
@@ -27,7 +28,16 @@ struct TensorWork {
   Operand param, grad;
   Operand sum;   // fp32/fp64 gradient accumulator that joins grad
   Operand step;  // one-element step count in device memory; absent where the host counts
-  Operand state[kMaxStates];  // adam: exp_avg, exp_avg_sq, max_exp_avg_sq; sgd: momentum_buffer
+  Operand state[kMaxStates];  // in the order of the rule
+};
+
+// The hyper-parameters of one launch, whatever the rule: Hyper<Rule>[count] of hyper.h, or
+// DeviceHyper<Rule>[count].
+struct Hypers {
+  int rule = 0;  // its index in Rules
+  bool on_device = false;
+  const void* data = nullptr;
+  size_t count = 0;
 };
 
 }  // namespace braze

@@ -14,7 +14,7 @@ class StepPlan:
     ``"sparse"``, ``"subclass"``, ``"dtype"``, ``"differentiable"``, ``"meta"``, ``"device"``, or ``"cuda:0"``.
     """
 
-    def __init__(self, algorithm: str, owner: str) -> None: ...
+    def __init__(self, rule: str, owner: str) -> None: ...
     def step(
         self,
         groups: list[dict[str, Any]],
@@ -31,7 +31,7 @@ class StepPlan:
         groups: list[dict[str, Any]],
         state: dict[Any, Any],
         weight: float,
-        into_momentum: bool,
+        into_state: bool,
     ) -> str: ...
     def reset(self) -> None: ...
     @property

@@ -17,7 +17,10 @@ import torch
 from braze.bench import gpu_build, gpu_run, gpu_steps, gpu_tests, micro, rows, sanitize
 from braze.bench.sources import find_root
 
-pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
+pytestmark = [
+    pytest.mark.cpu_only("runs the benchmark's own processes"),
+    pytest.mark.slow("rehearses what only a GPU machine runs"),
+]
 
 ROOT = Path(__file__).parents[2]
 

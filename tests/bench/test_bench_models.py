@@ -27,7 +27,10 @@ from braze.bench import (
 from braze.bench.model_cells import Cell, Contender
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
+pytestmark = [
+    pytest.mark.cpu_only("runs the benchmark's own processes"),
+    pytest.mark.slow("measures whole models"),
+]
 
 needs_torchvision = pytest.mark.skipif(
     not models.is_installed("torchvision"), reason="torchvision is not installed"

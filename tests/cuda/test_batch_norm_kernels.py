@@ -5,29 +5,21 @@ The programs are in tests/emulator/batch_norm; BRAZE_EMULATOR_SEED chooses their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import emulator_build as build
 import pytest
-from test_emulated_kernels import FLAGS, KERNELS, expect_silence, run
+from test_emulated_kernels import CUDA, KERNELS, build_kernels, compiled_again, expect_silence, run
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
 
 NORM = build.EMULATOR / "batch_norm"
-CUDA = build.ROOT / "csrc" / "cuda"
 
 
-def norm_program(
-    variant: str, cuda: Path = CUDA, name: str = "batch_norm", include: Sequence[Path] = ()
-) -> Path:
-    if (reason := build.have(variant)) is not None:
-        pytest.skip(reason)
+def norm_program(variant: str, faults: bool = False) -> Path:
     sources = [*sorted(NORM.glob("*.cpp")), KERNELS / "harness.cpp", KERNELS / "intercept.cpp"]
-    sources += sorted(cuda.glob("batch_norm_*.cu"))
-    return build.build_program(
-        name, sources, variant, include=(*include, NORM, KERNELS), flags=FLAGS
-    )
+    sources += sorted(CUDA.glob("batch_norm_*.cu"))
+    return build_kernels("batch_norm", sources, variant, faults)
 
 
 # Few blocks, so that TSan can tell all threads of a launch apart.
@@ -39,10 +31,12 @@ def test_every_schedule() -> None:
     assert "10 schedules" in output
 
 
+@compiled_again
 def test_other_compiler() -> None:
     expect_silence(norm_program("clang"), "--small", BRAZE_EMULATOR_ORDER="pct")
 
 
+@compiled_again
 def test_asan() -> None:
     program = norm_program("asan")
     expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="random")
@@ -51,6 +45,7 @@ def test_asan() -> None:
     assert "batch_norm_units.cuh" in output, output
 
 
+@compiled_again
 def test_msan() -> None:
     program = norm_program("msan")
     expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="reverse")
@@ -58,6 +53,7 @@ def test_msan() -> None:
     assert status != 0 and "MemorySanitizer: use-of-uninitialized-value" in output, output
 
 
+@compiled_again
 @pytest.mark.parametrize("mode", ["A", "B"])
 def test_tsan(mode: str) -> None:
     program = norm_program("tsan")

@@ -177,25 +177,6 @@ def test_one_without_the_other(device: Device, kind: str, given: str) -> None:
 
 
 @EACH
-def test_equals_torch(device: Device, kind: str) -> None:
-    """torch's fp64 for-loop on unscaled gradients, with the overflowing steps left out."""
-    name, options = ALL[kind]
-    plain = {k: v for k, v in options.items() if k not in ("fused", "capturable")}
-    with device.on():
-        optimizer = make(device.place, kind, torch.float64)
-        theirs = [Parameter(p.detach().to("cpu", copy=True)) for p in params_of(optimizer)]
-        model = getattr(torch.optim, name)(theirs, foreach=False, **plain)
-        for seed, overflow in enumerate((0, 1, 0, 0, 1, 0)):
-            scaled_step(optimizer, seed, 64.0, float(overflow))
-            if not overflow:
-                for i, p in enumerate(theirs):
-                    p.grad = values(p.shape, 100 * seed + i).double()
-                model.step()
-    mine = [p.detach().cpu() for p in params_of(optimizer)]
-    torch.testing.assert_close(mine, [p.detach() for p in theirs], rtol=1e-11, atol=1e-12)
-
-
-@EACH
 def test_accumulation_with_a_scaler(device: Device, kind: str) -> None:
     name, options = ALL[kind]
 

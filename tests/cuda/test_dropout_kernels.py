@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-import emulator_build as build
 import pytest
-from test_emulated_kernels import CUDA, FLAGS, KERNELS, expect_silence, run
+from test_emulated_kernels import CUDA, KERNELS, build_kernels, compiled_again, expect_silence, run
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
 
@@ -16,20 +14,10 @@ SOURCE = KERNELS / "dropout_tests.cpp"
 TESTS = tuple(re.findall(r"^TEST\((dropout_\w+)\)", SOURCE.read_text(), re.MULTILINE))
 
 
-def program(
-    variant: str, cuda: Path = CUDA, name: str = "dropout", include: Sequence[Path] = ()
-) -> Path:
+def program(variant: str, faults: bool = False) -> Path:
     """Dropout's tests alone: an edit of another kernel does not rebuild them under six compilers."""
-    if (reason := build.have(variant)) is not None:
-        pytest.skip(reason)
     sources = [KERNELS / "harness.cpp", KERNELS / "intercept.cpp", SOURCE]
-    return build.build_program(
-        name,
-        [*sources, cuda / "dropout_launch.cu"],
-        variant,
-        include=(*include, KERNELS, KERNELS / "include"),
-        flags=FLAGS,
-    )
+    return build_kernels("dropout", [*sources, CUDA / "dropout_launch.cu"], variant, faults)
 
 
 def test_every_schedule() -> None:
@@ -37,15 +25,18 @@ def test_every_schedule() -> None:
     assert "10 schedules" in output and f"{len(TESTS)} tests" in output
 
 
+@compiled_again
 def test_other_compiler() -> None:
     expect_silence(program("clang"), "--small", BRAZE_EMULATOR_ORDER="pct")
 
 
+@compiled_again
 def test_other_machine() -> None:
     tests = [name for name in TESTS if name != "dropout_large"]  # qemu has less address space
     expect_silence(program("aarch64"), "--small", *tests)
 
 
+@compiled_again
 def test_asan() -> None:
     asan = program("asan")
     expect_silence(asan, "--small", BRAZE_EMULATOR_ORDER="random")
@@ -53,6 +44,7 @@ def test_asan() -> None:
     assert status != 0 and "AddressSanitizer: heap-buffer-overflow" in output, output
 
 
+@compiled_again
 def test_msan() -> None:
     msan = program("msan")
     expect_silence(msan, "--small", BRAZE_EMULATOR_ORDER="reverse")
@@ -60,6 +52,7 @@ def test_msan() -> None:
     assert status != 0 and "MemorySanitizer: use-of-uninitialized-value" in output, output
 
 
+@compiled_again
 @pytest.mark.parametrize("mode", ["A", "B"])
 def test_tsan(mode: str) -> None:
     tsan = program("tsan")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ import emulator_build as build
 import pytest
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
+compiled_again = pytest.mark.slow("compiles all kernels once more")
 
 KERNELS = build.EMULATOR / "kernels"
 CUDA = build.ROOT / "csrc" / "cuda"
 FLAGS = ("-include", str(KERNELS / "intercept.h"))
+FAULTS = ("-include", str(KERNELS / "faults.h"))
 SEED = os.environ.get("BRAZE_EMULATOR_SEED", "1")
 
 # Few blocks, so that TSan can tell all threads of a launch apart.
@@ -48,17 +51,20 @@ def together() -> Path:
     return source
 
 
-def kernels_program(
-    variant: str, cuda: Path = CUDA, name: str = "kernels", include: Sequence[Path] = ()
-) -> Path:
+def build_kernels(name: str, sources: Sequence[Path], variant: str, faults: bool) -> Path:
+    """A program of tests; with `faults`, of kernels that can have one (test_kernel_faults.py)."""
     if (reason := build.have(variant)) is not None:
         pytest.skip(reason)
+    name, flags = (f"{name}_faults", FAULTS) if faults else (name, ())
+    include = (KERNELS, KERNELS / "include")
+    return build.build_program(name, sources, variant, include=include, flags=(*flags, *FLAGS))
+
+
+def kernels_program(variant: str, faults: bool = False) -> Path:
     sources = [together(), KERNELS / "intercept.cpp", KERNELS / "reference.cpp"]
     # Not every operation: each has a program of its own.
-    sources += [cuda / f"{name}.cu" for name in ("device_table", "optimizer_launch", "zeros")]
-    return build.build_program(
-        name, sources, variant, include=(*include, KERNELS, KERNELS / "include"), flags=FLAGS
-    )
+    sources += [CUDA / f"{name}.cu" for name in ("device_table", "optimizer_launch", "zeros")]
+    return build_kernels("kernels", sources, variant, faults)
 
 
 # In the order of the tests.
@@ -106,10 +112,12 @@ def test_every_schedule() -> None:
     assert "10 schedules" in output
 
 
+@compiled_again
 def test_other_compiler() -> None:
     expect_silence(kernels_program("clang"), "--small", BRAZE_EMULATOR_ORDER="pct")
 
 
+@compiled_again
 def test_other_machine() -> None:
     tests = (
         "general_steps",
@@ -121,6 +129,7 @@ def test_other_machine() -> None:
     expect_silence(kernels_program("aarch64"), "--small", *tests)
 
 
+@compiled_again
 def test_asan() -> None:
     program = kernels_program("asan")
     expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="random")
@@ -129,6 +138,7 @@ def test_asan() -> None:
     assert "elements.cuh" in output or "optimizer_kernels.cuh" in output, output
 
 
+@compiled_again
 def test_msan() -> None:
     program = kernels_program("msan")
     expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="reverse")
@@ -136,6 +146,7 @@ def test_msan() -> None:
     assert status != 0 and "MemorySanitizer: use-of-uninitialized-value" in output, output
 
 
+@compiled_again
 @pytest.mark.parametrize("mode", ["A", "B"])
 def test_tsan(mode: str) -> None:
     program = kernels_program("tsan")
@@ -147,3 +158,11 @@ def test_tsan(mode: str) -> None:
         program, "--small", "device_counts_general", BRAZE_EMULATOR_DROP_BARRIER=site, **env
     )
     assert status != 0 and "WARNING: ThreadSanitizer: data race" in output, output
+
+
+def test_no_asm_elsewhere() -> None:
+    files = (
+        p for p in (build.ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")
+    )
+    found = [p.name for p in files if re.search(r"\basm\s+(volatile\s*)?\(|\basm\(", p.read_text())]
+    assert found == ["ptx.cuh"]

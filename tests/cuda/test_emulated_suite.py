@@ -23,7 +23,10 @@ SUITE = tuple(
 )
 TIMEOUT = 600
 
-pytestmark = pytest.mark.cpu_only("runs the suite itself")
+pytestmark = [
+    pytest.mark.cpu_only("runs the suite itself"),
+    pytest.mark.slow("the suite once more"),
+]
 
 
 def run(

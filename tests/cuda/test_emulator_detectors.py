@@ -8,7 +8,10 @@ from pathlib import Path
 import emulator_build
 import pytest
 
-pytestmark = pytest.mark.cpu_only("is about the emulator")
+pytestmark = [
+    pytest.mark.cpu_only("is about the emulator"),
+    pytest.mark.slow("compiles the emulator for each sanitizer"),
+]
 
 SEEDED = emulator_build.EMULATOR / "controls" / "seeded.cu"
 WRONG_RESULT = 3

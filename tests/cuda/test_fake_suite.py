@@ -15,7 +15,10 @@ from test_emulated_suite import TESTS, TIMEOUT, launches, run
 # What takes long and is about numbers, not about where they are.
 LEFT_OUT = ("optim/test_numerics.py", "cuda/test_emulated_suite.py", "cuda/test_fake_suite.py")
 
-pytestmark = pytest.mark.cpu_only("runs the suite itself")
+pytestmark = [
+    pytest.mark.cpu_only("runs the suite itself"),
+    pytest.mark.slow("the suite once more"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -3,15 +3,14 @@
     PYTHONPATH=tests/support .venv/bin/python tests/cuda/test_kernel_memory.py
         compares with the pinned figures; --pin makes the present figures the pinned ones
 
-Per line of source: warp requests, lanes, and 32-byte sectors (global memory) or bank turns (shared
-memory). Any difference fails, improvements too: they are pinned, and so cannot be lost unnoticed.
+Per buffer and kind of access: warp requests, lanes, and 32-byte sectors (global memory) or bank turns
+(shared memory). Any difference fails, improvements too: they are pinned, and so cannot be lost unnoticed.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -19,7 +18,10 @@ from pathlib import Path
 import emulator_build as build
 import pytest
 
-pytestmark = pytest.mark.cpu_only("is about the emulator")
+pytestmark = [
+    pytest.mark.cpu_only("is about the emulator"),
+    pytest.mark.slow("compiles all kernels once more"),
+]
 
 PINNED = Path(__file__).with_name("kernel_memory.json")
 PIN = "PYTHONPATH=tests/support .venv/bin/python tests/cuda/test_kernel_memory.py --pin"
@@ -32,60 +34,36 @@ build.VARIANTS[VARIANT] = build.Variant(
     test_flags=("-fsanitize=thread",),
 )
 
-# [requests, lanes, sectors or bank turns]
+# Of each launch and access, such as "x read 16" (bytes a lane): [requests, lanes, sectors or bank turns].
 Counts = dict[str, dict[str, list[int]]]
 
 
-def program() -> Path:
-    sources = [*KERNELS.glob("memory*.cpp"), *(build.ROOT / "csrc/cuda").glob("*.cu")]
-    sources.sort()
-    return build.build_program("memory", sources, VARIANT, include=[KERNELS])
-
-
-def source_lines(path: Path, addresses: list[str]) -> dict[str, str]:
-    """For each address the source line it comes from, outside the emulator's own headers."""
-    command = ["addr2line", "-e", str(path), "-a", "-i", *(f"0x{a}" for a in addresses)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines: dict[str, str] = {}
-    address = ""
-    for line in output.splitlines():
-        if line.startswith("0x"):
-            address = f"{int(line, 16):x}"
-        elif address not in lines and "/emulator/include/" not in line:
-            name, _, number = line.split(" (")[0].rpartition(":")
-            source = Path(name)
-            if not source.is_absolute():
-                source = build.ROOT / source
-            text = source.read_text().splitlines()[int(number) - 1].strip()
-            # The text, not its number: an edit elsewhere in the file changes nothing.
-            lines[address] = f"{source.name}: {text}"
-    return lines
-
-
 def count() -> Counts:
-    return count_program(program())
-
-
-def count_program(path: Path) -> Counts:
-    done = build.run(path)
+    sources = [*KERNELS.glob("memory*.cpp"), *(build.ROOT / "csrc/cuda").glob("*.cu")]
+    program = build.build_program("memory", sorted(sources), VARIANT, include=[KERNELS])
+    done = build.run(program)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("memory ")]
-    lines = source_lines(path, sorted({row[1] for row in rows}))
-    totals: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0]))
-    for name, address, space, access, size, *figures in rows:
-        total = totals[name][f"{space} {access} {size} bytes: {lines[address]}"]
-        for i, figure in enumerate(figures):
-            total[i] += int(figure)
-    return {name: dict(sorted(places.items())) for name, places in totals.items()}
+    totals: Counts = defaultdict(dict)
+    for line in done.stdout.splitlines():
+        if line.startswith("memory "):
+            _, name, *access, requests, lanes, cost = line.split()
+            totals[name][" ".join(access)] = [int(requests), int(lanes), int(cost)]
+    return dict(totals)
+
+
+def as_text(counts: Counts) -> str:
+    """One line a launch."""
+    rows = (f"{json.dumps(name)}: {json.dumps(accesses)}" for name, accesses in counts.items())
+    return "{\n" + ",\n".join(rows) + "\n}\n"
 
 
 def differences(old: Counts, new: Counts) -> list[str]:
     result = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, {}), new.get(name, {})
-        for place in sorted(before.keys() | after.keys()):
-            if before.get(place) != after.get(place):
-                result.append(f"{name}, {place}: {before.get(place)} -> {after.get(place)}")
+        for access in sorted(before.keys() | after.keys()):
+            if before.get(access) != after.get(access):
+                result.append(f"{name}, {access}: {before.get(access)} -> {after.get(access)}")
     return result
 
 
@@ -96,67 +74,80 @@ def counted() -> Counts:
     return count()
 
 
-def per_request(name: str, what: str) -> float:
-    """Sectors, or bank turns, of the one place whose description begins so."""
-    [(requests, _, cost)] = [c for p, c in counted()[name].items() if p.startswith(what)]
+def per_request(name: str, access: str) -> float:
+    """Sectors, or bank turns."""
+    requests, _, cost = counted()[name][access]
     return cost / requests
 
 
 def test_controls() -> None:
     """Accesses whose cost follows from the hardware's rules."""
-    assert per_request("control_strided", "global read") == 32  # a sector for each lane
-    assert per_request("control_strided", "global write") == 4
-    assert per_request("control_vector", "global read 16") == 16  # 512 bytes
-    assert per_request("control_vector", "global write 16") == 16
-    assert per_request("control_transpose", "shared read") == 32  # all lanes in one bank
-    assert per_request("control_padded_transpose", "shared read") == 1
-    assert per_request("control_padded_transpose", "shared write") == 1
+    assert per_request("control_strided", "in read 4") == 32  # a sector for each lane
+    assert per_request("control_strided", "out write 4") == 4
+    assert per_request("control_vector", "in read 16") == 16  # 512 bytes
+    assert per_request("control_vector", "out write 16") == 16
+    assert per_request("control_transpose", "shared read 4") == 32  # all lanes in one bank
+    assert per_request("control_padded_transpose", "shared read 4") == 1
+    assert per_request("control_padded_transpose", "shared write 4") == 1
 
 
-OPERANDS = {"adam": 7, "sgd": 5, "fold": 3}  # read or written
+# Operands that each element has read or written.
+OPERANDS = {"adam": 7, "sgd": 5, "fold": 3}
+OPERANDS |= {"dropout_scale": 2, "dropout_add": 3, "dropout_activate": 2}
+OPERANDS |= {"dropout_activate_grad": 3, "dropout_rows": 2, "dropout_channels_last": 2}
 SIZES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
+ELEMENTS = 12288
+
+
+def moved_whole(accesses: dict[str, list[int]]) -> int:
+    """Bytes that these accesses move, all with 16 bytes a lane, full warps and no byte in vain."""
+    for access, (requests, lanes, sectors) in accesses.items():
+        assert access.endswith(" 16"), access
+        assert lanes == 32 * requests and sectors == 16 * requests, access
+    return sum(lanes * 16 for _, lanes, _ in accesses.values())
 
 
 @pytest.mark.parametrize("dtype", SIZES)
-@pytest.mark.parametrize("algorithm", OPERANDS)
-def test_vectors_are_coalesced(algorithm: str, dtype: str) -> None:
-    """Aligned tensors of one dtype: 16 bytes a lane, full warps, no byte moved in vain."""
-    places = counted()[f"{algorithm}_{dtype}"]
-    for place, (requests, lanes, sectors) in places.items():
-        assert " 16 bytes: " in place, place
-        assert lanes == 32 * requests and sectors == 16 * requests, place
-    elements = 12288
-    moved = sum(sectors for _, _, sectors in places.values()) * 32
-    assert moved == elements * SIZES[dtype] * OPERANDS[algorithm]
+@pytest.mark.parametrize("step", OPERANDS)
+def test_vectors_are_coalesced(step: str, dtype: str) -> None:
+    """Aligned tensors of one dtype."""
+    moved = moved_whole(counted()[f"{step}_{dtype}"])
+    assert moved == ELEMENTS * SIZES[dtype] * OPERANDS[step]
 
 
 def test_misaligned_tensors_keep_their_vectors() -> None:
-    vectors = sum(c[1] for p, c in counted()["adam_f32_off_by_1"].items() if " 16 bytes: " in p)
-    singles = sum(c[1] for p, c in counted()["adam_f32_off_by_1"].items() if " 4 bytes: " in p)
+    accesses = counted()["adam_f32_off_by_1"]
     # Each of two chunks has a head of three elements and a tail of one.
-    assert singles == 2 * 4 * 7
-    assert vectors == (12288 - 2 * 4) // 4 * 7
+    assert sum(c[1] for access, c in accesses.items() if access.endswith(" 4")) == 2 * 4 * 7
+    wide = sum(c[1] for access, c in accesses.items() if access.endswith(" 16"))
+    assert wide == (ELEMENTS - 2 * 4) // 4 * 7
 
 
-# Passes over the activation: what each kernel of a layer with relu reads and writes of it.
-NORM_PASSES = {"statistics": 1, "apply": 2, "reduce": 2, "apply_grad": 3}
+@pytest.mark.parametrize("dtype", ("f32", "bf16"))
+@pytest.mark.parametrize("step", [step for step in OPERANDS if step.startswith("dropout")])
+def test_misaligned_tensors_are_coalesced_too(step: str, dtype: str) -> None:
+    """Element by element, but a warp's requests are one stretch, one sector more than aligned."""
+    accesses = counted()[f"{step}_{dtype}_off_by_1"]
+    for access, (requests, lanes, sectors) in accesses.items():
+        assert access.endswith(f" {SIZES[dtype]}") and lanes == 32 * requests, access
+        assert sectors <= (SIZES[dtype] + 1) * requests, access
+    assert sum(lanes for _, lanes, _ in accesses.values()) == ELEMENTS * OPERANDS[step]
+
+
+# What each kernel of a layer with relu reads and writes of the activation's size, once a pass.
+NORM_PASSES = {"statistics": ("x",), "apply": ("x", "y"), "reduce": ("x", "dy")}
+NORM_PASSES["apply_grad"] = ("x", "dy", "dx")
 NORM_LAYOUTS = ("last_bf16", "last_f32", "last_f64", "planes_bf16", "planes_f32")
 
 
 @pytest.mark.parametrize("layout", NORM_LAYOUTS)
 @pytest.mark.parametrize("step", NORM_PASSES)
 def test_activations_are_read_in_full_sectors(step: str, layout: str) -> None:
-    """16 bytes a lane, full warps, and each activation once per pass."""
-    places = counted()[f"norm_{step}_{layout}"]
-    wide = [
-        c for p, c in places.items() if p.startswith("global") and "units.cuh" in p and " 16 " in p
-    ]
-    elements = 2 * 64 * 32 * int(16 / SIZES[layout.split("_")[1]])
-    assert (
-        sum(c[1] for c in wide) * 16 == elements * SIZES[layout.split("_")[1]] * NORM_PASSES[step]
-    )
-    for requests, lanes, sectors in wide:
-        assert lanes == 32 * requests and sectors == 16 * requests
+    buffers = NORM_PASSES[step]
+    all_of_it = counted()[f"norm_{step}_{layout}"].items()
+    accesses = {access: c for access, c in all_of_it if access.split()[0] in buffers}
+    assert {access.split()[0] for access in accesses} == set(buffers)
+    assert moved_whole(accesses) == 2 * 64 * 32 * 16 * len(buffers)
 
 
 def test_pinned() -> None:
@@ -167,9 +158,8 @@ def test_pinned() -> None:
 def test_drift_is_found() -> None:
     pinned = json.loads(PINNED.read_text())
     changed = json.loads(PINNED.read_text())
-    place = next(iter(changed["adam_f32"]))
-    changed["adam_f32"][place][2] += 1
-    changed["sgd_f32"].pop(next(iter(changed["sgd_f32"])))
+    changed["adam_f32"]["param read 16"][2] += 1
+    changed["sgd_f32"].pop("grad read 16")
     assert len(differences(pinned, changed)) == 2
     assert len(differences(changed, pinned)) == 2
 
@@ -180,7 +170,7 @@ def main() -> int:
         return 1
     new = count()
     if "--pin" in sys.argv[1:]:
-        PINNED.write_text(json.dumps(new, indent=1) + "\n")
+        PINNED.write_text(as_text(new))
         print(f"pinned {len(new)} launches in {PINNED.name}")
         return 0
     drift = differences(json.loads(PINNED.read_text()), new)

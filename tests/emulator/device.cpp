@@ -72,10 +72,6 @@ cudaError_t check(const LaunchConfig& config, const KernelCall& call, const CUst
                            ? kDefaultSharedBytes
                            : std::max(kDefaultSharedBytes, static_cast<size_t>(opted->second));
   if (config.shared_bytes > limit) return cudaErrorInvalidValue;
-  if (config.cooperative && static_cast<uint64_t>(grid.x) * grid.y * grid.z >
-                                static_cast<uint64_t>(settings().cooperative_blocks)) {
-    return cudaErrorCooperativeLaunchTooLarge;
-  }
   return cudaSuccess;
 }
 
@@ -212,13 +208,6 @@ cudaError_t cudaSetDevice(int device) {
   device_now = device;
   return cudaSuccess;
 }
-
-cudaError_t cudaRuntimeGetVersion(int* version) {
-  give(version, CUDART_VERSION);
-  return cudaSuccess;
-}
-
-cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device < 0 || device >= settings().device_count) return result(cudaErrorInvalidDevice);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <string>
 #include <tuple>
 #include <unordered_map>
 
@@ -15,18 +16,35 @@
 namespace emulator {
 namespace {
 
-enum class Space : uint8_t { global, shared };
-
-// A place in the program, and how it accesses memory.
-struct Place {
-  uintptr_t pc;
-  Space space;
+// What is accessed, and how.
+struct Access {
+  std::string buffer;
   bool write;
   uint8_t bytes;
-  bool operator<(const Place& o) const {
-    return std::tie(pc, space, write, bytes) < std::tie(o.pc, o.space, o.write, o.bytes);
+  bool operator<(const Access& o) const {
+    return std::tie(buffer, write, bytes) < std::tie(o.buffer, o.write, o.bytes);
   }
 };
+
+const char* const kShared = "shared";
+
+struct Named {
+  const char* end;
+  std::string name;
+};
+
+std::map<const char*, Named>& buffers() {
+  static auto* const instance = new std::map<const char*, Named>;
+  return *instance;
+}
+
+std::string buffer_of(const void* address) {
+  const auto* byte = static_cast<const char*>(address);
+  const auto after = buffers().upper_bound(byte);
+  if (after == buffers().begin()) return "unnamed";
+  const Named& found = std::prev(after)->second;
+  return byte < found.end ? found.name : "unnamed";
+}
 
 // One instruction of a warp: the lanes' n-th visits of a place.
 struct RequestKey {
@@ -37,13 +55,14 @@ struct RequestKey {
   }
 };
 
+// A place in the program that makes such accesses.
 struct PerPlace {
   std::map<RequestKey, std::vector<uintptr_t>> requests;
   std::map<std::pair<uint64_t, unsigned>, unsigned> visits;  // by block and thread
 };
 
-std::map<Place, PerPlace>& places() {
-  static auto* const instance = new std::map<Place, PerPlace>;
+std::map<std::pair<Access, uintptr_t>, PerPlace>& places() {
+  static auto* const instance = new std::map<std::pair<Access, uintptr_t>, PerPlace>;
   return *instance;
 }
 
@@ -106,9 +125,9 @@ void observe(const void* address, int bytes, bool write, const void* pc) {
     const uint3 index = block_now->index;
     const uint64_t block =
         index.x + static_cast<uint64_t>(gridDim.x) * (index.y + gridDim.y * index.z);
-    const Place place = {reinterpret_cast<uintptr_t>(pc), shared ? Space::shared : Space::global,
-                         write, static_cast<uint8_t>(bytes)};
-    PerPlace& own = places()[place];
+    const Access access = {shared ? kShared : buffer_of(address), write,
+                           static_cast<uint8_t>(bytes)};
+    PerPlace& own = places()[{access, reinterpret_cast<uintptr_t>(pc)}];
     const unsigned visit = own.visits[{block, thread_now->number}]++;
     own.requests[{block, thread_now->number / 32, visit}].push_back(
         reinterpret_cast<uintptr_t>(address));
@@ -121,20 +140,30 @@ void count_memory(bool count) {
   counting = count;
 }
 
+void name_memory(const char* name, const void* begin, size_t bytes) {
+  const auto* first = static_cast<const char*>(begin);
+  buffers()[first] = {first + bytes, name};
+}
+
 void print_memory_counts(const char* name) {
-  extern char image_begin asm("__executable_start");
+  struct Sums {
+    size_t requests = 0, lanes = 0;
+    int cost = 0;
+  };
+  std::map<Access, Sums> totals;
   for (const auto& [place, own] : places()) {
-    long long lanes = 0, cost = 0;
+    const Access& access = place.first;
+    Sums& total = totals[access];
+    total.requests += own.requests.size();
     for (const auto& [key, addresses] : own.requests) {
-      lanes += static_cast<long long>(addresses.size());
-      cost += place.space == Space::global ? sectors(addresses, place.bytes)
-                                           : bank_turns(addresses, place.bytes);
+      total.lanes += addresses.size();
+      total.cost += access.buffer == kShared ? bank_turns(addresses, access.bytes)
+                                             : sectors(addresses, access.bytes);
     }
-    // -1: the call, not what follows it.
-    printf("memory %s %zx %s %s %d %zu %lld %lld\n", name,
-           place.pc - reinterpret_cast<uintptr_t>(&image_begin) - 1,
-           place.space == Space::global ? "global" : "shared", place.write ? "write" : "read",
-           place.bytes, own.requests.size(), lanes, cost);
+  }
+  for (const auto& [access, total] : totals) {
+    printf("memory %s %s %s %d %zu %zu %d\n", name, access.buffer.c_str(),
+           access.write ? "write" : "read", access.bytes, total.requests, total.lanes, total.cost);
   }
 }
 

@@ -48,7 +48,13 @@ def _load(name: str) -> nn.Module:
     return models.load(name)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+slow = pytest.mark.slow("more networks")
+QUICK = ("resnet18", "mobilenet_v3_small", "timm:convnext_atto")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else slow) for n in NETWORKS]
+)
 def test_network(name: str) -> None:
     model = _load(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -10,7 +10,10 @@ from pathlib import Path
 import cuda_gates
 import pytest
 
-pytestmark = pytest.mark.cpu_only("is about the build")
+pytestmark = [
+    pytest.mark.cpu_only("is about the build"),
+    pytest.mark.slow("compiles for four architectures"),
+]
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}

@@ -31,7 +31,7 @@ FUNCTIONS = {
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     "batch_norm",
 }
-OPTIMIZERS = {"SGD", "Adam", "AdamW"}
+OPTIMIZERS = {"SGD", "Adam", "AdamW", "RMSprop"}
 ORIGINAL = {
     **{name: getattr(nn, name) for name in CLASSES},
     **{name: getattr(F, name) for name in FUNCTIONS},

@@ -218,39 +218,6 @@ def test_in_place_of_a_leaf_that_requires_grad() -> None:
     assert same_bits(x.detach(), before) and torch.equal(rng, torch.get_rng_state())
 
 
-@pytest.mark.cpu_only("compares CPU threads and instruction sets")
-def test_same_bits_for_threads_and_instruction_sets() -> None:
-    used, threads = _C.instruction_set(), torch.get_num_threads()
-    shape = (4, 24, 31, 33)
-
-    def results() -> list[Tensor]:
-        found = []
-        for dtype in DTYPES:
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-            for call in (
-                lambda x=x: functional.dropout(x, 0.3),
-                lambda x=x: functional.dropout2d(x, 0.3),
-                lambda x=x: functional.dropout2d(x.contiguous(memory_format=torch.channels_last), 0.3),
-                lambda x=x: functional.dropout_add(x, x, 0.3),
-                lambda x=x: functional.alpha_dropout(x, 0.3, True),
-                lambda x=x: functional.act_dropout(x, "leaky_relu", 0.3),
-                lambda x=x: functional.act_dropout(x, "gelu" if x.dtype != torch.float64 else "relu", 0.3),
-            ):  # fmt: skip
-                found.append(drawn(call)[0])
-        return found
-
-    want = results()
-    try:
-        for name in _C.available_instruction_sets():
-            assert _C.set_instruction_set(name)
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                assert all(same_bits(a, b) for a, b in zip(results(), want, strict=True)), name
-    finally:
-        _C.set_instruction_set(used)
-        torch.set_num_threads(threads)
-
-
 def test_not_worse_than_torch_in_16_bits() -> None:
     x = torch.randn(4096)
     exact = x.double() / 0.7

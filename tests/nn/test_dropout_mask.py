@@ -7,7 +7,6 @@ import math
 import dropout_reference as reference
 import pytest
 import torch
-from braze._native import _C
 from braze.nn._dropout_functional import dropout, dropout_mask
 from torch import Tensor
 
@@ -60,22 +59,6 @@ def test_mask_is_the_definition(seed: int, offset: int) -> None:
         for p in (0.0, 1e-9, 0.1, 0.5, 1 / 3, 65535 / 65536, 1.0):
             want = reference.mask(numel, p, seed, offset)
             assert torch.equal(dropout_mask(numel, p, seed, offset).cpu(), want), (numel, p)
-
-
-@pytest.mark.cpu_only("compares CPU threads and instruction sets")
-def test_mask_is_the_same_for_every_instruction_set_and_number_of_threads() -> None:
-    want = dropout_mask(100_003, 0.3, 12345, 6)
-    assert torch.equal(want[:4000].cpu(), reference.mask(4000, 0.3, 12345, 6))
-    used, threads = _C.instruction_set(), torch.get_num_threads()
-    try:
-        for name in _C.available_instruction_sets():
-            assert _C.set_instruction_set(name)
-            for count in (1, 2, 3, 5):
-                torch.set_num_threads(count)
-                assert torch.equal(dropout_mask(100_003, 0.3, 12345, 6), want), (name, count)
-    finally:
-        _C.set_instruction_set(used)
-        torch.set_num_threads(threads)
 
 
 def test_mask_of_signed_seed_and_errors() -> None:

@@ -117,8 +117,9 @@ def test_rejected_calls_change_nothing(op: Op, wrong: Wrong) -> None:
     checks.check_rejected(op, wrong)
 
 
+@pytest.mark.slow("every operation for every instruction set")
 @pytest.mark.cpu_only("compares CPU threads and instruction sets")
-@cases(FP32, BF16, choose=lambda op: op.large)
+@cases(choose=lambda op: op.large)
 def test_same_bits(op: Op, sample: Sample, dtype: torch.dtype) -> None:
     checks.check_bits(op, sample, dtype)
 
@@ -134,6 +135,7 @@ def test_device(op: Op, sample: Sample, dtype: torch.dtype, device: devices.Devi
     checks.check_device(op, sample, dtype, device)
 
 
+@pytest.mark.slow("repeats each operation until its memory shows")
 @pytest.mark.cpu_only("measures this process's memory")
 @cases(FP32, choose=lambda op: op.samples[1:2])
 def test_memory_stays_flat(op: Op, sample: Sample, dtype: torch.dtype) -> None:

@@ -98,7 +98,7 @@ def test_every_public_name_is_torchs_but_four() -> None:
     for name in (n for n in dir(torch.optim) if not n.startswith("_")):
         same = getattr(optim, name) is getattr(torch.optim, name)
         assert same is (name not in NAMES), name
-    assert set(optim.__all__) == {*torch.optim.__all__, "CAG"}
+    assert set(optim.__all__) == {*torch.optim.__all__, "CAG", "Lion"}
     assert not hasattr(torch.optim, "CAG")
 
 

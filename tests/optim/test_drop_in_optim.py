@@ -16,9 +16,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NAMES = ("SGD", "Adam", "AdamW")
+NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
 EACH = pytest.mark.parametrize("name", NAMES)
-MOMENTUM: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "Adam": {}, "AdamW": {}}
+MOMENTUM: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9},
+    "Adam": {},
+    "AdamW": {},
+    "RMSprop": {"momentum": 0.9},
+}
 
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -22,6 +22,7 @@ PAYLOAD = 1 << 12
 
 pytestmark = [
     pytest.mark.emulated_only("measures this process's memory"),
+    pytest.mark.slow("a thousand times the same"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
 ]
 

@@ -46,8 +46,27 @@ ADAM_FLAGS: list[Flags] = [
     {"betas": (0.0, 0.9)},
     {"betas": (0.5, 0.0), "eps": 1e-2},
 ]
+RMSPROP_FLAGS: list[Flags] = [
+    {},
+    {"centered": True},
+    {"momentum": 0.9, "maximize": True},
+    {"momentum": 0.9, "centered": True, "weight_decay": 0.01, "l1": 0.02, "alpha": 0.9},
+]
+LION_FLAGS: list[Flags] = [
+    {},
+    {"weight_decay": 0.1, "maximize": True},
+    {"l1": 0.02, "betas": (0.5, 0.9)},
+]
+CLASSES: dict[str, Any] = {
+    "sgd": optim.SGD,
+    "adam": optim.Adam,
+    "rmsprop": optim.RMSprop,
+    "lion": optim.Lion,
+}
 CASES = [("sgd", dict(flags, lr=0.1)) for flags in SGD_FLAGS]
 CASES += [("adam", dict(flags, lr=0.01)) for flags in ADAM_FLAGS]
+CASES += [("rmsprop", dict(flags, lr=0.01)) for flags in RMSPROP_FLAGS]
+CASES += [("lion", dict(flags, lr=0.01)) for flags in LION_FLAGS]
 
 
 def case_id(value: Any) -> str:
@@ -57,12 +76,8 @@ def case_id(value: Any) -> str:
 
 
 def make_optimizer(kind: str, params: Any, flags: Flags) -> Any:
-    if kind == "sgd":
-        return optim.SGD(params, **flags)
     renamed = {k: v for k, v in flags.items() if k != "decoupled"}
-    if flags.get("decoupled"):
-        return optim.AdamW(params, **renamed)
-    return optim.Adam(params, **renamed)
+    return (optim.AdamW if flags.get("decoupled") else CLASSES[kind])(params, **renamed)
 
 
 def make_parameters(
@@ -134,7 +149,14 @@ def check_step(kind: str, flags: Flags, optimizer: Any, params: list[Parameter],
     assert torch.equal(flat(p.grad for p in params), kept_grads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+more = pytest.mark.slow("more dtypes")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [*DTYPES[1:3], *(pytest.param(d, marks=more) for d in (DTYPES[0], DTYPES[3]))],
+    ids=case_id,
+)
 @pytest.mark.parametrize(("kind", "flags"), CASES, ids=case_id)
 def test_all_sizes(kind: str, flags: Flags, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -143,7 +165,7 @@ def test_all_sizes(kind: str, flags: Flags, dtype: torch.dtype) -> None:
     for step in range(1, STEPS + 1):
         set_gradients(params, generator)
         check_step(kind, flags, optimizer, params, step)
-    if kind == "adam":
+    if "step" in optimizer.state[params[0]]:
         assert {float(optimizer.state[p]["step"]) for p in params} == {float(STEPS)}
 
 
@@ -229,6 +251,7 @@ COMPLEX_CASES: list[tuple[str, Flags]] = [
     ("Adam", {"lr": 0.01, "weight_decay": 0.01}),
     ("Adam", {"lr": 0.01, "amsgrad": True, "maximize": True}),
     ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+    ("RMSprop", {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "centered": True}),
 ]
 
 

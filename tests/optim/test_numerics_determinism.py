@@ -77,6 +77,7 @@ def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
 ALL_DTYPES = (*DTYPES, torch.complex64)
 
 
+@pytest.mark.slow("every rule for every instruction set")
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=case_id)
 @pytest.mark.parametrize(("kind", "flags"), CASES, ids=case_id)
 def test_same_bits_everywhere(kind: str, flags: Flags, dtype: torch.dtype) -> None:

@@ -25,7 +25,11 @@ TOLERANCE = {
     torch.complex64: {"rtol": 2e-6, "atol": 1e-6},
     torch.complex128: {"rtol": 1e-13, "atol": 1e-14},
 }
-INFOS = {info.name: info for info in database.optim_db if info.name in ("SGD", "Adam", "AdamW")}
+INFOS = {
+    info.name: info
+    for info in database.optim_db
+    if info.name in ("SGD", "Adam", "AdamW", "RMSprop")
+}
 CLASSES = pytest.mark.parametrize("name", sorted(INFOS))
 
 

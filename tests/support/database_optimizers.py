@@ -27,7 +27,7 @@ from torch.testing._internal import common_optimizers as database
 from torch_databases import DOUBLE, Case, Check, expand, near, register
 
 SHAPES = ((3, 4), (5,), (), (0,), (1, 2, 3))
-NAMES = ("SGD", "Adam", "AdamW")
+NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,11 @@ DROPOUT_OPS = (
             one("feature-alpha", 0.5, True, True),
         ),
         composite=dropout,
-        large=(one("large", 0.5, shape=LARGE_SHAPE),),
+        large=(
+            one("large", 0.5, shape=LARGE_SHAPE),
+            one("large-alpha", 0.5, True, shape=LARGE_SHAPE),
+            one("large-feature", 0.5, False, True, shape=LARGE_SHAPE),
+        ),
         differentiable=(0,),
         wrong=(wrong_p(), INTEGERS),
         random=True,

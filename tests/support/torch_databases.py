@@ -110,7 +110,7 @@ SUBJECTS = {
         "TransformerEncoderLayer",
         "TransformerDecoderLayer",
     ),
-    "database_optimizers": ("SGD", "Adam", "AdamW"),
+    "database_optimizers": ("SGD", "Adam", "AdamW", "RMSprop"),
 }
 
 

@@ -1,4 +1,4 @@
-"""All of ``torch.optim``, with braze's SGD, Adam and AdamW in the place of torch's, and CAG."""
+"""All of ``torch.optim``, with braze's SGD, Adam, AdamW and RMSprop in the place of torch's, CAG and Lion."""
 
 import sys as _sys
 
@@ -10,9 +10,11 @@ from torch.optim import swa_utils as swa_utils
 from braze.optim.adam import Adam as Adam
 from braze.optim.adamw import AdamW as AdamW
 from braze.optim.cag import CAG as CAG
+from braze.optim.lion import Lion as Lion
+from braze.optim.rmsprop import RMSprop as RMSprop
 from braze.optim.sgd import SGD as SGD
 
-__all__ = [*_torch_optim.__all__, "CAG"]
+__all__ = [*_torch_optim.__all__, "CAG", "Lion"]
 
 # `import braze.optim.lr_scheduler` and the like give torch's very modules, unless braze has its own.
 for _name, _module in list(_sys.modules.items()):

@@ -322,9 +322,9 @@ class FusedStep(Optimizer):
         self._set_window(_Window(window.steps, window.weight + weight, True, raw))
 
     def _fold(self, weight: float, scale: float) -> bool:
-        into_momentum = self._folds_momentum and self.accumulation == "sum"
-        into_momentum = into_momentum and not self._uses_torch
-        reason = self._plan.fold(self.param_groups, self.state, weight * scale, into_momentum)
+        into_state = self._folds_momentum and self.accumulation == "sum"
+        into_state = into_state and not self._uses_torch
+        reason = self._plan.fold(self.param_groups, self.state, weight * scale, into_state)
         if reason == "none":
             return False
         if reason != "":

@@ -239,6 +239,7 @@ TEST(dropout_state_in_memory) {
   DropoutArgs a = make_args(DropoutStep::scale, DType::f32, 3000, 0.5);
   a.random.seed_pointer = numbers;
   a.random.offset_pointer = numbers + 1;
+  CHECK(a.random.read().seed == static_cast<uint64_t>(numbers[0]));
   CHECK(a.random.read().offset == (uint64_t{3} << 33) + 5 + (uint64_t{1} << 34));
   check_run(a, 0, 0, 0);
 }

@@ -1,15 +1,10 @@
 // Counts the memory requests of the kernels: here the optimizers', and of kernels whose figures are
 // known.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
+#include "memory.h"
+
 #include <vector>
 
-#include "cuda/device.cuh"
 #include "cuda/optimizer_launch.h"
-#include "emulator/control.h"
-#include "emulator/hooks.h"
 
 namespace {
 
@@ -31,55 +26,34 @@ __global__ void vector_kernel(const float* in, float* out) {
   cuda::store16(out + 4 * threadIdx.x, cuda::load16(in + 4 * threadIdx.x));
 }
 
-void* device_memory(size_t bytes) {
-  void* memory = nullptr;
-  if (cudaMalloc(&memory, bytes) != cudaSuccess) abort();
-  memset(memory, 0, bytes);
-  return memory;
-}
-
-template <class Launch>
-void count(const char* name, Launch launch) {
-  emulator::count_memory(true);
-  const cudaError_t error = launch();
-  emulator::count_memory(false);
-  if (error != cudaSuccess) {
-    printf("%s: %s\n", name, cudaGetErrorString(error));
-    exit(1);
-  }
-  emulator::print_memory_counts(name);
-}
-
 // One tensor of one chunk and a half, `phase` elements off 16 bytes.
 TensorWork tensor(DType dtype, DType state, int phase) {
   constexpr int64_t kElements = 12288;
-  const auto operand = [&](DType of) {
-    const size_t size = of == DType::f64 ? 8 : of == DType::f32 ? 4 : 2;
-    auto* memory = static_cast<char*>(device_memory((kElements + 8) * size));
-    return Operand{memory + static_cast<size_t>(phase) * size, nullptr, of};
+  const auto operand = [&](const char* name, DType of) {
+    const size_t size = size_of(of);
+    return Operand{device_memory(name, kElements * size, static_cast<size_t>(phase) * size),
+                   nullptr, of};
   };
   TensorWork work;
   work.numel = kElements;
   work.is_double = dtype == DType::f64;
-  work.param = operand(dtype);
-  work.grad = operand(dtype);
+  work.param = operand("param", dtype);
+  work.grad = operand("grad", dtype);
   work.sum.dtype = dtype;
-  work.state[0] = operand(state);
-  work.state[1] = operand(state);
+  work.state[0] = operand("state0", state);
+  work.state[1] = operand("state1", state);
   return work;
 }
 
 void count_steps() {
-  AdamDeviceHyper on_device = {};
-  on_device.rule = {1e-3, 0.9, 0.999, 1e-8, 0, 0, 1, false};
-  on_device.step = 1;
-  on_device.grad_scale = 1;
-  const auto d = adam_args(on_device.rule, bias_correction(0.9, 0.999, 1), 1, 1);
-  const std::vector<AdamHyper> adam = {{round_args<float>(d), d, false, false}};
-  const SgdRule sgd_rule = {1e-2, 0, 0, 0.9, 0, 1};
-  const auto s = sgd_args(sgd_rule, false, 1, 1);
-  const std::vector<SgdHyper> sgd = {{round_args<float>(s), s, false, true, false}};
-  const std::vector<FoldHyper> fold = {{1, 1}};
+  DeviceHyper<Adam> on_device = {};
+  on_device.options = {1e-3, 0.9, 0.999, 1e-8, 0, 0, 1, false, false};
+  on_device.inputs.step = 1;
+  const std::vector adam = {make_hyper<Adam>(on_device.options, on_device.inputs)};
+  const Sgd::Options sgd_options = {1e-2, 0, 0, 0.9, 0, 1, false};
+  const std::vector sgd = {make_hyper<Sgd>(sgd_options, {})};
+  const std::vector fold = {make_hyper<Fold>({.weight = 1, .keep = 1}, {})};
+  const std::vector made_on_device = {on_device};
   const struct {
     const char* name;
     DType dtype, state;
@@ -92,24 +66,28 @@ void count_steps() {
     const std::vector<TensorWork> work = {tensor(c.dtype, c.state, c.phase)};
     const std::string name = c.name;
     cuda::StepLauncher launcher;
-    count(("adam_" + name).c_str(), [&] { return launcher.adam_step({work, 1}, adam, nullptr); });
-    count(("sgd_" + name).c_str(), [&] { return launcher.sgd_step({work, 2}, sgd, nullptr); });
-    count(("fold_" + name).c_str(),
-          [&] { return launcher.fold_gradients({work, 3}, fold, nullptr); });
+    count("adam_" + name,
+          [&] { return launcher.step({work, 1}, view_of(adam), {}, nullptr); });
+    count("sgd_" + name,
+          [&] { return launcher.step({work, 2}, view_of(sgd), {}, nullptr); });
+    count("fold_" + name,
+          [&] { return launcher.step({work, 3}, view_of(fold), {}, nullptr); });
   }
   std::vector<TensorWork> work = {tensor(DType::f32, DType::f32, 0)};
-  work[0].step = {device_memory(4), nullptr, DType::f32};
+  work[0].step = {device_memory("step", 4), nullptr, DType::f32};
   cuda::StepLauncher launcher;
-  count("adam_device", [&] { return launcher.adam_step({work, 1}, {on_device}, {}, nullptr); });
+  count("adam_device",
+        [&] { return launcher.step({work, 1}, view_of(made_on_device), {}, nullptr); });
 }
 
 }  // namespace
 
 void count_batch_norm();
+void count_dropout();
 
 int main() {
-  auto* in = static_cast<float*>(device_memory(4096));
-  auto* out = static_cast<float*>(device_memory(4096));
+  auto* in = reinterpret_cast<float*>(device_memory("in", 4096));
+  auto* out = reinterpret_cast<float*>(device_memory("out", 4096));
   const dim3 square(32, 32);
   count("control_strided",
         [&] { return BRAZE_LAUNCH(strided_kernel, 1, 32, 0, nullptr, in, out); });
@@ -120,5 +98,6 @@ int main() {
         [&] { return BRAZE_LAUNCH((transpose_kernel<33>), 1, square, 0, nullptr, in, out); });
   count_steps();
   count_batch_norm();
+  count_dropout();
   return 0;
 }

@@ -1,71 +1,50 @@
 // Counts the memory requests of the batch-norm kernels.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
-
 #include "cuda/batch_norm_launch.h"
-#include "emulator/hooks.h"
+#include "memory.h"
 
 namespace {
 
 using namespace braze;
 
-char* device_memory(size_t bytes) {
-  void* memory = nullptr;
-  if (cudaMalloc(&memory, bytes + 64) != cudaSuccess) abort();
-  memset(memory, 0, bytes + 64);
-  return static_cast<char*>(memory);
-}
-
-template <class Launch>
-void count(const std::string& name, Launch launch) {
-  emulator::count_memory(true);
-  const cudaError_t error = launch();
-  emulator::count_memory(false);
-  if (error != cudaSuccess) {
-    printf("%s: %s\n", name.c_str(), cudaGetErrorString(error));
-    exit(1);
-  }
-  emulator::print_memory_counts(name.c_str());
-}
-
 template <class Args>
 cuda::NormScratch scratch_for(const Args& args) {
   cuda::NormScratchSize size;
   if (cuda::batch_norm_scratch(args, size) != cudaSuccess) abort();
-  return {device_memory(size.workspace),
-          reinterpret_cast<unsigned*>(device_memory(size.tickets * sizeof(unsigned)))};
+  return {device_memory("workspace", size.workspace),
+          reinterpret_cast<unsigned*>(device_memory("tickets", size.tickets * sizeof(unsigned)))};
 }
 
 // The passes of a layer with relu; `off`: elements from 16 bytes to the tensors.
 void count_layer(const std::string& name, const ActivationShape& shape, bool joined, size_t off) {
-  const size_t element = shape.dtype == DType::f64 ? 8 : shape.dtype == DType::f32 ? 4 : 2;
+  const size_t element = size_of(shape.dtype);
   const size_t bytes = static_cast<size_t>(shape.numel()) * element;
-  const auto tensor = [&] { return device_memory(bytes) + off * element; };
-  const auto row = [&](int rows) { return device_memory(static_cast<size_t>(rows * shape.c) * 8); };
+  const auto tensor = [&](const char* of) { return device_memory(of, bytes, off * element); };
+  const auto rows = [&](const char* of, int number) {
+    return device_memory(of, static_cast<size_t>(number * shape.c) * 8);
+  };
   StatisticsArgs statistics;
   statistics.shape = shape;
-  statistics.x = tensor();
-  statistics.stats = row(kStatsRows);
+  statistics.x = tensor("x");
+  statistics.stats = rows("stats", kStatsRows);
   ApplyArgs apply;
   apply.shape = shape;
   apply.input[0] = {statistics.x, statistics.stats};
   apply.activation = Activation::relu;
-  apply.y = tensor();
+  apply.y = tensor("y");
   BackwardArgs backward;
   backward.shape = shape;
-  backward.dy = tensor();
+  backward.dy = tensor("dy");
   backward.input[0] = apply.input[0];
-  backward.grad[0].coefficients = row(kCoefficientRows);
-  backward.grad[0].dx = tensor();
+  backward.grad[0].coefficients = rows("coefficients", kCoefficientRows);
+  backward.grad[0].dx = tensor("dx");
   backward.activation = Activation::relu;
   backward.count = static_cast<double>(shape.per_channel());
   if (joined) {
-    apply.residual = tensor();
-    apply.mask = reinterpret_cast<uint8_t*>(device_memory(static_cast<size_t>(shape.mask_bytes())));
+    apply.residual = tensor("residual");
+    apply.mask =
+        reinterpret_cast<uint8_t*>(device_memory("mask", static_cast<size_t>(shape.mask_bytes())));
     backward.mask = apply.mask;
-    backward.grad_residual = tensor();
+    backward.grad_residual = tensor("grad_residual");
   }
   const cuda::NormScratch forward = scratch_for(statistics), back = scratch_for(backward);
   count("norm_statistics_" + name,

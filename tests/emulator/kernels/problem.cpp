@@ -103,8 +103,16 @@ bool same(const Buffer& one, const Buffer& other, std::string& difference) {
   return true;
 }
 
-Problem::Problem(Algorithm algorithm, std::vector<Spec> specs, std::vector<int> states,
-                 uint64_t salt)
+// A state of squares, which has no negative numbers.
+static bool is_square(int rule, int state) {
+  bool square = false;
+  braze::Rules::visit(rule, [&]<class Rule>(Rule) {
+    square = state >= 0 && strstr(Rule::kStateNames[state], "sq") != nullptr;
+  });
+  return square;
+}
+
+Problem::Problem(int rule, std::vector<Spec> specs, std::vector<uint32_t> states, uint64_t salt)
     : specs_(std::move(specs)) {
   Random random(seed() * 1000 + salt);
   device.resize(specs_.size());
@@ -128,18 +136,18 @@ Problem::Problem(Algorithm algorithm, std::vector<Spec> specs, std::vector<int> 
   host = device;
   for (size_t i = 0; i < specs_.size(); ++i) {
     const Spec& spec = specs_[i];
-    const int count = states[static_cast<size_t>(spec.hyper)];
+    const uint32_t used = states[static_cast<size_t>(spec.hyper)];
     for (int c = 0; c < kNumColumns; ++c) {
       const bool present = c == kGrad  ? spec.has_grad
                            : c == kSum ? spec.has_sum
-                                       : c < kState0 + count;
+                                       : c < kState0 || (used >> (c - kState0) & 1);
       if (!present) continue;
       const DType dtype = dtype_of(spec, c);
       const int64_t elements = extent(spec, c, device[i].numel);
       Column column = {i, kNames[c], Buffer(dtype, elements, spec.phase[c]),
                        Buffer(dtype, elements, spec.phase[c])};
       // A first buffer holds nothing yet: its old content must not matter.
-      fill(column.device, random, c > kState0 && algorithm == Algorithm::adam);
+      fill(column.device, random, is_square(rule, c - kState0));
       memcpy(column.host.memory(), column.device.memory(), column.device.bytes());
       for (TensorWork* work : {&device[i], &host[i]}) {
         Operand& operand = c == kParam  ? work->param
@@ -203,52 +211,29 @@ bool Problem::check(const char* file, int line) const {
   return true;
 }
 
-braze::AdamRule adam_rule(const Options& options, int which) {
-  const double decay = options.penalty || options.decoupled ? 0.01 * (1 + which % 3) : 0;
-  return {1e-3 * (1 + which % 7),
-          0.9,
-          0.999 - 0.01 * (which % 2),
-          1e-8,
-          decay,
-          options.penalty ? 1e-3 : 0,
-          which % 5 == 4 ? -1.0 : 1.0,
-          options.decoupled};
+double number_for(const std::string& name, const Options& options, int which) {
+  const bool decay = options.penalty || options.decoupled;
+  if (name == "lr") return 1e-3 * (1 + which % 7);
+  if (name == "weight_decay") return decay ? 0.01 * (1 + which % 3) : 0;
+  if (name == "l1") return options.penalty ? 1e-3 : 0;
+  if (name == "eps") return 1e-8;
+  if (name == "momentum") return options.momentum ? 0.9 - 0.1 * (which % 2) : 0;
+  if (name == "dampening") return options.nesterov ? 0 : 0.25;
+  return name == "weight" ? 0.7 : 0.9;
 }
 
-braze::SgdRule sgd_rule(const Options& options, int which) {
-  return {1e-2 * (1 + which % 7),      options.penalty ? 0.01 * (1 + which % 3) : 0,
-          options.penalty ? 1e-3 : 0,  options.momentum ? 0.9 - 0.1 * (which % 2) : 0,
-          options.nesterov ? 0 : 0.25, which % 5 == 4 ? -1.0 : 1.0};
+bool flag_for(const std::string& name, const Options& options, int which) {
+  return name == "maximize"                 ? which % 5 == 4
+         : name == "amsgrad"                ? options.amsgrad
+         : name == "nesterov"               ? options.nesterov
+         : name == "decoupled_weight_decay" ? options.decoupled
+                                            : options.centered;
 }
 
-braze::AdamHyper adam_hyper(const Options& options, int which, double step) {
-  const braze::AdamRule rule = adam_rule(options, which);
-  const auto d =
-      braze::adam_args(rule, braze::bias_correction(rule.beta1, rule.beta2, step), 0.5, 0.75);
-  return {braze::round_args<float>(d), d, options.penalty, options.amsgrad};
-}
-
-braze::SgdHyper sgd_hyper(const Options& options, int which) {
-  const auto d = braze::sgd_args(sgd_rule(options, which), false, 0.5, 0.75);
-  return {braze::round_args<float>(d), d, options.penalty, options.momentum, options.nesterov};
-}
-
-namespace {
-braze::ChunkList chunks_of(const Problem& problem) {
+void reference(Problem& problem, const braze::Hypers& hypers) {
   braze::ChunkList chunks;
   chunks.build(problem.host);
-  return chunks;
-}
-}  // namespace
-
-void reference(Problem& problem, const std::vector<braze::AdamHyper>& hypers) {
-  braze::cpu::adam_step(problem.host, chunks_of(problem), hypers, 1);
-}
-void reference(Problem& problem, const std::vector<braze::SgdHyper>& hypers) {
-  braze::cpu::sgd_step(problem.host, chunks_of(problem), hypers, 1);
-}
-void reference(Problem& problem, const std::vector<braze::FoldHyper>& hypers) {
-  braze::cpu::fold_gradients(problem.host, chunks_of(problem), hypers, 1);
+  braze::cpu::update_tensors(problem.host, chunks, hypers, 1);
 }
 
 const std::vector<int64_t>& lengths() {

@@ -50,12 +50,11 @@ struct Spec {
   bool step_is_double = false;
 };
 
-enum class Algorithm { adam, sgd, fold };
-
 class Problem {
  public:
-  // states[hyper]: how many state columns a tensor with that hyper has.
-  Problem(Algorithm algorithm, std::vector<Spec> specs, std::vector<int> states, uint64_t salt = 0);
+  // rule: its index in Rules. states[hyper]: the state columns that a tensor with that hyper has,
+  // as bits.
+  Problem(int rule, std::vector<Spec> specs, std::vector<uint32_t> states, uint64_t salt = 0);
   std::vector<TensorWork> device, host;
   const std::vector<Spec>& specs() const { return specs_; }
   double step_of(size_t tensor) const;  // in the kernels' memory
@@ -78,29 +77,61 @@ class Problem {
   std::vector<std::unique_ptr<double>> steps_;
 };
 
+// Every option that some rule has, one after the other in tests.
 struct Options {
-  bool penalty = false, amsgrad = false, momentum = false, nesterov = false, decoupled = false;
+  bool penalty = false, amsgrad = false, momentum = false, nesterov = false, decoupled = false,
+       centered = false;
 };
-braze::AdamRule adam_rule(const Options& options, int which);
-braze::SgdRule sgd_rule(const Options& options, int which);
-braze::AdamHyper adam_hyper(const Options& options, int which, double step);
-braze::SgdHyper sgd_hyper(const Options& options, int which);
+// The value of an entry of param_groups; `which` varies the numbers.
+double number_for(const std::string& name, const Options& options, int which);
+bool flag_for(const std::string& name, const Options& options, int which);
 
-void reference(Problem& problem, const std::vector<braze::AdamHyper>& hypers);
-void reference(Problem& problem, const std::vector<braze::SgdHyper>& hypers);
-void reference(Problem& problem, const std::vector<braze::FoldHyper>& hypers);
+template <class Rule>
+typename Rule::Options options_of(const Options& options, int which) {
+  typename Rule::Options result = {};
+  for (const braze::Field& field : Rule::kFields) {
+    char* to = reinterpret_cast<char*>(&result) + field.offset;
+    if (field.kind == braze::Field::flag) {
+      *reinterpret_cast<bool*>(to) = flag_for(field.name, options, which);
+    } else {
+      *reinterpret_cast<double*>(to) =
+          field.kind == braze::Field::sign ? (flag_for(field.name, options, which) ? -1.0 : 1.0)
+          : field.kind == braze::Field::second_of_pair ? 0.999 - 0.01 * (which % 2)
+                                                       : number_for(field.name, options, which);
+    }
+  }
+  return result;
+}
 
-inline cudaError_t launch(braze::cuda::StepLauncher& launcher, const braze::cuda::StepWork& work,
-                          const std::vector<braze::AdamHyper>& hypers, cudaStream_t stream) {
-  return launcher.adam_step(work, hypers, stream);
+constexpr braze::StepInputs inputs_of(double step) {
+  return {.step = step, .grad_scale = 0.5, .fold_weight = 0.75};
 }
-inline cudaError_t launch(braze::cuda::StepLauncher& launcher, const braze::cuda::StepWork& work,
-                          const std::vector<braze::SgdHyper>& hypers, cudaStream_t stream) {
-  return launcher.sgd_step(work, hypers, stream);
+template <class Rule>
+braze::Hyper<Rule> hyper_of(const Options& options, int which, double step = 1) {
+  return braze::make_hyper<Rule>(options_of<Rule>(options, which), inputs_of(step));
 }
-inline cudaError_t launch(braze::cuda::StepLauncher& launcher, const braze::cuda::StepWork& work,
-                          const std::vector<braze::FoldHyper>& hypers, cudaStream_t stream) {
-  return launcher.fold_gradients(work, hypers, stream);
+template <class Rule>
+uint32_t states_of(const Options& options) {
+  const uint32_t flags = Rule::flags(options_of<Rule>(options, 0));
+  uint32_t states = 0;
+  for (int k = 0; k < Rule::kStates; ++k)
+    states |= static_cast<uint32_t>(Rule::uses(flags, k)) << k;
+  return states;
+}
+template <class Rule>
+constexpr int kIndex = braze::Rules::index_of<Rule>();
+
+// The step by the CPU's loops.
+void reference(Problem& problem, const braze::Hypers& hypers);
+template <class Hyper>
+void reference(Problem& problem, const std::vector<Hyper>& hypers) {
+  reference(problem, braze::view_of(hypers));
+}
+template <class Hyper>
+cudaError_t launch(braze::cuda::StepLauncher& launcher, const braze::cuda::StepWork& work,
+                   const std::vector<Hyper>& hypers, braze::cuda::LossScale scale,
+                   cudaStream_t stream) {
+  return launcher.step(work, braze::view_of(hypers), scale, stream);
 }
 
 // A step by the kernels and by the reference; then everything is the same.
@@ -108,7 +139,7 @@ template <class Hyper>
 void step_and_compare(Problem& problem, const std::vector<Hyper>& hypers, const char* file,
                       int line, braze::cuda::StepLauncher& launcher, int64_t generation = 1,
                       cudaStream_t stream = nullptr) {
-  check_code(launch(launcher, {problem.device, generation}, hypers, stream), cudaSuccess,
+  check_code(launch(launcher, {problem.device, generation}, hypers, {}, stream), cudaSuccess,
              "the step", file, line);
   check_code(cudaDeviceSynchronize(), cudaSuccess, "cudaDeviceSynchronize()", file, line);
   reference(problem, hypers);

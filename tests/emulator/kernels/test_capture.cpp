@@ -48,10 +48,10 @@ void capture_steps(bool strided) {
   for (const int count : {3, 400, 1500}) {
     if (small() && count > 400) continue;
     Case note("%d tensors", count);
-    Problem problem(Algorithm::adam, make_specs(count, -1, strided), {2, 2, 2});
-    auto hypers = std::make_unique<std::vector<AdamHyper>>();
-    for (int h = 0; h < 3; ++h) hypers->push_back(adam_hyper({.penalty = h == 1}, h, 1));
-    const std::vector<AdamHyper> kept = *hypers;
+    Problem problem(kIndex<Adam>, make_specs(count, -1, strided), {3, 3, 3});
+    auto hypers = std::make_unique<std::vector<Hyper<Adam>>>();
+    for (int h = 0; h < 3; ++h) hypers->push_back(hyper_of<Adam>({.penalty = h == 1}, h, 1));
+    const std::vector<Hyper<Adam>> kept = *hypers;
     StepLauncher launcher;
     Stream stream;
     // A table exists before the capture: the graph must not read it.
@@ -61,12 +61,12 @@ void capture_steps(bool strided) {
     {
       auto work = std::make_unique<std::vector<TensorWork>>(problem.device);
       CHECK_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-      CHECK_OK(launch(launcher, {*work, 2}, *hypers, stream));
+      CHECK_OK(launch(launcher, {*work, 2}, *hypers, {}, stream));
       graph.end(stream);
       hypers.reset();
     }
     CHECK(problem.untouched());
-    Problem other(Algorithm::adam, make_specs(count + 600), {2, 2, 2}, 9);
+    Problem other(kIndex<Adam>, make_specs(count + 600), {3, 3, 3}, 9);
     step_and_compare(other, kept, __FILE__, __LINE__, launcher, 3, stream);
     for (int replay = 0; replay < 2; ++replay) {
       CHECK_OK(cudaGraphLaunch(graph.exec, stream));
@@ -87,20 +87,20 @@ namespace {
 void capture_hypers(bool both_widths) {
   const int count = small() ? 150 : 800;
   std::vector<Spec> specs(static_cast<size_t>(count));
-  std::vector<AdamHyper> hypers;
+  std::vector<Hyper<Adam>> hypers;
   for (int i = 0; i < count; ++i) {
     Spec& spec = specs[static_cast<size_t>(i)];
     spec.sizes = {1 + i % 7};
     if (both_widths && i % 2 == 1) spec.param = spec.grad = spec.state = DType::f64;
     spec.hyper = i;
-    hypers.push_back(adam_hyper({.penalty = i % 2 == 0}, i, 1 + i));
+    hypers.push_back(hyper_of<Adam>({.penalty = i % 2 == 0}, i, 1 + i));
   }
-  Problem problem(Algorithm::adam, specs, std::vector<int>(hypers.size(), 2));
+  Problem problem(kIndex<Adam>, specs, std::vector<uint32_t>(hypers.size(), 3));
   StepLauncher launcher;
   Stream stream;
   Graph graph;
   CHECK_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  CHECK_OK(launch(launcher, {problem.device, 1}, hypers, stream));
+  CHECK_OK(launch(launcher, {problem.device, 1}, hypers, {}, stream));
   graph.end(stream);
   CHECK_OK(cudaGraphLaunch(graph.exec, stream));
   CHECK_OK(cudaStreamSynchronize(stream));
@@ -114,12 +114,11 @@ TEST(captured_hypers_of_both_widths) { capture_hypers(true); }
 // Counts in device memory advance at every replay, and the arguments follow them.
 TEST(captured_counts) {
   for (const int count : {5, 400}) {
-    Problem problem(Algorithm::adam, make_specs(count, 0), {2, 2, 2});
-    std::vector<AdamDeviceHyper> hypers;
+    Problem problem(kIndex<Adam>, make_specs(count, 0), {3, 3, 3});
+    std::vector<DeviceHyper<Adam>> hypers;
     for (int h = 0; h < 3; ++h) {
-      AdamDeviceHyper hyper = {};
-      hyper.rule = adam_rule({}, h);
-      hyper.grad_scale = 1;
+      DeviceHyper<Adam> hyper = {};
+      hyper.options = options_of<Adam>({}, h);
       hypers.push_back(hyper);
     }
     Stream stream;
@@ -127,7 +126,7 @@ TEST(captured_counts) {
     {
       // Its counter cannot be allocated while a graph is captured.
       CHECK_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-      CHECK_CODE(launcher.adam_step({problem.device, 1}, hypers, {}, stream),
+      CHECK_CODE(launch(launcher, {problem.device, 1}, hypers, {}, stream),
                  cudaErrorStreamCaptureUnsupported);
       Graph nothing;
       nothing.end(stream);
@@ -135,23 +134,21 @@ TEST(captured_counts) {
       CHECK(problem.untouched());
     }
     const auto expect_step = [&] {
-      std::vector<AdamHyper> own;
+      std::vector<Hyper<Adam>> own;
       for (size_t i = 0; i < problem.host.size(); ++i) {
-        const AdamRule& rule = hypers[static_cast<size_t>(problem.device[i].hyper)].rule;
-        const auto d =
-            adam_args(rule, bias_correction(rule.beta1, rule.beta2, problem.step_of(i) + 1), 1, 0);
-        own.push_back({round_args<float>(d), d, false, false});
+        const Adam::Options& o = hypers[static_cast<size_t>(problem.device[i].hyper)].options;
+        own.push_back(make_hyper<Adam>(o, {.step = problem.step_of(i) + 1}));
         problem.host[i].hyper = static_cast<int32_t>(i);
       }
       reference(problem, own);
     };
     expect_step();
-    CHECK_OK(launcher.adam_step({problem.device, 1}, hypers, {}, stream));
+    CHECK_OK(launch(launcher, {problem.device, 1}, hypers, {}, stream));
     CHECK_OK(cudaStreamSynchronize(stream));
     problem.check(__FILE__, __LINE__);
     Graph graph;
     CHECK_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    CHECK_OK(launcher.adam_step({problem.device, 1}, hypers, {}, stream));
+    CHECK_OK(launch(launcher, {problem.device, 1}, hypers, {}, stream));
     graph.end(stream);
     for (int replay = 0; replay < 3; ++replay) {
       expect_step();

@@ -52,9 +52,9 @@ void check_end(const TensorWork& work, const char* param, const char* grad, int6
   }
   StepLauncher launcher;
   launcher.limit_chunks(chunks - 2, chunks);
-  const std::vector hypers = {sgd_hyper({}, 0)};
+  const std::vector hypers = {hyper_of<Sgd>({}, 0)};
   const std::vector<TensorWork> list = {work};
-  CHECK_OK(launcher.sgd_step({list, 1}, hypers, nullptr));
+  CHECK_OK(launch(launcher, {list, 1}, hypers, {}, nullptr));
   CHECK_OK(cudaDeviceSynchronize());
   TensorWork& expected = reference_work[0];
   expected.numel = count;
@@ -62,7 +62,7 @@ void check_end(const TensorWork& work, const char* param, const char* grad, int6
   expected.param = {p.data(), nullptr, work.param.dtype};
   expected.grad = {g.data(), nullptr, work.param.dtype};
   expected.sum.dtype = work.param.dtype;
-  Problem unused(Algorithm::sgd, {}, {});
+  Problem unused(kIndex<Sgd>, {}, {});
   unused.host = reference_work;
   reference(unused, hypers);
   // The chunks before the last two are not to run: the first element is in them.

@@ -85,38 +85,24 @@ const std::vector<Options> kSgd = {{.penalty = false},
                                    {.momentum = true, .nesterov = true},
                                    {.penalty = true, .momentum = true, .nesterov = true}};
 
-// Two steps each, so that the second works on what the first wrote.
-void check_adam(const std::vector<Spec>& specs, const Options& options) {
-  Case note("adam penalty %d amsgrad %d decoupled %d", options.penalty, options.amsgrad,
+const std::vector<Options> kRmsprop = {{},
+                                       {.penalty = true},
+                                       {.momentum = true},
+                                       {.centered = true},
+                                       {.penalty = true, .momentum = true, .centered = true}};
+
+// Two steps, so that the second works on what the first wrote.
+template <class Rule>
+void check(const std::vector<Spec>& specs, const Options& options) {
+  Case note("%s penalty %d amsgrad %d momentum %d nesterov %d decoupled %d", Rule::kName,
+            options.penalty, options.amsgrad, options.momentum, options.nesterov,
             options.decoupled);
-  Problem problem(Algorithm::adam, specs, {options.amsgrad ? 3 : 2});
+  const uint32_t states = states_of<Rule>(options);
+  Problem problem(kIndex<Rule>, specs, {states});
+  problem.set_first(Rule::kFirstOverwrites && states != 0);
   StepLauncher launcher;
   for (int step = 1; step <= 2; ++step) {
-    const std::vector hypers = {adam_hyper(options, 0, step)};
-    step_and_compare(problem, hypers, __FILE__, __LINE__, launcher);
-  }
-}
-
-void check_sgd(const std::vector<Spec>& specs, const Options& options) {
-  Case note("sgd penalty %d momentum %d nesterov %d", options.penalty, options.momentum,
-            options.nesterov);
-  Problem problem(Algorithm::sgd, specs, {options.momentum ? 1 : 0});
-  problem.set_first(options.momentum);
-  StepLauncher launcher;
-  const std::vector hypers = {sgd_hyper(options, 0)};
-  for (int step = 1; step <= 2; ++step) {
-    step_and_compare(problem, hypers, __FILE__, __LINE__, launcher);
-    problem.set_first(false);
-  }
-}
-
-void check_fold(const std::vector<Spec>& specs) {
-  Case note("fold");
-  Problem problem(Algorithm::fold, specs, {1});
-  problem.set_first(true);
-  StepLauncher launcher;
-  const std::vector<FoldHyper> hypers = {{0.7, 0.9}};
-  for (int step = 1; step <= 2; ++step) {
+    const std::vector hypers = {hyper_of<Rule>(options, 0, step)};
     step_and_compare(problem, hypers, __FILE__, __LINE__, launcher);
     problem.set_first(false);
   }
@@ -160,14 +146,18 @@ std::vector<Spec> strided_specs(bool many) {
 }  // namespace
 
 TEST(plain_steps) {
-  for (const Options& options : kAdam) check_adam(make_specs(kUniform, false), options);
-  for (const Options& options : kSgd) check_sgd(make_specs(kUniform, false), options);
+  for (const Options& options : kAdam) check<Adam>(make_specs(kUniform, false), options);
+  for (const Options& options : kSgd) check<Sgd>(make_specs(kUniform, false), options);
+  for (const Options& options : kRmsprop) check<Rmsprop>(make_specs(kUniform, false), options);
+  for (const bool penalty : {false, true}) check<Lion>(make_specs(kUniform, false), {.penalty = penalty});
 }
 
 TEST(general_steps) {
-  for (const Options& options : kAdam) check_adam(make_specs(kGeneral, true), options);
-  for (const Options& options : kSgd) check_sgd(make_specs(kGeneral, true), options);
-  check_fold(make_specs(kGeneral, false));
+  for (const Options& options : kAdam) check<Adam>(make_specs(kGeneral, true), options);
+  for (const Options& options : kSgd) check<Sgd>(make_specs(kGeneral, true), options);
+  for (const Options& options : kRmsprop) check<Rmsprop>(make_specs(kGeneral, true), options);
+  for (const bool penalty : {false, true}) check<Lion>(make_specs(kGeneral, true), {.penalty = penalty});
+  check<Fold>(make_specs(kGeneral, false), {});
 }
 
 // Accumulators of the parameters' own dtype, in every tensor.
@@ -175,37 +165,37 @@ TEST(accumulator_steps) {
   for (const bool has_grad : {false, true}) {
     std::vector<Spec> specs = make_specs({kUniform[0]}, false);
     for (Spec& spec : specs) spec.has_sum = true, spec.has_grad = has_grad;
-    check_adam(specs, kAdam[0]);
-    check_sgd(specs, kSgd[2]);
+    check<Adam>(specs, kAdam[0]);
+    check<Sgd>(specs, kSgd[2]);
   }
 }
 
 TEST(strided_steps) {
   const std::vector<Spec> specs = strided_specs(!small());
-  for (const Options& options : {kAdam[0], kAdam[3]}) check_adam(specs, options);
-  for (const Options& options : {kSgd[0], kSgd[5]}) check_sgd(specs, options);
+  for (const Options& options : {kAdam[0], kAdam[3]}) check<Adam>(specs, options);
+  for (const Options& options : {kSgd[0], kSgd[5]}) check<Sgd>(specs, options);
   std::vector<Spec> with_grads = specs;
   for (Spec& spec : with_grads) spec.has_grad = true, spec.has_sum = false;
-  check_fold(with_grads);
+  check<Fold>(with_grads, {});
 }
 
 // Four blocks for all chunks, so that each takes several, of several tensors.
 TEST(several_chunks_per_block) {
   OnDevice one(1);
-  check_adam(make_specs(kUniform, false), kAdam[1]);
-  check_sgd(make_specs(kGeneral, true), kSgd[5]);
+  check<Adam>(make_specs(kUniform, false), kAdam[1]);
+  check<Sgd>(make_specs(kGeneral, true), kSgd[5]);
 }
 
 // A block per chunk, up to what the device holds at once.
 TEST(blocks) {
   const std::vector<Spec> specs = {make_spec(20000, kUniform[0], 0),
                                    make_spec(30000, kUniform[0], 0)};
-  check_sgd(specs, {});
+  check<Sgd>(specs, {});
   CHECK(intercept::last_grid() == 3 + 4);
-  check_sgd(std::vector<Spec>(600, make_spec(3, kUniform[0], 0)), {});
+  check<Sgd>(std::vector<Spec>(600, make_spec(3, kUniform[0], 0)), {});
   CHECK(intercept::last_grid() == 132 * 4);
   OnDevice one(1);
-  check_sgd(specs, {});
+  check<Sgd>(specs, {});
   CHECK(intercept::last_grid() == 4);
 }
 
@@ -213,11 +203,11 @@ TEST(no_tensors) {
   StepLauncher launcher;
   const std::vector<TensorWork> none;
   emulator::reset_launch_count();
-  CHECK_OK(launcher.adam_step({none, 1}, std::vector<AdamHyper>(), nullptr));
-  CHECK_OK(launcher.sgd_step({none, 1}, std::vector<SgdHyper>(), nullptr));
-  CHECK_OK(launcher.fold_gradients({none, 1}, {}, nullptr));
-  Problem empty(Algorithm::adam, {make_spec(0, kGeneral[0], 0), make_spec(0, kGeneral[1], 0)}, {2});
-  CHECK_OK(launch(launcher, {empty.device, 2}, std::vector{adam_hyper({}, 0, 1)}, nullptr));
+  CHECK_OK(launch(launcher, {none, 1}, std::vector<Hyper<Adam>>(), {}, nullptr));
+  CHECK_OK(launch(launcher, {none, 1}, std::vector<Hyper<Sgd>>(), {}, nullptr));
+  CHECK_OK(launch(launcher, {none, 1}, std::vector<Hyper<Fold>>(), {}, nullptr));
+  Problem empty(kIndex<Adam>, {make_spec(0, kGeneral[0], 0), make_spec(0, kGeneral[1], 0)}, {3});
+  CHECK_OK(launch(launcher, {empty.device, 2}, std::vector{hyper_of<Adam>({}, 0, 1)}, {}, nullptr));
   CHECK(emulator::launch_count(0) == 0);
 }
 
@@ -231,11 +221,11 @@ TEST(many_tensors) {
       const auto& types = kGeneral[static_cast<size_t>(i) % kGeneral.size()];
       specs.push_back(make_spec((i + 1) % 9, types, i % kPhases));
     }
-    Problem problem(Algorithm::adam, specs, {2});
+    Problem problem(kIndex<Adam>, specs, {3});
     StepLauncher launcher;
     emulator::reset_launch_count();
     for (int step = 1; step <= 3; ++step) {
-      const std::vector hypers = {adam_hyper({}, 0, step)};
+      const std::vector hypers = {hyper_of<Adam>({}, 0, step)};
       step_and_compare(problem, hypers, __FILE__, __LINE__, launcher);
       // What stays is uploaded once: only a table too big for the argument changes every step.
       if (step == 3 && count <= 600) CHECK(launcher.bytes_uploaded() == 0);
@@ -250,18 +240,18 @@ TEST(many_hypers) {
   for (const int count : small() ? few : all) {
     Case note("%d hypers", count);
     std::vector<Spec> specs;
-    std::vector<AdamHyper> adam;
-    std::vector<SgdHyper> sgd;
+    std::vector<Hyper<Adam>> adam;
+    std::vector<Hyper<Sgd>> sgd;
     for (int i = 0; i < count; ++i) {
       specs.push_back(make_spec(5 + i % 4, kGeneral[i % 3 == 0 ? 1 : 0], 0));
       specs.back().hyper = i * 7 % count;
-      adam.push_back(adam_hyper({.penalty = i % 2 == 0}, i, 1 + i % 11));
-      sgd.push_back(sgd_hyper({.penalty = i % 2 == 0, .momentum = i % 3 != 0}, i));
+      adam.push_back(hyper_of<Adam>({.penalty = i % 2 == 0}, i, 1 + i % 11));
+      sgd.push_back(hyper_of<Sgd>({.penalty = i % 2 == 0, .momentum = i % 3 != 0}, i));
     }
-    std::vector<int> adam_states(adam.size(), 2), sgd_states;
-    for (const SgdHyper& h : sgd) sgd_states.push_back(h.has_momentum);
-    Problem adam_problem(Algorithm::adam, specs, adam_states);
-    Problem sgd_problem(Algorithm::sgd, specs, sgd_states);
+    std::vector<uint32_t> adam_states(adam.size(), 3), sgd_states;
+    for (const Hyper<Sgd>& h : sgd) sgd_states.push_back(h.flags & Sgd::kMomentum ? 1 : 0);
+    Problem adam_problem(kIndex<Adam>, specs, adam_states);
+    Problem sgd_problem(kIndex<Sgd>, specs, sgd_states);
     StepLauncher launcher;
     for (int step = 0; step < 2; ++step) {
       step_and_compare(adam_problem, adam, __FILE__, __LINE__, launcher, 2 * step);
@@ -275,22 +265,23 @@ TEST(changing_work) {
   StepLauncher launcher;
   const std::vector<Spec> specs = {make_spec(300, kGeneral[0], 0), make_spec(77, kGeneral[4], 1)};
   const std::vector<Spec> other = strided_specs(false);
-  Problem first(Algorithm::adam, specs, {2}), second(Algorithm::fold, specs, {1}),
-      third(Algorithm::adam, other, {3});
+  Problem first(kIndex<Adam>, specs, {3}), second(kIndex<Fold>, specs, {1}),
+      third(kIndex<Adam>, other, {7});
   for (int round = 0; round < 2; ++round) {
-    step_and_compare(first, std::vector{adam_hyper({}, 0, 1)}, __FILE__, __LINE__, launcher, 1);
+    step_and_compare(first, std::vector{hyper_of<Adam>({}, 0, 1)}, __FILE__, __LINE__, launcher, 1);
     // The same generation, another algorithm.
-    step_and_compare(second, std::vector<FoldHyper>{{1, 0.5}}, __FILE__, __LINE__, launcher, 1);
-    step_and_compare(third, std::vector{adam_hyper({.amsgrad = true}, 0, 1)}, __FILE__, __LINE__,
-                     launcher, 2);
+    step_and_compare(second, std::vector{make_hyper<Fold>({.weight = 1, .keep = 0.5}, {})},
+                     __FILE__, __LINE__, launcher, 1);
+    step_and_compare(third, std::vector{hyper_of<Adam>({.amsgrad = true}, 0, 1)}, __FILE__,
+                     __LINE__, launcher, 2);
   }
 }
 
 // Gradients, hypers and flags are read every step; the rest by its generation.
 TEST(changing_gradients) {
   StepLauncher launcher;
-  Problem problem(Algorithm::adam, {make_spec(1000, kGeneral[0], 0)}, {2});
-  const std::vector hypers = {adam_hyper({}, 0, 1)};
+  Problem problem(kIndex<Adam>, {make_spec(1000, kGeneral[0], 0)}, {3});
+  const std::vector hypers = {hyper_of<Adam>({}, 0, 1)};
   step_and_compare(problem, hypers, __FILE__, __LINE__, launcher);
   std::vector<float> other(1000, 0.25f);
   problem.device[0].grad.data = problem.host[0].grad.data = other.data();
@@ -300,20 +291,20 @@ TEST(changing_gradients) {
 // Kernels differ in how many blocks a multiprocessor holds.
 TEST(occupancy_of_each_kernel) {
   const std::vector<Spec> plain = {make_spec(9, kUniform[0], 0)};
-  check_adam(plain, {});
-  check_adam(plain, {.amsgrad = true});
-  check_sgd(plain, {});
-  check_fold(plain);
+  check<Adam>(plain, {});
+  check<Adam>(plain, {.amsgrad = true});
+  check<Sgd>(plain, {});
+  check<Fold>(plain, {});
   CHECK(intercept::occupancies() >= 4);
 }
 
 TEST(limited_chunks) {
-  Problem problem(Algorithm::sgd,
-                  {make_spec(20000, kGeneral[0], 0), make_spec(9000, kGeneral[2], 3)}, {0});
+  Problem problem(kIndex<Sgd>, {make_spec(20000, kGeneral[0], 0), make_spec(9000, kGeneral[2], 3)},
+                  {0});
   StepLauncher launcher;
   launcher.limit_chunks(1, 4);  // the first tensor's last two, the second's first
-  const std::vector hypers = {sgd_hyper({}, 0)};
-  CHECK_OK(launch(launcher, {problem.device, 1}, hypers, nullptr));
+  const std::vector hypers = {hyper_of<Sgd>({}, 0)};
+  CHECK_OK(launch(launcher, {problem.device, 1}, hypers, {}, nullptr));
   for (TensorWork& work : problem.host) {
     const bool is_first = &work == &problem.host[0];
     const int64_t skip = is_first ? cuda::kChunkElements : 0;
@@ -329,23 +320,23 @@ TEST(limited_chunks) {
 
 // Positive controls of ASan and MSan.
 TEST(seeded_short_buffer) {
-  Problem problem(Algorithm::sgd, {make_spec(1000, kGeneral[0], 0)}, {0});
+  Problem problem(kIndex<Sgd>, {make_spec(1000, kGeneral[0], 0)}, {0});
   ++problem.device[0].numel;
   StepLauncher launcher;
-  CHECK_OK(launch(launcher, {problem.device, 1}, std::vector{sgd_hyper({}, 0)}, nullptr));
+  CHECK_OK(launch(launcher, {problem.device, 1}, std::vector{hyper_of<Sgd>({}, 0)}, {}, nullptr));
   printf("no sanitizer stopped the kernel\n");
 }
 
 namespace {
 // A first momentum buffer that nobody wrote, as a kernel may find it.
 void step_on_fresh_buffer(bool first) {
-  Problem problem(Algorithm::sgd, {make_spec(1000, kGeneral[0], 0)}, {1});
+  Problem problem(kIndex<Sgd>, {make_spec(1000, kGeneral[0], 0)}, {1});
   Buffer fresh(f32, 1000, 0);
   problem.device[0].state[0].data = fresh.data();
   problem.set_first(first);
   StepLauncher launcher;
-  const std::vector hypers = {sgd_hyper({.momentum = true}, 0)};
-  CHECK_OK(launch(launcher, {problem.device, 1}, hypers, nullptr));
+  const std::vector hypers = {hyper_of<Sgd>({.momentum = true}, 0)};
+  CHECK_OK(launch(launcher, {problem.device, 1}, hypers, {}, nullptr));
   if (first) {
     reference(problem, hypers);
     for (const auto& [got, wanted] : {std::pair(fresh.data(), problem.host[0].state[0].data),

@@ -173,7 +173,7 @@ TEST(steps_in_flight) {
   const int steps = small() ? 4 : 24;
   for (const int count : {500, 2100}) {
     if (small() && count > 500) continue;
-    Problem problem(Algorithm::adam, many(count), {2});
+    Problem problem(kIndex<Adam>, many(count), {3});
     Stream streams[2];
     StepLauncher launcher;
     std::vector<std::vector<float>> grads;
@@ -186,8 +186,8 @@ TEST(steps_in_flight) {
         }
         // Now and then another list, so that the entries change too.
         const int64_t generation = k / 8;
-        const std::vector hypers = {adam_hyper({}, 0, k + 1)};
-        CHECK_OK(launch(launcher, {problem.device, generation}, hypers, streams[k / 3 % 2]));
+        const std::vector hypers = {hyper_of<Adam>({}, 0, k + 1)};
+        CHECK_OK(launch(launcher, {problem.device, generation}, hypers, {}, streams[k / 3 % 2]));
         // The parameters themselves need an order between the streams that the caller makes.
         if (k % 3 == 2) {
           cudaEvent_t event;
@@ -215,18 +215,14 @@ TEST(failing_calls) {
       for (int k = 0, done = 0; !done; ++k) {
         std::vector<Spec> specs = many(count);
         for (size_t i = 0; i < specs.size(); i += 10) specs[i].step = 2;
-        Problem problem(Algorithm::adam, specs, {2});
-        const std::vector<AdamDeviceHyper> hypers(1, [] {
-          AdamDeviceHyper h = {};
-          h.rule = adam_rule({}, 0);
-          h.step = 3;
-          h.grad_scale = 1;
+        Problem problem(kIndex<Adam>, specs, {3});
+        const std::vector<DeviceHyper<Adam>> hypers(1, [] {
+          DeviceHyper<Adam> h = {};
+          h.options = options_of<Adam>({}, 0);
+          h.inputs.step = 3;
           return h;
         }());
-        const std::vector host_hypers = {[&] {
-          const auto d = adam_args(hypers[0].rule, bias_correction(0.9, 0.999, 3), 1, 0);
-          return AdamHyper{round_args<float>(d), d, false, false};
-        }()};
+        const std::vector host_hypers = {make_hyper<Adam>(hypers[0].options, {.step = 3})};
         StepLauncher launcher;
         Stream stream;
         for (int step = 1; step <= 3; ++step) {
@@ -236,7 +232,7 @@ TEST(failing_calls) {
             *static_cast<float*>(problem.device[i].step.data) = 2;
           }
           if (step == failing_step) intercept::fail_call(k);
-          const cudaError_t error = launcher.adam_step({problem.device, step}, hypers, {}, stream);
+          const cudaError_t error = launch(launcher, {problem.device, step}, hypers, {}, stream);
           const bool failed = step == failing_step && intercept::failure_happened();
           intercept::fail_call(-1);
           Case note("%s failed, k %d, in step %d, now %d",

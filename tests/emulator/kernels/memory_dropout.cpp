@@ -1,41 +1,10 @@
 // Counts the memory requests of dropout's kernels.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
-
 #include "cuda/dropout_launch.h"
-#include "emulator/control.h"
-#include "emulator/hooks.h"
+#include "memory.h"
 
-namespace {
-
-using namespace braze;
-
-constexpr int64_t kElements = 12288;
-
-char* device_memory(size_t phase) {
-  void* memory = nullptr;
-  const size_t bytes = kElements * 8 + phase;
-  if (cudaMalloc(&memory, bytes) != cudaSuccess) abort();
-  memset(memory, 0, bytes);
-  return static_cast<char*>(memory) + phase;
-}
-
-void count(const std::string& name, const DropoutArgs& args) {
-  emulator::count_memory(true);
-  const cudaError_t error = cuda::dropout(args, nullptr);
-  emulator::count_memory(false);
-  if (error != cudaSuccess) {
-    printf("%s: %s\n", name.c_str(), cudaGetErrorString(error));
-    exit(1);
-  }
-  emulator::print_memory_counts(name.c_str());
-}
-
-}  // namespace
-
-int main() {
+void count_dropout() {
+  using namespace braze;
+  constexpr int64_t kElements = 12288;
   const struct {
     const char* name;
     DType dtype;
@@ -54,8 +23,10 @@ int main() {
                {"rows", DropoutStep::scale, {DropoutMask::row, 3, 4096}},
                {"channels_last", DropoutStep::scale, {DropoutMask::channels_last, 3, 4096}}};
   for (const auto& type : types) {
-    char *x = device_memory(type.phase), *second = device_memory(type.phase),
-         *out = device_memory(type.phase);
+    const size_t bytes = kElements * size_of(type.dtype);
+    char *x = device_memory("x", bytes, type.phase),
+         *second = device_memory("second", bytes, type.phase),
+         *out = device_memory("out", bytes, type.phase);
     for (const auto& step : steps) {
       DropoutArgs args;
       args.step = step.step;
@@ -68,8 +39,8 @@ int main() {
       args.out = out;
       args.threshold = 32768;
       args.terms = dropout_terms(args.threshold);
-      count(std::string(step.name) + "_" + type.name, args);
+      count(std::string("dropout_") + step.name + "_" + type.name,
+            [&] { return cuda::dropout(args, nullptr); });
     }
   }
-  return 0;
 }

@@ -1,0 +1,163 @@
+#include "states.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/DefaultDtype.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include "../tensor_work.h"
+
+namespace braze {
+namespace {
+
+struct Missing {
+  Active* active;
+  PyObject* key;
+  at::Tensor tensor;
+};
+
+// Accumulators are fp32, or fp64 for fp64 parameters.
+c10::ScalarType sum_dtype(const at::Tensor& param) {
+  const bool wide = real_dtype(param.scalar_type()) == DType::f64;
+  if (param.is_complex()) {
+    return wide ? c10::ScalarType::ComplexDouble : c10::ScalarType::ComplexFloat;
+  }
+  return wide ? c10::ScalarType::Double : c10::ScalarType::Float;
+}
+
+at::Tensor new_count(const Parameters& parameters, const Slot& slot) {
+  if (parameters.counts_on_device(slot)) {
+    return at::zeros({}, slot.param.tensor().options().dtype(c10::kFloat));
+  }
+  const bool wide = c10::get_default_dtype_as_scalartype() == c10::ScalarType::Double;
+  return at::zeros({}, wide ? c10::ScalarType::Double : c10::ScalarType::Float);
+}
+
+PyObject* state_dict_of(Slot& slot, PyObject* state) {
+  if (slot.state_dict == nullptr) {
+    THPObjectPtr inner(PyDict_New());
+    if (inner.get() == nullptr || PyObject_SetItem(state, slot.param.object, inner.get()) < 0) {
+      throw_python_error();
+    }
+    slot.state_dict = inner.get();
+  }
+  return slot.state_dict;
+}
+
+}  // namespace
+
+bool sums_in_state(const Parameters& parameters, const Slot& slot, const Destination& destination) {
+  const c10::ScalarType dtype = slot.state[0].object ? slot.state[0].dtype : slot.param.dtype;
+  const DType real = *real_dtype(dtype);
+  return destination.into_state && parameters.rule.sum_in_state != nullptr &&
+         (parameters.options(slot).states & 1) != 0 && !slot.has_sum() &&
+         (real == DType::f32 || real == DType::f64);
+}
+
+bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>& active,
+                    const Destination& destination, const std::function<void()>& refuse) {
+  const RuleInfo& rule = parameters.rule;
+  std::vector<Missing> missing;
+  bool allocated = false;
+  const at::NoGradGuard no_grad;
+  for (Active& a : active) {
+    Slot& slot = *a.slot;
+    const at::Tensor& param = slot.param.tensor();
+    const auto add = [&](PyObject* key, at::Tensor tensor) {
+      missing.push_back({&a, key, std::move(tensor)});
+      allocated = true;
+    };
+    const bool in_state = destination.fold && sums_in_state(parameters, slot, destination);
+    if (!rule.first_overwrites || !destination.fold || in_state) {
+      if (rule.counts_steps && slot.step.object == nullptr) {
+        add(keys().step, new_count(parameters, slot));
+      }
+      const uint32_t states = parameters.options(slot).states;
+      for (size_t k = 0; k < rule.state_keys.size(); ++k) {
+        if (slot.state[k].object != nullptr || !(states >> k & 1)) continue;
+        add(rule.state_keys[k],
+            rule.first_overwrites ? at::empty_like(param) : at::zeros_like(param));
+        a.first = a.first || rule.first_overwrites;
+      }
+    }
+    if (destination.fold && !in_state && !slot.has_sum()) {
+      at::Tensor sum = std::move(spare_sums_[parameters.index_of(slot)]);
+      if (sum.defined()) {
+        missing.push_back({&a, keys().grad_sum, std::move(sum)});
+      } else {
+        add(keys().grad_sum,
+            at::empty_like(param, param.options().dtype(sum_dtype(param)).requires_grad(false)));
+      }
+      a.first = true;
+    }
+  }
+  if (missing.empty()) return false;
+  refuse();
+  for (Missing& entry : missing) {
+    Slot& slot = *entry.active->slot;
+    PyObject* inner = state_dict_of(slot, state);
+    THPObjectPtr object(THPVariable_Wrap(entry.tensor));
+    if (object.get() == nullptr || PyDict_SetItem(inner, entry.key, object.get()) < 0) {
+      throw_python_error();
+    }
+    created_.emplace_back(&slot, entry.key);
+  }
+  for (Missing& entry : missing) {
+    Slot& slot = *entry.active->slot;
+    parameters.read_states(slot);
+    entry.active->linear = entry.active->linear && slot.linear;
+  }
+  parameters.accept(state);
+  return allocated;
+}
+
+bool States::undo(PyObject* state, const std::function<bool(int32_t)>& in_use) {
+  const bool any = !created_.empty();
+  for (const auto& [slot, key] : created_) {
+    if (in_use(slot->device) || slot->state_dict == nullptr) continue;
+    if (PyDict_DelItem(slot->state_dict, key) < 0) PyErr_Clear();
+    if (PyDict_GET_SIZE(slot->state_dict) != 0) continue;
+    slot->state_dict = nullptr;
+    if (PyObject_DelItem(state, slot->param.object) < 0) PyErr_Clear();
+  }
+  created_.clear();
+  return any;
+}
+
+void States::enter_window(Parameters& parameters, PyObject* state,
+                          const std::vector<Slot*>& slots) const {
+  for (Slot* slot : slots) {
+    if (PyDict_SetItem(slot->state_dict, keys().in_window, Py_True) < 0) throw_python_error();
+    slot->in_window = true;
+  }
+  if (!slots.empty()) parameters.accept(state);
+}
+
+void States::leave_window(Parameters& parameters, PyObject* state) {
+  bool any = false;
+  for (Slot& slot : parameters.slots) {
+    if (!slot.has_sum() && !slot.in_window) continue;
+    any = true;
+    if (slot.has_sum()) {
+      spare_sums_[parameters.index_of(slot)] = slot.sum.tensor();
+      slot.sum.object = nullptr;  // its dimensions stay, for the next window
+      if (PyDict_DelItem(slot.state_dict, keys().grad_sum) < 0) throw_python_error();
+    }
+    if (slot.in_window) {
+      slot.in_window = false;
+      if (PyDict_DelItem(slot.state_dict, keys().in_window) < 0) throw_python_error();
+    }
+    if (PyDict_GET_SIZE(slot.state_dict) == 0) {
+      if (PyObject_DelItem(state, slot.param.object) < 0) throw_python_error();
+      slot.state_dict = nullptr;
+    }
+  }
+  if (any) parameters.accept(state);
+}
+
+void States::reset(size_t slots) {
+  spare_sums_.clear();
+  spare_sums_.resize(slots);
+}
+
+}  // namespace braze

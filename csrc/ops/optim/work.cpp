@@ -1,0 +1,235 @@
+#include "work.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "../../cpu/optimizer_cpu.h"
+
+namespace braze {
+namespace {
+
+// A step shorter than this keeps the GIL: letting go costs more than it gives to other threads.
+constexpr int64_t kReleaseGilCost = 1 << 18;
+
+double read_count(const SeenTensor& entry) {
+  return entry.dtype == c10::ScalarType::Float ? *static_cast<const float*>(entry.data)
+                                               : *static_cast<const double*>(entry.data);
+}
+
+void write_count(const SeenTensor& entry, double value) {
+  if (entry.dtype == c10::ScalarType::Float) {
+    *static_cast<float*>(const_cast<void*>(entry.data)) = static_cast<float>(value);
+  } else {
+    *static_cast<double*>(const_cast<void*>(entry.data)) = value;
+  }
+}
+
+Operand operand_of(const SeenTensor& entry) {
+  if (entry.object == nullptr) return {};
+  return {const_cast<void*>(entry.data), nullptr, *real_dtype(entry.dtype)};
+}
+
+}  // namespace
+
+void DeviceWork::release() {
+  active = {};
+  held_.clear();
+}
+
+DeviceScalar DeviceWork::scalar_for(const at::Tensor& param, PyObject* option) {
+  if (option == nullptr) return {};
+  const at::Tensor* tensor = &THPVariable_Unpack(option);
+  if (tensor->device() != param.device() || tensor->is_complex() ||
+      !real_dtype(tensor->scalar_type())) {
+    held_.push_back(tensor->to(param.device(), c10::kDouble, /*non_blocking=*/true));
+    tensor = &held_.back();
+  }
+  return {tensor->const_data_ptr(), *real_dtype(tensor->scalar_type())};
+}
+
+void DeviceWork::choose_hypers(const Parameters& parameters, const StepScalars& scalars,
+                               bool repeating) {
+  if (active.empty()) return;
+  const RuleInfo& rule = parameters.rule;
+  if (!repeating) {
+    counts_on_device_ = false;
+    for (Active& a : active) {
+      const bool on_device = parameters.counts_on_device(*a.slot);
+      a.counted = rule.counts_steps && !on_device;
+      counts_on_device_ |= on_device;
+    }
+  }
+  const std::vector<GroupReader>& readers = parameters.readers();
+  made_on_device_ =
+      !on_cpu() &&
+      (scalars.amp.grad_scale != nullptr || scalars.amp.found_inf != nullptr || counts_on_device_ ||
+       std::any_of(readers.begin(), readers.end(),
+                   [](const GroupReader& r) { return r.options().any_tensor; }));
+  if (table_ == nullptr) table_ = rule.make_table();
+  table_->clear(made_on_device_);
+  int32_t rows = 0;
+  HyperKey last;
+  for (Active& a : active) {
+    const Slot& slot = *a.slot;
+    a.step = a.counted ? read_count(slot.step) + 1 : 0;
+    const HyperKey key{slot.group, a.step, slot.in_window, slot.has_sum()};
+    if (key != last) {
+      last = key;
+      const GroupOptions& options = parameters.options(slot);
+      const StepInputs inputs{
+          .step = a.step,
+          .grad_scale = (key.has_sum ? 1 : scalars.grad_scale) / scalars.divisor,
+          .fold_weight = scalars.grad_scale,
+          .in_window = slot.in_window};
+      if (made_on_device_) {
+        std::array<DeviceScalar, kMaxDeviceFields> fields;
+        for (size_t j = 0; j < fields.size(); ++j) {
+          fields[j] = scalar_for(slot.param.tensor(), options.tensors[j]);
+        }
+        table_->add(options.values, inputs, fields.data());
+      } else {
+        const bool known = !options.any_tensor;
+        table_->add(known ? options.values : with_values(options, rule).values, inputs, nullptr);
+      }
+      ++rows;
+    }
+    a.hyper = rows - 1;
+  }
+}
+
+void DeviceWork::choose_hypers(const Parameters& parameters, const Destination& destination,
+                               double weight) {
+  folds_.clear();
+  for (Active& a : active) {
+    Fold::Options fold{.weight = weight, .keep = 1};
+    if (sums_in_state(parameters, *a.slot, destination)) {
+      const GroupOptions options = with_values(parameters.options(*a.slot), parameters.rule);
+      const Fold::Options first = parameters.rule.sum_in_state(options.values);
+      fold.weight *= first.weight;
+      if (!a.slot->in_window) fold.keep = first.keep;
+    }
+    if (folds_.empty() || folds_.back().d.weight != fold.weight ||
+        folds_.back().d.keep != fold.keep) {
+      folds_.push_back(make_hyper<Fold>(fold, {}));
+    }
+    a.hyper = static_cast<int32_t>(folds_.size()) - 1;
+  }
+}
+
+void DeviceWork::fill(const Parameters& parameters, const Destination& destination,
+                      bool repeating) {
+  const auto refill = [&] {
+    for (size_t i = 0; i < active.size(); ++i) {
+      TensorWork& work = tensors_[i];
+      work.hyper = active[i].hyper;
+      work.first = active[i].first;
+      if (active[i].grad != nullptr) work.grad = linear_operand(*active[i].grad);
+    }
+  };
+  if (repeating) {
+    refill();
+    return;
+  }
+  bool all_linear = true;
+  new_key_.build = parameters.builds;
+  new_key_.fold = destination.fold;
+  new_key_.into_state = destination.into_state;
+  new_key_.tensors.clear();
+  for (const Active& a : active) {
+    all_linear = all_linear && a.linear;
+    new_key_.tensors.push_back({.slot = parameters.index_of(*a.slot),
+                                .states = parameters.options(*a.slot).states,
+                                .counted = a.counted,
+                                .linear = a.linear,
+                                .has_grad = a.grad != nullptr,
+                                .has_sum = a.slot->has_sum()});
+  }
+  if (all_linear && new_key_ == key_) {
+    refill();
+    return;
+  }
+  layouts_.clear();
+  tensors_.resize(active.size());
+  for (size_t i = 0; i < active.size(); ++i) {
+    fill_tensor(parameters, tensors_[i], active[i], destination);
+  }
+  if (on_cpu()) chunks_.build(tensors_);
+  std::swap(key_, new_key_);
+  ++generation_;
+}
+
+void DeviceWork::fill_tensor(const Parameters& parameters, TensorWork& work, const Active& a,
+                             const Destination& destination) {
+  const Slot& slot = *a.slot;
+  const SeenTensor none;
+  const SeenTensor* states[kMaxStates] = {&none, &none, &none};
+  if (destination.fold) {
+    states[0] = sums_in_state(parameters, slot, destination) ? &slot.state[0] : &slot.sum;
+  } else {
+    const uint32_t used = parameters.options(slot).states;
+    for (size_t k = 0; k < kMaxStates; ++k) {
+      if (used >> k & 1) states[k] = &slot.state[k];
+    }
+  }
+  const SeenTensor& sum = destination.fold ? none : slot.sum;
+  work.step = destination.fold || a.counted ? Operand{} : operand_of(slot.step);
+  work.hyper = a.hyper;
+  work.first = a.first;
+  work.is_double = slot.real == DType::f64;
+  work.linear = a.linear;
+  if (work.linear) {
+    work.numel = slot.numel;
+    work.param = operand_of(slot.param);
+    work.grad = a.grad == nullptr ? Operand{} : linear_operand(*a.grad);
+    work.sum = operand_of(sum);
+    for (size_t k = 0; k < kMaxStates; ++k) work.state[k] = operand_of(*states[k]);
+    return;
+  }
+  std::vector<NamedOperand> operands = {
+      {&slot.param.tensor(), &work.param}, {a.grad, &work.grad}, {sum.tensor_or_null(), &work.sum}};
+  for (size_t k = 0; k < kMaxStates; ++k) {
+    operands.push_back({states[k]->tensor_or_null(), &work.state[k]});
+  }
+  lay_out(work, operands, layouts_);
+}
+
+void DeviceWork::launch_on_cpu(const Hypers& hypers) {
+  launched = true;
+  const int threads = at::get_num_threads();
+  if (chunks_.cost < kReleaseGilCost) {
+    cpu::update_tensors(tensors_, chunks_, hypers, threads);
+    return;
+  }
+  for (const Active& a : active) {
+    if (a.grad != nullptr) held_.push_back(*a.grad);
+  }
+  const GilReleased released;
+  cpu::update_tensors(tensors_, chunks_, hypers, threads);
+}
+
+void DeviceWork::launch(const Parameters& parameters, const Destination& destination,
+                        const DeviceScale& scale) {
+  if (active.empty()) return;
+  const Hypers hypers = destination.fold ? view_of(folds_) : table_->view();
+  if (on_cpu()) return launch_on_cpu(hypers);
+  if (!step_) step_ = place_.backend->make_step(place_.index, parameters.owner);
+  const c10::Device device = active.front().slot->param.tensor().device();
+  const auto here = [&](const at::Tensor* tensor) -> const at::Tensor* {
+    if (tensor == nullptr || tensor->device() == device) return tensor;
+    held_.push_back(tensor->to(device, tensor->scalar_type(), /*non_blocking=*/true));
+    return &held_.back();
+  };
+  step_->launch({tensors_, generation_}, hypers, {here(scale.grad_scale), here(scale.found_inf)});
+  launched = true;
+}
+
+void DeviceWork::count_step() const {
+  for (const Active& a : active) {
+    if (a.counted) write_count(a.slot->step, a.step);
+    a.slot->param.tensor().unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace braze
