@@ -84,9 +84,10 @@ def _swap(pairs: dict[Any, Any]) -> None:
 def install() -> Installation:
     """Makes programs that are written for torch use braze: call it first.
 
-    From then on ``torch.optim`` has braze's SGD, Adam, AdamW and RMSprop, ``torch.nn`` its BatchNorm, LazyBatchNorm,
-    Dropout, AlphaDropout, FeatureAlphaDropout and SyncBatchNorm classes, ``torch.nn.functional`` its
-    ``batch_norm`` and the six dropouts: all that ``braze.nn`` and ``braze.optim`` have under torch's names.
+    From then on ``torch.optim`` has braze's SGD, Adam, AdamW and RMSprop, ``torch.nn`` its BatchNorm,
+    LazyBatchNorm, Dropout, AlphaDropout, FeatureAlphaDropout and SyncBatchNorm classes,
+    ``torch.nn.functional`` its ``batch_norm`` and the six dropouts: all that ``braze.nn`` and
+    ``braze.optim`` have under torch's names.
     The functions are those that torch's own modules call, too, ``MultiheadAttention`` and modules made before
     among them; ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` are made with braze's Dropout.
 

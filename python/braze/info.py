@@ -30,7 +30,8 @@ def build_info() -> dict[str, str]:
             f"{_C.instruction_set()} (available: {', '.join(_C.available_instruction_sets())})"
         ),
         "threads": str(torch.get_num_threads()),
-        "CPU kernels": "SGD, Adam, AdamW, RMSprop, CAG, Lion, gradient accumulation: fp32 fp64 bf16 fp16 complex; "
+        "CPU kernels": "SGD, Adam, AdamW, RMSprop, CAG, Lion, gradient accumulation: fp32 fp64 bf16 fp16 "
+        "complex; "
         "batch norm + activation, dropout: fp32 fp64 bf16 fp16",
         "CUDA kernels": _cuda(),
     }

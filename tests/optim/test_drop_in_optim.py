@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
 EACH = pytest.mark.parametrize("name", NAMES)
+FUSED = pytest.mark.parametrize("name", NAMES[:3])  # torch has fused kernels of
 MOMENTUM: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9},
     "Adam": {},
@@ -49,7 +50,7 @@ def assert_close(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.cpu_only("runs torch's fused kernels for the CPU; make_fx refuses its Adam without")
-@EACH
+@FUSED
 def test_make_fx_records_the_step(name: str) -> None:
     def recorded(module: Any) -> list[str]:
         p, optimizer = make(module, name, fused=True)
@@ -98,7 +99,7 @@ def test_a_dispatch_mode_sees_folds_and_steps(name: str) -> None:
 
 
 @pytest.mark.cpu_only("compares with torch's fused kernels for the CPU")
-@EACH
+@FUSED
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("overflow", [False, True])
 @pytest.mark.parametrize("unscaled", [False, True], ids=["step", "unscale_"])
@@ -499,7 +500,7 @@ def test_a_fractional_step_count_corrects_the_bias_as_torchs(name: str) -> None:
 # ------------------------------------------------------------------ names
 
 
-@EACH
+@FUSED
 def test_braze_in_the_place_of_torchs_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim, name, getattr(optim, name))
     (p, first), (q, second) = make(torch.optim, name), make(torch.optim, name, fused=False)

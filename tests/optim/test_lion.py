@@ -1,4 +1,4 @@
-"""Lion: its own formula in torch's operators is the reference, for what the kernels take and what they do not."""
+"""Lion against its own formula in torch's operators, which also does what the kernels do not take."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ INFOS = {
     if info.name in ("SGD", "Adam", "AdamW", "RMSprop")
 }
 CLASSES = pytest.mark.parametrize("name", sorted(INFOS))
+FUSED = pytest.mark.parametrize("name", sorted(INFOS.keys() - {"RMSprop"}))
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def test_every_implementation_flag_gives_the_same_result(
 ) -> None:
     if flags.get("foreach") and isinstance(case.kwargs.get("lr"), Tensor):
         flags = {**flags, "foreach": False}  # torch refuses a tensor lr with Adam's foreach
+    if case.name == "RMSprop":  # which torch has no fused kernel of
+        flags = {key: value for key, value in flags.items() if key != "fused"}
     mine, reference = make_params(), make_params()
     ours, theirs = case.ours(mine, **flags), case.theirs(reference)
     train(ours, mine, 5)
@@ -228,7 +231,7 @@ def test_tensor_lr_equals_the_same_float(case: Case, shape: tuple[int, ...]) -> 
     assert_equal(mine, before)
 
 
-@CLASSES
+@FUSED
 def test_fused_refuses_meta_parameters_until_they_are_real(name: str) -> None:
     model = torch.nn.Linear(3, 2, device="meta", dtype=torch.float64)
     optimizer = getattr(optim, name)(model.parameters(), lr=0.1, fused=True)

@@ -89,7 +89,9 @@ def everything(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Config]]:
 
 def some(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Config]]:
     """Without options, and with the most."""
-    extra = {"momentum": 0.9, "nesterov": True} if name == "SGD" else {"amsgrad": True}
+    extra: dict[str, Any] = {"amsgrad": True}
+    if name in ("SGD", "RMSprop"):
+        extra = {"momentum": 0.9, "nesterov" if name == "SGD" else "centered": True}
     yield "plain", Config(name, {"lr": 0.01}, dtype)
     yield "most", Config(name, {"lr": 0.01, "weight_decay": 0.1, **extra}, dtype)
 
@@ -127,6 +129,8 @@ def implementations_agree(namespace: Any, config: Config) -> None:
 
     expected = run(foreach=False)
     for flags in ({"foreach": True}, {"fused": True}, {"fused": False}, {}):
+        if config.name == "RMSprop" and "fused" in flags:
+            continue
         if flags.get("foreach") and isinstance(config.kwargs.get("lr"), Tensor):
             continue
         near(run(**flags), expected)
