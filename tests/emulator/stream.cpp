@@ -176,6 +176,13 @@ void reset_streams() {
   all.random.seed(settings().schedule.seed);
 }
 
+cudaError_t host_function(cudaStream_t handle, void (*function)(void*), void* data) {
+  std::lock_guard lock(api_mutex());
+  CUstream_st* stream = find_stream(handle);
+  if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  return result(submit(stream, [=] { function(data); }));
+}
+
 void leave_capture(const CapturePointer& capture) {
   for (CUstream_st* stream : streams().live) {
     if (stream->capture == capture) stream->capture = nullptr;
@@ -203,6 +210,10 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  return cudaStreamCreateWithFlags(stream, flags);
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
@@ -241,6 +252,14 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
   // So that a loop of queries ends.
   run_now(take(nullptr));
   return result(cudaErrorNotReady);
+}
+
+cudaError_t cudaStreamGetDevice(cudaStream_t handle, int* device) {
+  std::lock_guard lock(api_mutex());
+  CUstream_st* stream = find_stream(handle);
+  if (stream == nullptr || device == nullptr) return result(cudaErrorInvalidResourceHandle);
+  give(device, stream->device);
+  return cudaSuccess;
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {

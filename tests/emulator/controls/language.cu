@@ -20,6 +20,8 @@ namespace {
 constexpr unsigned kFull = 0xffffffffu;
 
 static_assert(sizeof(uint4) == 16 && alignof(uint4) == 16 && alignof(float4) == 16);
+static_assert(sizeof(float3) == 12 && alignof(float3) == 4 && alignof(float2) == 8);
+static_assert(alignof(double2) == 16 && alignof(ushort4) == 8 && alignof(uchar4) == 4);
 struct __align__(32) Aligned {
   float x;
 };
