@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,18 @@ def test_no_false_race(mode: str) -> None:
     program = built("language", "tsan")
     for order in ("inorder", "pct"):
         check(program, {"BRAZE_EMULATOR_ORDER": order, "BRAZE_EMULATOR_TSAN_MODE": mode})
+
+
+def test_toolkit_headers() -> None:
+    """cuda_bf16.h, cuda_fp16.h and cuda_fp8.h compile on top of the emulator."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    toolkit = next(
+        (Path(h) for h in homes if h and (Path(h) / "include/cuda_fp8.h").exists()), None
+    )
+    if toolkit is None:
+        pytest.skip("no CUDA toolkit: neither CUDA_HOME nor /usr/local/cuda has include/cuda_fp8.h")
+    system = [f"-isystem{toolkit}/include", f"-isystem{toolkit}/include/cccl"]
+    check(built("toolkit", "native", flags=system), {})
 
 
 def test_parameter_limit() -> None:

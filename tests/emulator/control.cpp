@@ -136,6 +136,7 @@ void set_concurrent_blocks(bool concurrent) { settings().concurrent_blocks = con
 void set_stack_bytes(size_t bytes) { set_fiber_stack_bytes(bytes); }
 void set_device_count(int count) { settings().device_count = count; }
 void set_blocks_per_processor(int n) { settings().blocks_per_processor = n; }
+void set_cooperative_blocks(int n) { settings().cooperative_blocks = n; }
 void set_null_launch(bool null) { settings().null_launch = null; }
 void set_deferred(bool deferred) {
   std::lock_guard lock(api_mutex());

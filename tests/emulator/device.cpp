@@ -72,6 +72,10 @@ cudaError_t check(const LaunchConfig& config, const KernelCall& call, const CUst
                            ? kDefaultSharedBytes
                            : std::max(kDefaultSharedBytes, static_cast<size_t>(opted->second));
   if (config.shared_bytes > limit) return cudaErrorInvalidValue;
+  if (config.cooperative && static_cast<uint64_t>(grid.x) * grid.y * grid.z >
+                                static_cast<uint64_t>(settings().cooperative_blocks)) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
   return cudaSuccess;
 }
 

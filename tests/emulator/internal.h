@@ -41,6 +41,7 @@ struct Settings {
   bool deferred = false;
   int device_count = 2;
   int blocks_per_processor = 4;
+  int cooperative_blocks = 132 * 2;
   uint64_t block_begin = 0;
   uint64_t block_end = UINT64_MAX;
 };

@@ -143,8 +143,6 @@ void retire(Launch& launch) {
   launch.retired.clear();
 }
 
-__extension__ typedef unsigned __int128 Wide;
-
 // Block numbers [0, count) in the schedule's order, without a table of them.
 class BlockOrder {
  public:
@@ -160,7 +158,7 @@ class BlockOrder {
     }
   }
   uint64_t operator[](uint64_t i) const {
-    return static_cast<uint64_t>((static_cast<Wide>(i) * step_ + start_) % count_);
+    return static_cast<uint64_t>((static_cast<emulator_uint128>(i) * step_ + start_) % count_);
   }
 
  private:
@@ -181,10 +179,21 @@ void run_all(Launch& launch) {
       static_cast<size_t>(launch.config->block.x) * launch.config->block.y * launch.config->block.z;
   const bool concurrent = kTsan && settings().concurrent_blocks;
   constexpr size_t kMaxTsanThreads = 7000;
-  if (concurrent && (end - begin) * threads > kMaxTsanThreads) {
+  if (kTsan && (concurrent || launch.config->cooperative) &&
+      (end - begin) * threads > kMaxTsanThreads) {
     fail("TSan tells at most " + std::to_string(kMaxTsanThreads) +
          " threads apart and this launch has " + std::to_string((end - begin) * threads) +
          "; test a smaller grid");
+  }
+  if (launch.config->cooperative) {
+    if (end - begin != total) fail("a cooperative launch cannot run some of its blocks only");
+    for (uint64_t b = 0; b < total; ++b) {
+      launch.blocks.push_back(make_block(launch, b));
+      restart(launch, *launch.blocks.back(), b);
+    }
+    block_now = nullptr;
+    run_blocks(launch);
+    return;
   }
   if (concurrent) {
     // Their stacks and shared memory stay apart; only atomics order them.

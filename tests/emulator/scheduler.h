@@ -10,7 +10,7 @@
 
 namespace emulator {
 
-enum class Wait : uint8_t { none, block, warp };
+enum class Wait : uint8_t { none, block, grid, warp };
 
 struct Thread {
   Fiber* fiber = nullptr;  // null until it starts
@@ -29,19 +29,21 @@ struct Thread {
 // Bit i is lane i.
 struct Warp {
   uint32_t existing = 0, exited = 0;
-  uint32_t ready = 0, at_block = 0, at_collective = 0;
+  uint32_t ready = 0, at_block = 0, at_grid = 0, at_collective = 0;
   unsigned rotation = 0;  // where pct starts among the lanes
   unsigned rank = 0;      // pct: 0 runs first
   uint8_t generation[32] = {};
   char order[32][2] = {};  // TSan: what a collective's lanes are ordered by, per lowest lane
 };
 
-// All threads of a block wait at one.
+// All threads of a block wait at one, or all of a grid.
 struct Barrier {
   unsigned waiting = 0;
   unsigned generation = 0;
   Site site{};
+  BarrierKind kind{};
   const Thread* first = nullptr;
+  int true_count = 0, result = 0;
   char order[2] = {};
 };
 
@@ -71,6 +73,7 @@ struct Launch {
   std::vector<std::unique_ptr<Block>> blocks;  // alive now
   std::vector<Fiber*> retired;                 // TSan: not reusable yet
   std::vector<SharedCell> spare_cells;
+  Barrier grid;
   unsigned alive = 0;
   Random random;
   Schedule schedule;

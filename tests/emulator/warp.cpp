@@ -7,8 +7,12 @@ namespace emulator {
 namespace {
 
 const char* name(WarpOp op) {
-  constexpr const char* kNames[] = {"__syncwarp",       "__shfl_sync",     "__shfl_up_sync",
-                                    "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync"};
+  constexpr const char* kNames[] = {"__syncwarp",        "__shfl_sync",       "__shfl_up_sync",
+                                    "__shfl_down_sync",  "__shfl_xor_sync",   "__ballot_sync",
+                                    "__any_sync",        "__all_sync",        "__match_any_sync",
+                                    "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync",
+                                    "__reduce_min_sync", "__reduce_max_sync", "__reduce_and_sync",
+                                    "__reduce_or_sync",  "__reduce_xor_sync"};
   return kNames[static_cast<int>(op)];
 }
 
@@ -26,6 +30,35 @@ int source_lane(const Thread& thread, int lane) {
   }
 }
 
+template <class T, class Combine>
+uint64_t fold(const Thread* lanes, uint32_t mask, Combine combine) {
+  T total = static_cast<T>(lanes[std::countr_zero(mask)].value);
+  for (uint32_t left = mask & (mask - 1); left != 0; left &= left - 1) {
+    total = combine(total, static_cast<T>(lanes[std::countr_zero(left)].value));
+  }
+  return static_cast<uint32_t>(total);
+}
+
+uint64_t reduction(WarpOp op, const Thread* lanes, uint32_t mask) {
+  switch (op) {
+    case WarpOp::reduce_add:
+      return fold<uint32_t>(lanes, mask, [](uint32_t a, uint32_t b) { return a + b; });
+    case WarpOp::reduce_min:
+      return fold<int32_t>(lanes, mask, [](int32_t a, int32_t b) { return min(a, b); });
+    case WarpOp::reduce_max:
+      return fold<int32_t>(lanes, mask, [](int32_t a, int32_t b) { return max(a, b); });
+    case WarpOp::reduce_umin:
+      return fold<uint32_t>(lanes, mask, [](uint32_t a, uint32_t b) { return min(a, b); });
+    case WarpOp::reduce_umax:
+      return fold<uint32_t>(lanes, mask, [](uint32_t a, uint32_t b) { return max(a, b); });
+    case WarpOp::reduce_and:
+      return fold<uint32_t>(lanes, mask, [](uint32_t a, uint32_t b) { return a & b; });
+    case WarpOp::reduce_or:
+      return fold<uint32_t>(lanes, mask, [](uint32_t a, uint32_t b) { return a | b; });
+    default: return fold<uint32_t>(lanes, mask, [](uint32_t a, uint32_t b) { return a ^ b; });
+  }
+}
+
 uint32_t ballot(const Thread* lanes, uint32_t mask) {
   uint32_t bits = 0;
   for (uint32_t left = mask; left != 0; left &= left - 1) {
@@ -36,7 +69,11 @@ uint32_t ballot(const Thread* lanes, uint32_t mask) {
 }
 
 void resolve(WarpOp op, Thread* lanes, uint32_t mask) {
-  const uint64_t votes = op == WarpOp::ballot ? ballot(lanes, mask) : 0;
+  uint64_t common = 0;
+  if (op == WarpOp::ballot) common = ballot(lanes, mask);
+  if (op == WarpOp::any) common = ballot(lanes, mask) != 0;
+  if (op == WarpOp::all) common = ballot(lanes, mask) == mask;
+  if (op >= WarpOp::reduce_add) common = reduction(op, lanes, mask);
   for (uint32_t left = mask; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
     Thread& thread = lanes[lane];
@@ -44,8 +81,14 @@ void resolve(WarpOp op, Thread* lanes, uint32_t mask) {
       const int source = source_lane(thread, lane);
       const bool supplied = source >= 0 && source < 32 && (mask >> source & 1u);
       thread.result = supplied ? lanes[source].value : kPoison;
+    } else if (op == WarpOp::match_any) {
+      thread.result = 0;
+      for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+        const int other = std::countr_zero(rest);
+        if (lanes[other].value == thread.value) thread.result |= 1u << other;
+      }
     } else {
-      thread.result = votes;
+      thread.result = common;
     }
   }
 }
@@ -128,6 +171,12 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int operand, 
   thread.wait = Wait::none;
   if (orders_memory) acquire_order(order);
   return thread.result;
+}
+
+unsigned active_mask() {
+  if (launch_now == nullptr) fail("__activemask outside a kernel");
+  const Warp& warp = warp_of(*block_now, *thread_now);
+  return warp.existing & ~warp.exited;
 }
 
 }  // namespace emulator

@@ -131,8 +131,20 @@ __global__ void shuffles(int* out) {
   mine[7] = lane < 31 ? __shfl_sync(0x7fffffffu, lane, 31) : 0;
 }
 
-__global__ void votes(unsigned* out) {
-  out[threadIdx.x] = __ballot_sync(kFull, threadIdx.x % 32 % 3 == 0);
+__global__ void votes(unsigned* out, const int* flags) {
+  const unsigned lane = threadIdx.x % 32;
+  unsigned* mine = out + threadIdx.x * 8;
+  mine[0] = __ballot_sync(kFull, lane % 3 == 0);
+  mine[1] = static_cast<unsigned>(__any_sync(kFull, lane == 7));
+  mine[2] = static_cast<unsigned>(__all_sync(kFull, lane == 7));
+  mine[3] = __match_any_sync(kFull, lane % 4);
+  mine[4] = static_cast<unsigned>(__reduce_add_sync(kFull, static_cast<int>(lane) - 31));
+  mine[5] = __reduce_max_sync(kFull, lane);
+  // Halves of a warp, apart.
+  mine[6] = lane < 16 ? __reduce_add_sync(0x0000ffffu, lane) : __reduce_or_sync(0xffff0000u, lane);
+  mine[7] = static_cast<unsigned>(__syncthreads_count(flags[threadIdx.x])) +
+            100u * static_cast<unsigned>(__syncthreads_and(flags[threadIdx.x])) +
+            1000u * static_cast<unsigned>(__syncthreads_or(flags[threadIdx.x]));
 }
 
 void test_warp() {
@@ -147,9 +159,19 @@ void test_warp() {
     CHECK(mine[4] == (lane ^ 16) && mine[5] == 2 && mine[6] == (lane ^ 1));
     CHECK(mine[7] == (lane < 31 ? -1 : 0));
   }
-  std::vector<unsigned> votes_out(96);
-  BRAZE_LAUNCH(votes, 1, 96, 0, nullptr, votes_out.data());
-  for (const unsigned vote : votes_out) CHECK(vote == 0x49249249u);
+  std::vector<unsigned> votes_out(96 * 8);
+  std::vector<int> flags(96, 1);
+  flags[9] = 0;
+  BRAZE_LAUNCH(votes, 1, 96, 0, nullptr, votes_out.data(), flags.data());
+  for (unsigned t = 0; t < 96; ++t) {
+    const unsigned* mine = &votes_out[t * 8];
+    const unsigned lane = t % 32;
+    CHECK(mine[0] == 0x49249249u && mine[1] == 1 && mine[2] == 0);
+    CHECK(mine[3] == 0x11111111u << lane % 4);
+    CHECK(static_cast<int>(mine[4]) == 31 * 16 - 31 * 32 && mine[5] == 31);
+    CHECK(mine[6] == (lane < 16 ? 120 : 31));
+    CHECK(mine[7] == 95 + 0 + 1000);
+  }
 }
 
 // Threads that have exited are not waited for.
@@ -160,22 +182,34 @@ __global__ void early_exit(int* out) {
 }
 
 struct Totals {
-  int sum;
-  unsigned bits;
+  int sum, largest, smallest;
+  unsigned bits, wrapped, exchanged;
+  unsigned long long wide;
   float f;
   double d;
+  int cas;
 };
 __global__ void atomics(Totals* totals) {
-  atomicAdd(&totals->sum, static_cast<int>(threadIdx.x + blockIdx.x * blockDim.x));
-  atomicAdd(&totals->bits, 0x80000001u);
+  const int i = static_cast<int>(threadIdx.x + blockIdx.x * blockDim.x);
+  atomicAdd(&totals->sum, i);
+  atomicMax(&totals->largest, i);
+  atomicMin(&totals->smallest, i - 3);
+  atomicOr(&totals->bits, 1u << i % 32);
+  atomicInc(&totals->wrapped, 9);
+  atomicExch(&totals->exchanged, 77u);
+  atomicAdd(&totals->wide, 1ull << 33);
   atomicAdd(&totals->f, 1.0f);
   atomicAdd(&totals->d, 0.5);
+  int seen = atomicAdd(&totals->cas, 0);
+  for (int old; (old = atomicCAS(&totals->cas, seen, seen + 2)) != seen;) seen = old;
 }
 
 void test_atomics() {
   Totals totals{};
   BRAZE_LAUNCH(atomics, 4, 100, 0, nullptr, &totals);
-  CHECK(totals.sum == 399 * 200 && totals.bits == 400 && totals.f == 400 && totals.d == 200);
+  CHECK(totals.sum == 399 * 200 && totals.largest == 399 && totals.smallest == -3);
+  CHECK(totals.bits == kFull && totals.wrapped == 0 && totals.exchanged == 77);
+  CHECK(totals.wide == 400ull << 33 && totals.f == 400 && totals.d == 200 && totals.cas == 800);
   int count = 0;
   BRAZE_LAUNCH(early_exit, 1, 64, 0, nullptr, &count);
   CHECK(count == 32);
@@ -195,21 +229,40 @@ __global__ void last_block(const float* in, float* partial, unsigned* done, floa
   if (threadIdx.x == 0) *out = all;
 }
 
+__global__ void grid_wide(int* a, int* b) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  const unsigned n = gridDim.x * blockDim.x;
+  a[i] = static_cast<int>(i);
+  braze::cuda::grid_sync();
+  b[i] = a[n - 1 - i];
+  braze::cuda::grid_sync();
+  a[i] = b[(i + 32) % n];
+}
+
 void test_blocks() {
   std::vector<float> in(512, 1.0f), partial(8);
   unsigned done = 0;
   float out = 0;
   BRAZE_LAUNCH(last_block, 8, 64, 0, nullptr, in.data(), partial.data(), &done, &out);
   CHECK(out == 512);
+  std::vector<int> a(512), b(512);
+  CHECK(BRAZE_LAUNCH_COOPERATIVE(grid_wide, 8, 64, 0, nullptr, a.data(), b.data()) == cudaSuccess);
+  for (int i = 0; i < 512; ++i) CHECK(a[i] == 511 - (i + 32) % 512);
 }
 
 void test_intrinsics() {
-  CHECK(__popc(0xf0u) == 4 && max(1u, 2u) == 2 && min(-1, 2) == -1);
-  CHECK(max(NAN, 1.0f) == 1.0f && min(2.0, 1.0) == 1.0);
+  CHECK(__popc(0xf0u) == 4 && __ffs(8) == 4 && __ffs(0) == 0 && __clz(1) == 31 && __clz(0) == 32);
+  CHECK(__brev(1u) == 0x80000000u && __byte_perm(0x33221100u, 0x77665544u, 0x7410u) == 0x77441100u);
+  CHECK(__umulhi(0x80000000u, 6u) == 3 && __umul64hi(1ull << 63, 6) == 3);
+  CHECK(__float_as_uint(1.0f) == 0x3f800000u && __uint_as_float(0x40000000u) == 2.0f);
+  CHECK(__fmaf_rn(1 + 0x1p-12f, 1 - 0x1p-12f, -1.0f) == -0x1p-24f);
+  CHECK(__fadd_rn(__fmul_rn(1 + 0x1p-13f, 1 - 0x1p-13f), -1.0f) == 0.0f);
+  CHECK(__fsqrt_rn(2.0f) == 0x1.6a09e6p0f && __fdiv_rn(1, 3) == 0x1.555556p-2f);
+  CHECK(max(1u, 2u) == 2 && min(-1, 2) == -1 && max(NAN, 1.0f) == 1.0f && min(2.0, 1.0) == 1.0);
   alignas(16) float four[8] = {1, 2, 3, 4};
   const float4 read = __ldcs(reinterpret_cast<const float4*>(four));
   __stcs(reinterpret_cast<float4*>(four + 4), read);
-  CHECK(four[7] == 4 && table[2] == 3);
+  CHECK(four[7] == 4 && __ldg(four + 1) == 2 && __ldg(&table[2]) == 3);
   braze::cuda::store16(four, braze::cuda::load16(four + 4));
   CHECK(four[0] == 1 && warpSize == 32);
 }

@@ -39,6 +39,7 @@ __global__ void divergent_shuffle() {
 }
 __global__ void unequal_masks() { __syncwarp(threadIdx.x < 16 ? kFull : 0xffff0000u); }
 __global__ void bad_width() { __shfl_sync(kFull, 1, 0, 12); }
+__global__ void lonely_grid_sync() { braze::cuda::grid_sync(); }
 __global__ void trapped() { __trap(); }
 __global__ void much_shared(char* out) {
   BRAZE_SHARED(char, all, 50000);
@@ -65,6 +66,7 @@ void test_errors() {
   const std::string unequal = launch(unequal_masks, 32);
   CHECK(has(unequal, "warp divergence") || has(unequal, "has exited"));
   CHECK(has(launch(bad_width, 32), "width is 12"));
+  CHECK(has(launch(lonely_grid_sync, 32), "BRAZE_LAUNCH_COOPERATIVE"));
   CHECK(has(launch(trapped, 32), "__trap"));
   char out;
   CHECK(has(error_of([&] { BRAZE_LAUNCH(much_shared, 1, 1, 0, nullptr, &out); }), "49,152"));
@@ -114,6 +116,11 @@ void test_configurations() {
   // An earlier failure nobody asked about is what the next launch returns, as with CUDA.
   cudaSetDevice(99);
   CHECK(launch(1, 1, 0) == cudaErrorInvalidDevice && launch(1, 1, 0) == cudaSuccess);
+  CHECK(BRAZE_LAUNCH_COOPERATIVE(mark, 264, 1, 0, nullptr, &ran) == cudaSuccess);
+  CHECK(BRAZE_LAUNCH_COOPERATIVE(mark, 265, 1, 0, nullptr, &ran) ==
+        cudaErrorCooperativeLaunchTooLarge);
+  emulator::set_cooperative_blocks(300);
+  CHECK(BRAZE_LAUNCH_COOPERATIVE(mark, 265, 1, 0, nullptr, &ran) == cudaSuccess);
 }
 
 __global__ void trace(std::vector<int>* order) {

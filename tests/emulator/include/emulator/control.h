@@ -57,6 +57,7 @@ void set_stack_bytes(size_t bytes);
 
 void set_device_count(int count);      // 2
 void set_blocks_per_processor(int n);  // what the occupancy query answers: 4
+void set_cooperative_blocks(int n);    // the most blocks a cooperative launch may have: 132 * 2
 void set_null_launch(bool null);       // launches are checked and counted, kernels do not run
 int64_t launch_count(int device);
 void reset_launch_count();

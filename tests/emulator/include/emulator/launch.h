@@ -13,6 +13,7 @@ struct LaunchConfig {
   dim3 grid, block;
   size_t shared_bytes;
   cudaStream_t stream;
+  bool cooperative;
   const char* kernel_name;
   Site site;
 };
@@ -59,11 +60,20 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... argu
 
 }  // namespace emulator
 
-#define BRAZE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                              \
-  ::emulator::launch(                                                                             \
-      ::emulator::LaunchConfig{                                                                   \
-          grid, block, static_cast<size_t>(shared_bytes), stream, #kernel, {__FILE__, __LINE__}}, \
-      kernel __VA_OPT__(, ) __VA_ARGS__)
+#define EMULATOR_LAUNCH(kernel, grid, block, shared_bytes, stream, cooperative, ...) \
+  ::emulator::launch(::emulator::LaunchConfig{grid,                                  \
+                                              block,                                 \
+                                              static_cast<size_t>(shared_bytes),     \
+                                              stream,                                \
+                                              cooperative,                           \
+                                              #kernel,                               \
+                                              {__FILE__, __LINE__}},                 \
+                     kernel __VA_OPT__(, ) __VA_ARGS__)
+
+#define BRAZE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  EMULATOR_LAUNCH(kernel, grid, block, shared_bytes, stream, false __VA_OPT__(, ) __VA_ARGS__)
+#define BRAZE_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  EMULATOR_LAUNCH(kernel, grid, block, shared_bytes, stream, true __VA_OPT__(, ) __VA_ARGS__)
 
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {

@@ -76,9 +76,16 @@ void store(T* address, T value) {
   inline void name(T* address, std::type_identity_t<T> value) { \
     emulator::store<T>(address, value);                         \
   }
+EMULATOR_LOAD(__ldg)
+EMULATOR_LOAD(__ldca)
+EMULATOR_LOAD(__ldcg)
 EMULATOR_LOAD(__ldcs)
+EMULATOR_LOAD(__ldlu)
+EMULATOR_LOAD(__ldcv)
 EMULATOR_STORE(__stwb)
+EMULATOR_STORE(__stcg)
 EMULATOR_STORE(__stcs)
+EMULATOR_STORE(__stwt)
 #undef EMULATOR_LOAD
 #undef EMULATOR_STORE
 
@@ -116,8 +123,34 @@ T atomic_update(T* address, Update update) {
   }
 // Signed sums wrap, as the hardware's do.
 EMULATOR_ATOMIC(int, atomicAdd, static_cast<unsigned>(old) + static_cast<unsigned>(value))
+EMULATOR_ATOMIC(int, atomicSub, static_cast<unsigned>(old) - static_cast<unsigned>(value))
 EMULATOR_ATOMIC(unsigned, atomicAdd, old + value)
+EMULATOR_ATOMIC(unsigned, atomicSub, old - value)
+EMULATOR_ATOMIC(unsigned long long, atomicAdd, old + value)
 EMULATOR_ATOMIC(float, atomicAdd, old + value)
 EMULATOR_ATOMIC(double, atomicAdd, old + value)
-EMULATOR_ATOMIC(int, atomicExch, ((void)old, value))
+EMULATOR_ATOMIC(unsigned, atomicInc, old >= value ? 0 : old + 1)
+EMULATOR_ATOMIC(unsigned, atomicDec, old == 0 || old > value ? value : old - 1)
+EMULATOR_ATOMIC(float, atomicExch, ((void)old, value))
+#define EMULATOR_ATOMICS(T)                                                                   \
+  EMULATOR_ATOMIC(T, atomicMax, old < value ? value : old)                                    \
+  EMULATOR_ATOMIC(T, atomicMin, value < old ? value : old)                                    \
+  EMULATOR_ATOMIC(T, atomicExch, ((void)old, value))                                          \
+  EMULATOR_ATOMIC(T, atomicAnd, old& value)                                                   \
+  EMULATOR_ATOMIC(T, atomicOr, old | value)                                                   \
+  EMULATOR_ATOMIC(T, atomicXor, old ^ value)                                                  \
+  inline T atomicCAS(T* address, T compare, T value) {                                        \
+    return emulator::atomic_update(address,                                                   \
+                                   [=](T old) -> T { return old == compare ? value : old; }); \
+  }
+EMULATOR_ATOMICS(int)
+EMULATOR_ATOMICS(unsigned)
+EMULATOR_ATOMICS(long long)
+EMULATOR_ATOMICS(unsigned long long)
 #undef EMULATOR_ATOMIC
+#undef EMULATOR_ATOMICS
+inline unsigned short atomicCAS(unsigned short* address, unsigned short compare,
+                                unsigned short value) {
+  return emulator::atomic_update(address,
+                                 [=](unsigned short old) { return old == compare ? value : old; });
+}

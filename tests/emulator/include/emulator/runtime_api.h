@@ -18,6 +18,7 @@
   E(cudaErrorIllegalState, 401, "the operation cannot be performed in the present state")       \
   E(cudaErrorNotReady, 600, "device not ready")                                                 \
   E(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                  \
+  E(cudaErrorCooperativeLaunchTooLarge, 720, "too many blocks in cooperative launch")           \
   E(cudaErrorNotSupported, 801, "operation not supported")                                      \
   E(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
   E(cudaErrorStreamCaptureInvalidated, 901,                                                     \
