@@ -63,6 +63,13 @@ PYBIND11_MODULE(_C, m) {
       .def("reset", &braze::StepPlan::reset)
       .def_property_readonly("rebuilds", &braze::StepPlan::rebuilds);
 
+  // "one", "two" or "curved" by name, in the order of the activations' numbers.
+  py::dict slopes;
+#define BRAZE_ITEM(name, slope, torch) slopes[#name] = #slope;
+  BRAZE_ACTIVATIONS(BRAZE_ITEM)
+#undef BRAZE_ITEM
+  m.attr("ACTIVATION_SLOPES") = slopes;
+
   // Tensor operations, past torch.ops' slower door. The GIL is not held.
   const auto op = [&m](const char* name, auto function) {
     m.def(name, function, py::call_guard<py::gil_scoped_release>());

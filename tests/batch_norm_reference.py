@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from activations import (  # noqa: F401  (others take some from here)
+    ACTIVATIONS,
+    CASES,
+    KINKS,
+    PARAMETERS,
+    TWO_SLOPES,
+)
 from op_table import FP32, Args, one_number, values
 from torch import Tensor
 
-
-def hardsigmoid(z: Tensor) -> Tensor:
-    """torch's own rounds 1/6 to fp32 in the derivative, also in fp64, and has no second derivative."""
-    return (z + 3).clamp(0, 6) / 6 if z.dtype is torch.float64 else F.hardsigmoid(z)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, _: z,
-    "relu": lambda z, _: F.relu(z),
-    "relu6": lambda z, _: F.relu6(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
-    "elu": lambda z, alpha: F.elu(z, alpha),
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-    "tanh": lambda z, _: torch.tanh(z),
-    "silu": lambda z, _: F.silu(z),
-    "gelu": lambda z, _: F.gelu(z),
-    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "hardsigmoid": lambda z, _: hardsigmoid(z),
-    "mish": lambda z, _: F.mish(z),
-}
-# A positive slope, so that its sign cannot hide in a symmetric sample.
-PARAMETERS = {"leaky_relu": 0.1, "elu": 0.7}
-KINKS: dict[str, tuple[float, ...]] = {
-    "relu": (0.0,),
-    "relu6": (0.0, 6.0),
-    "leaky_relu": (0.0,),
-    "elu": (0.0,),
-    "hardswish": (-3.0, 3.0),
-    "hardsigmoid": (-3.0, 3.0),
-}
-# One bit tells the derivative.
-TWO_SLOPES = ("relu", "relu6", "leaky_relu", "hardsigmoid")
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -215,8 +189,8 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def slopes(mask: Tensor, x: Tensor, activation: str, parameter: float) -> Tensor:
     """activation' from the mask of a two-slope activation."""
-    upper = 1.0 / 6.0 if activation == "hardsigmoid" else 1.0
-    lower = parameter if activation == "leaky_relu" else 0.0
+    upper, lower = CASES[activation].slopes or (1.0, 1.0)
+    lower = parameter if lower is None else lower
     bits = unpack_mask(mask, x)
     return torch.where(bits, upper, lower).to(x.dtype)
 

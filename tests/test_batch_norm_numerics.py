@@ -120,7 +120,7 @@ def test_one_bad_value_stays_in_its_channel(activation: str, bad: float, last: b
     assert dx[:, keep].isfinite().all() and dx[:, 3].isnan().any()
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardsigmoid"])
+@pytest.mark.parametrize("activation", reference.TWO_SLOPES)
 def test_nan_in_the_residual(activation: str) -> None:
     args = act_args(Config(activation=activation, residual=True), FP32)
     args[11][0, 0, 0, 0] = torch.nan

@@ -20,11 +20,11 @@ BRAZE_TARGET inline void input_gradient_columns(const D* d, const S* x, O* dx, i
       const int64_t e = r * stride + j * kP;
       T gradient[kP], value[kP] = {}, out[kP];
       load_elements<kP>(d + e, gradient);
-      if constexpr (kCurved<kA> || !kFrozen) load_elements<kP>(x + e, value);
+      if constexpr (kNeedsZ<kA> || !kFrozen) load_elements<kP>(x + e, value);
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) {
         const int64_t c = kPlane ? 0 : p * kHalf + j;
-        if constexpr (kCurved<kA>) {
+        if constexpr (kNeedsZ<kA>) {
           const T z = normalize(value[p], mean[c], scale[c], shift[c]);
           gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
         }

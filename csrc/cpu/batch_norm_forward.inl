@@ -94,16 +94,21 @@ BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const 
                                 const Constants<T>& k2) {
   T z[kSegment];
   normalize_inputs<kPlane, S>(a.input, a.residual, e, n, k, k2, z);
-  const ActivationSegments<T>& segments = segments_of<T>(a.activation);
   if (a.mask != nullptr) {
-    segments.mask(z, n, a.mask + mask_byte(a.shape, e));
+    const auto mask = with_activation<has_two_slopes>(
+        a.activation, [](auto constant) { return mask_segment<constant(), T>; });
+    mask(z, n, a.mask + mask_byte(a.shape, e));
   }
   S* y = static_cast<S*>(a.y) + e;
   if (a.activation == Activation::relu) {
     store_relu_segment(z, n, y);
     return;
   }
-  if (a.activation != Activation::identity) segments.activate(z, n, static_cast<T>(a.parameter));
+  if (a.activation != Activation::identity) {
+    const auto activate = with_activation(
+        a.activation, [](auto constant) { return activate_segment<constant(), T>; });
+    activate(z, n, static_cast<T>(a.parameter));
+  }
   store_segment(z, n, y);
 }
 

@@ -26,7 +26,7 @@ BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_s
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) {
         const int64_t c = p * kHalf + j;
-        if constexpr (kCurved<kA>) {
+        if constexpr (kNeedsZ<kA>) {
           const T z = normalize(value[p], mean[c], scale[c], shift[c]);
           gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
         }
@@ -151,7 +151,7 @@ BRAZE_TARGET inline void add_gradient_lane(const D* d, const S* x, int64_t k, T 
 #pragma GCC unroll 2
   for (int p = 0; p < kP; ++p) {
     const int64_t lane = p * (kLanes / kP) + k;
-    if constexpr (kCurved<kA>) {
+    if constexpr (kNeedsZ<kA>) {
       const T z = normalize(value[p], mean, scale, shift);
       gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
     }

@@ -9,7 +9,7 @@ namespace BRAZE_ISA {
 constexpr int64_t kSegment = 512;
 
 // Those that loops of their own know, because they follow batch norm most often. No parameter.
-inline bool is_direct_activation(Activation a) {
+constexpr bool is_direct_activation(Activation a) {
   return a == Activation::identity || a == Activation::relu || a == Activation::relu6 ||
          a == Activation::silu || a == Activation::hardswish;
 }
@@ -17,17 +17,12 @@ inline bool is_direct_activation(Activation a) {
 // body.operator()<kA>() with the activation as a constant, where is_direct_activation.
 template <class Body>
 void with_direct_activation(Activation a, const Body& body) {
-  switch (a) {
-    case Activation::relu: return body.template operator()<Activation::relu>();
-    case Activation::relu6: return body.template operator()<Activation::relu6>();
-    case Activation::silu: return body.template operator()<Activation::silu>();
-    case Activation::hardswish: return body.template operator()<Activation::hardswish>();
-    default: return body.template operator()<Activation::identity>();
-  }
+  with_activation<is_direct_activation>(
+      a, [&](auto constant) { body.template operator()<decltype(constant)::value>(); });
 }
 
 template <Activation kA>
-constexpr bool kCurved = kA != Activation::identity;  // its derivative depends on z
+constexpr bool kNeedsZ = kA != Activation::identity;  // for the derivative
 
 // The constants of a segment: one each for a plane, else one for each element.
 template <class T>
@@ -235,69 +230,32 @@ inline int64_t mask_byte(const ActivationShape& shape, int64_t e) {
 
 template <Activation kA, class T>
 BRAZE_TARGET void mask_segment(const T* z, int64_t n, uint8_t* mask) {
-  if constexpr (has_two_slopes(kA)) {
-    int64_t j = 0;
+  int64_t j = 0;
 #if defined(BRAZE_AVX512)
-    for (; j + 2 * kByte <= n; j += 2 * kByte) {
-      alignas(64) int32_t upper[2 * kByte];
-      for (int64_t k = 0; k < 2 * kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
-      const uint16_t bits = _mm512_movepi32_mask(_mm512_load_si512(upper));
-      std::memcpy(mask + j / kByte, &bits, sizeof bits);
-    }
-#endif
-    for (; j + kByte <= n; j += kByte) {
-      alignas(32) int32_t upper[kByte];
-      for (int64_t k = 0; k < kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
-#if defined(BRAZE_F16C)
-      const __m256 bits = _mm256_load_ps(reinterpret_cast<const float*>(upper));
-      mask[j / kByte] = static_cast<uint8_t>(_mm256_movemask_ps(bits));
-#else
-      int byte = 0;
-      for (int k = 0; k < kByte; ++k) byte |= upper[k] & (1 << k);
-      mask[j / kByte] = static_cast<uint8_t>(byte);
-#endif
-    }
-    if (j < n) {
-      int byte = 0;
-      for (int64_t k = j; k < n; ++k) byte |= derivative_is_upper<kA>(z[k]) << (k - j);
-      mask[j / kByte] = static_cast<uint8_t>(byte);
-    }
+  for (; j + 2 * kByte <= n; j += 2 * kByte) {
+    alignas(64) int32_t upper[2 * kByte];
+    for (int64_t k = 0; k < 2 * kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
+    const uint16_t bits = _mm512_movepi32_mask(_mm512_load_si512(upper));
+    std::memcpy(mask + j / kByte, &bits, sizeof bits);
   }
-}
-
-template <class T>
-struct ActivationSegments {
-  void (*activate)(T*, int64_t, T);
-  void (*differentiate)(const T*, T*, int64_t, T);
-  void (*mask)(const T*, int64_t, uint8_t*);
-  T (*upper)();
-  T (*lower)(T);
-};
-
-template <Activation kA, class T>
-T upper_slope() {
-  return upper_derivative<kA, T>();
-}
-template <Activation kA, class T>
-T lower_slope(T parameter) {
-  return lower_derivative<kA>(parameter);
-}
-
-template <class T, int... kA>
-constexpr std::array<ActivationSegments<T>, kNumActivations> activation_table(
-    std::integer_sequence<int, kA...>) {
-  return {{{activate_segment<Activation{kA}, T>, differentiate_segment<Activation{kA}, T>,
-            mask_segment<Activation{kA}, T>, upper_slope<Activation{kA}, T>,
-            lower_slope<Activation{kA}, T>}...}};
-}
-
-template <class T>
-inline constexpr std::array<ActivationSegments<T>, kNumActivations> kActivations =
-    activation_table<T>(std::make_integer_sequence<int, kNumActivations>());
-
-template <class T>
-const ActivationSegments<T>& segments_of(Activation a) {
-  return kActivations<T>[static_cast<size_t>(a)];
+#endif
+  for (; j + kByte <= n; j += kByte) {
+    alignas(32) int32_t upper[kByte];
+    for (int64_t k = 0; k < kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
+#if defined(BRAZE_F16C)
+    const __m256 bits = _mm256_load_ps(reinterpret_cast<const float*>(upper));
+    mask[j / kByte] = static_cast<uint8_t>(_mm256_movemask_ps(bits));
+#else
+    int byte = 0;
+    for (int k = 0; k < kByte; ++k) byte |= upper[k] & (1 << k);
+    mask[j / kByte] = static_cast<uint8_t>(byte);
+#endif
+  }
+  if (j < n) {
+    int byte = 0;
+    for (int64_t k = j; k < n; ++k) byte |= derivative_is_upper<kA>(z[k]) << (k - j);
+    mask[j / kByte] = static_cast<uint8_t>(byte);
+  }
 }
 
 // d = two_slope_gradient of a block, by its bits. The upper slope is not 0.

@@ -250,22 +250,16 @@ BRAZE_TARGET void activate_grad_tile(const T* x, const T* second, T* out, const 
   }
 }
 
-template <class T, size_t... kA>
-TileLoop<T> activation_loop(Activation activation, bool grad, std::index_sequence<kA...>) {
-  static constexpr TileLoop<T> loops[] = {activate_tile<static_cast<Activation>(kA), T>...};
-  static constexpr TileLoop<T> grad_loops[] = {
-      activate_grad_tile<static_cast<Activation>(kA), T>...};
-  return (grad ? grad_loops : loops)[static_cast<size_t>(activation)];
-}
-
 template <class T>
 TileLoop<T> tile_loop(const DropoutArgs& args) {
   switch (args.step) {
     case DropoutStep::scale: return scale_tile<T>;
     case DropoutStep::add: return add_tile<T>;
     default:
-      return activation_loop<T>(args.activation, args.step == DropoutStep::activate_grad,
-                                std::make_index_sequence<kNumActivations>());
+      return with_activation(args.activation, [&](auto constant) -> TileLoop<T> {
+        return args.step == DropoutStep::activate_grad ? activate_grad_tile<constant(), T>
+                                                       : activate_tile<constant(), T>;
+      });
   }
 }
 

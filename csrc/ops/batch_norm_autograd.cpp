@@ -3,19 +3,8 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/batch_norm.h>
-#include <ATen/ops/elu.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/hardsigmoid.h>
-#include <ATen/ops/hardswish.h>
-#include <ATen/ops/hardtanh.h>
-#include <ATen/ops/leaky_relu.h>
-#include <ATen/ops/mish.h>
 #include <ATen/ops/pow.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -69,25 +58,6 @@ at::Tensor twin(const at::Tensor& tensor) {
   return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), true));
 }
 
-at::Tensor activate_by_torch(const at::Tensor& z, Activation activation, double parameter) {
-  switch (activation) {
-    case Activation::relu: return at::relu(z);
-    case Activation::relu6: return at::hardtanh(z, 0, 6);
-    case Activation::leaky_relu: return at::leaky_relu(z, parameter);
-    case Activation::elu: return at::elu(z, parameter);
-    case Activation::sigmoid: return at::sigmoid(z);
-    case Activation::tanh: return at::tanh(z);
-    case Activation::silu: return at::silu(z);
-    case Activation::gelu: return at::gelu(z);
-    case Activation::gelu_tanh: return at::gelu(z, "tanh");
-    case Activation::hardswish: return at::hardswish(z);
-    // at::hardsigmoid has no second derivative, and a first one that is rounded to float.
-    case Activation::hardsigmoid: return at::hardtanh(z + 3, 0, 6) / 6;
-    case Activation::mish: return at::mish(z);
-    default: return z;
-  }
-}
-
 // z of one side, as a differentiable function of x, weight and bias.
 at::Tensor normalize_by_torch(const at::Tensor& x, const OptionalTensor& weight,
                               const OptionalTensor& bias, const at::Tensor& stats, bool training,
@@ -117,7 +87,7 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
     // Where the gradient of z's function needs no z, or the mask tells, the residual need not live
     // on.
     const Activation activation = activation_named(call->activation);
-    const bool z_is_needed = activation != Activation::identity && !has_two_slopes(activation);
+    const bool z_is_needed = is_curved(activation);
     variable_list saved;
     int64_t given = 0;
     for (int i = 0; i < kVariables; ++i) {
@@ -181,9 +151,9 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
                                .typed<decltype(batch_norm_act_backward)>();
     const auto optional_stats2 = v[kInput2] ? present(stats2) : std::nullopt;
     const auto optional_mask = mask.sym_numel() != 0 ? present(mask) : std::nullopt;
-    auto gradients = op.call(*dy, dy2, *v[kInput], v[kWeight], stats, v[kInput2], v[kWeight2],
-                             optional_stats2, v[kResidual], optional_mask, training,
-                             kActivationNames[static_cast<size_t>(activation)], parameter, wanted);
+    auto gradients =
+        op.call(*dy, dy2, *v[kInput], v[kWeight], stats, v[kInput2], v[kWeight2], optional_stats2,
+                v[kResidual], optional_mask, training, name_of(activation), parameter, wanted);
     std::apply(
         [&](auto&... gradient) {
           int i = 0;
@@ -219,12 +189,8 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
     at::Tensor d;
     if (mask.sym_numel() != 0) {
       d = dy * slopes(mask, *v[kInput], activation, parameter);
-    } else if (activation == Activation::identity) {
-      d = dy;
     } else {
-      // Through a leaf of its own, so that d is a differentiable function of z and of dy.
-      const at::Tensor y = activate_by_torch(z, activation, parameter);
-      d = torch::autograd::grad({y}, {z}, {dy}, std::nullopt, true)[0];
+      d = gradient_by_torch(dy, z, activation, parameter);
     }
     variable_list inputs;
     std::vector<size_t> places;
@@ -248,18 +214,9 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
                            double parameter);
 };
 
-template <Activation kA>
-std::pair<double, double> slope_pair(double parameter) {
-  return {upper_derivative<kA, double>(), lower_derivative<kA>(parameter)};
-}
-
 at::Tensor BatchNormAct::slopes(const at::Tensor& mask, const at::Tensor& x, Activation activation,
                                 double parameter) {
-  const auto [upper, lower] =
-      activation == Activation::relu         ? slope_pair<Activation::relu>(parameter)
-      : activation == Activation::relu6      ? slope_pair<Activation::relu6>(parameter)
-      : activation == Activation::leaky_relu ? slope_pair<Activation::leaky_relu>(parameter)
-                                             : slope_pair<Activation::hardsigmoid>(parameter);
+  const auto [upper, lower] = slopes_of(activation, parameter);
   const ActivationShape shape = *activation_shape(x);
   const int64_t bytes = (shape.row() + 7) / 8;
   const at::Tensor weights = at::pow(2, at::arange(8, mask.options()));

@@ -2,13 +2,7 @@
 // needs.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_make_dual.h>
-#include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/hardswish_backward.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/softplus.h>
-#include <ATen/ops/tanh.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -221,33 +215,6 @@ struct ActDropoutBackward : Function<ActDropoutBackward> {
   }
 };
 
-// grad activation'(x) in operations that torch differentiates; of those with a curvature.
-at::Tensor differentiable_grad(Activation activation, const at::Tensor& grad, const at::Tensor& x,
-                               double parameter) {
-  switch (activation) {
-    case Activation::elu: return at::elu_backward(grad, parameter, 1, 1, false, x);
-    case Activation::sigmoid: {
-      const at::Tensor s = at::sigmoid(x);
-      return grad * s * (1 - s);
-    }
-    case Activation::tanh: {
-      const at::Tensor t = at::tanh(x);
-      return grad * (1 - t * t);
-    }
-    case Activation::silu: {
-      const at::Tensor s = at::sigmoid(x);
-      return grad * s * (1 + x * (1 - s));
-    }
-    case Activation::gelu: return at::gelu_backward(grad, x, "none");
-    case Activation::gelu_tanh: return at::gelu_backward(grad, x, "tanh");
-    case Activation::hardswish: return at::hardswish_backward(grad, x);
-    default: {
-      const at::Tensor t = at::tanh(at::softplus(x));
-      return grad * (t + x * at::sigmoid(x) * (1 - t * t));
-    }
-  }
-}
-
 DropoutResult pair(const variable_list& outputs) { return {outputs[0], outputs[1]}; }
 
 // What the in-place operators of torch check and do beside autograd.
@@ -346,11 +313,11 @@ at::Tensor act_dropout_backward_autograd(const at::Tensor& grad, const at::Tenso
       return act_dropout_backward(part, saved, state, p, name, parameter);
     });
   }
-  if (needs_grad(saved) && !has_two_slopes(activation) && activation != Activation::identity) {
+  if (needs_grad(saved) && is_curved(activation)) {
     const at::Tensor copy = saved.is_non_overlapping_and_dense() ? saved : at::empty_like(saved);
     const at::Tensor dropped =
         dropout_apply(in_order(grad, order_in_memory(copy)), state, p, false, false, true);
-    return differentiable_grad(activation, dropped, saved, parameter);
+    return gradient_by_torch(dropped, saved, activation, parameter);
   }
   if (needs_grad(grad)) {
     return ActDropoutBackward::apply(grad, saved.detach(), state, p, name, parameter)[0];

@@ -82,7 +82,7 @@ void elementary() {
 // Errors of values in units of 2^-24 (2^-53) times max(1, |value|): what a float near 1 resolves.
 template <Activation kA>
 void activation_errors() {
-  const std::string name = exact::kNames[static_cast<int>(kA)];
+  const std::string name = kActivationNames[static_cast<int>(kA)];
   Worst y(name), dy(name + "_derivative"), wide_y(name + "_double"),
       wide_dy(name + "_derivative_double");
   exact::for_floats(100, kStride, [&](float z) {
@@ -108,8 +108,8 @@ void all_errors(std::integer_sequence<int, kIndex...>) {
 template <Activation kA, class T>
 void point(const char* type, T x) {
   const T parameter = static_cast<T>(kParameter);
-  std::printf("%s %s %a %a %a\n", exact::kNames[static_cast<int>(kA)], type, static_cast<double>(x),
-              static_cast<double>(activate<kA>(x, parameter)),
+  std::printf("%s %s %a %a %a\n", kActivationNames[static_cast<int>(kA)], type,
+              static_cast<double>(x), static_cast<double>(activate<kA>(x, parameter)),
               static_cast<double>(activation_derivative<kA>(x, parameter)));
 }
 

@@ -12,10 +12,6 @@ namespace exact {
 
 using braze::Activation;
 
-constexpr const char* kNames[braze::kNumActivations] = {
-    "identity", "relu", "relu6",     "leaky_relu", "elu",         "sigmoid", "tanh",
-    "silu",     "gelu", "gelu_tanh", "hardswish",  "hardsigmoid", "mish"};
-
 inline long double between(long double low, long double x, long double high) {
   return x < low ? low : x > high ? high : x;
 }

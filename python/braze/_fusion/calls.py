@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from braze.nn import _dropout_functional
 from braze.nn import dropout as braze_dropout
-from braze.nn._activation import has_hooks
+from braze.nn._activation import ACTIVATIONS, has_hooks
 from braze.nn._batch_norm_functional import run
-from braze.nn._composite import ACTIVATIONS
 from braze.nn._conv_bn import conv_bn_act
 from braze.nn._norms import arguments_of
 from braze.nn._route import ops, takes_addend, takes_batch_norm, transformed

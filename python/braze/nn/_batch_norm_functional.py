@@ -131,8 +131,8 @@ def batch_norm_act(
         training: normalise with the batch's statistics, and update the running ones.
         momentum: of the running statistics; None makes them the average over ``num_batches_tracked`` calls.
         eps: added to the variance.
-        activation: one of identity, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, gelu_tanh,
-            hardswish, hardsigmoid, mish, or None, or the module or function of one of them.
+        activation: a name, such as relu or gelu_tanh (the error for an unknown one lists all), or None, or
+            the module or function of one of them.
         negative_slope: of leaky_relu, where ``activation`` does not bring its own.
         residual: added before the activation; ``input``'s shape. Another dtype is promoted, and another
             shape broadcast, as torch's addition would.

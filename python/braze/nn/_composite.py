@@ -3,28 +3,11 @@ transforms, forward-mode AD, other dtypes, layouts, devices and subclasses), and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import batch_norm as torch_batch_norm
 
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, _: z,
-    "relu": lambda z, _: F.relu(z),
-    "relu6": lambda z, _: F.relu6(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
-    "elu": lambda z, alpha: F.elu(z, alpha),
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-    "tanh": lambda z, _: torch.tanh(z),
-    "silu": lambda z, _: F.silu(z),
-    "gelu": lambda z, _: F.gelu(z),
-    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "hardsigmoid": lambda z, _: F.hardsigmoid(z),
-    "mish": lambda z, _: F.mish(z),
-}
+from braze.nn._activation import ACTIVATIONS
 
 
 def batch_norm(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from braze._native import _C
+
 # Rows of the arrays [rows, C] that operators hand to each other; csrc/plan/batch_norm.h.
 _STATS, _MOMENTS, _SUMS = 5, 3, 2
-_TWO_SLOPES = ("relu", "relu6", "leaky_relu", "hardsigmoid")
+_TWO_SLOPES = tuple(name for name, slope in _C.ACTIVATION_SLOPES.items() if slope == "two")
 
 
 def _is_dense(tensor: Tensor, channels_last: bool) -> bool:

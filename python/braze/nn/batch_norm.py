@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: F401  (of the source that torch.jit.scr
 import torch.nn.modules.batchnorm as torch_batchnorm
 from torch import Tensor
 
-from braze.nn._activation import ActivationLike, resolve
+from braze.nn._activation import ACTIVATIONS, ActivationLike, resolve
 from braze.nn._batch_norm_functional import run
 from braze.nn._drop_in import DropIn, is_symbolic, leaf, scripted_as
 from braze.nn._route import BatchNormArguments
@@ -165,8 +165,8 @@ class FusedBatchNormAct(FusedBatchNorm):
 def activation_repr(module: Any) -> str:
     """``activation='leaky_relu', negative_slope=0.2``."""
     text = f"activation={module.activation!r}"
-    name = {"leaky_relu": "negative_slope", "elu": "alpha"}.get(module.activation)
-    return text if name is None else f"{text}, {name}={module.activation_parameter}"
+    name = ACTIVATIONS[module.activation].parameter
+    return f"{text}, {name}={module.activation_parameter}" if name else text
 
 
 class BatchNormAct1d(FusedBatchNormAct, torch.nn.BatchNorm1d):
@@ -183,9 +183,9 @@ class BatchNormAct1d(FusedBatchNormAct, torch.nn.BatchNorm1d):
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: torch's.
-        activation: one of identity, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, gelu_tanh,
-            hardswish, hardsigmoid, mish; or None; or the torch.nn module or torch.nn.functional function of
-            one of them, whose own parameters (slope, alpha, approximate) count and whose ``inplace`` does not.
+        activation: a name, such as relu or gelu_tanh (the error for an unknown one lists all); or None; or the
+            torch.nn module or torch.nn.functional function of one of them, whose own parameters (slope, alpha,
+            approximate) count and whose ``inplace`` does not.
         negative_slope: of leaky_relu given by name or function.
 
     Shapes and dtypes: as :class:`BatchNorm1d`; ``residual`` as ``input``, another dtype is promoted and another

@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from braze.nn._activation import ActivationLike, resolve
-from braze.nn._composite import ACTIVATIONS
+from braze.nn._activation import ACTIVATIONS, ActivationLike, resolve
 from braze.nn._drop_in import DropIn, is_symbolic, leaf
 from braze.nn._route import ops, takes_activation, takes_addend, takes_vectors, transformed
 from braze.nn.batch_norm import FusedBatchNorm, activation_repr
