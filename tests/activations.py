@@ -38,7 +38,12 @@ CASES: dict[str, Case] = {
     ),
     "relu6": Case(
         lambda z, _: F.relu6(z),
-        (nn.ReLU6(), nn.Hardtanh(0.0, 6.0), F.relu6),
+        (
+            nn.ReLU6(),
+            nn.Hardtanh(0.0, 6.0),
+            F.relu6,
+            functools.partial(F.hardtanh, min_val=0.0, max_val=6.0),
+        ),
         (0.0, 0.0),
         (0.0, 6.0),
         (1.0, 0.0),
@@ -80,6 +85,13 @@ CASES: dict[str, Case] = {
         (1.0 / 6.0, 0.0),
     ),
     "mish": Case(lambda z, _: F.mish(z), (nn.Mish(), F.mish), (3.0, 3.0)),
+    "hardtanh": Case(
+        lambda z, _: F.hardtanh(z),
+        (nn.Hardtanh(), F.hardtanh, F.hardtanh_),
+        (0.0, 0.0),
+        (-1.0, 1.0),
+        (1.0, 0.0),
+    ),
 }
 ACTIVATIONS = {name: case.of_torch for name, case in CASES.items()}
 KINKS = {name: case.kinks for name, case in CASES.items() if case.kinks}

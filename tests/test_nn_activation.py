@@ -48,7 +48,7 @@ def without_address(value: object) -> str:
 
 
 def test_all_have_a_case_and_a_number() -> None:
-    assert NAMES == tuple(rows) == tuple(CASES)
+    assert set(NAMES) == set(rows) == set(CASES)
 
 
 @pytest.mark.parametrize(("given", "meant"), GIVEN, ids=without_address)
@@ -82,7 +82,8 @@ def hooked() -> nn.Module:
         nn.Softplus(),
         nn.Softplus,
         nn.PReLU(),
-        nn.Hardtanh(),
+        nn.Hardtanh(-2.0, 2.0),
+        functools.partial(F.hardtanh, min_val=0.0),
         Doubled(),
         Doubled,
         F.softmax,
@@ -93,7 +94,7 @@ def hooked() -> nn.Module:
     ids=without_address,
 )
 def test_what_cannot_be_fused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"cannot be fused; use one of identity, relu, .*mish"):
+    with pytest.raises(ValueError, match=r"cannot be fused; use one of identity, relu, .*mish.*"):
         bnn.BatchNormAct2d(3, activation=given)
     with pytest.raises(ValueError, match="cannot be fused"):
         bnn.ConvBNAct2d(3, 4, 1, activation=given)

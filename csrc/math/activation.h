@@ -28,7 +28,8 @@ enum class Slope : int32_t { one, two, curved };
   X(hardswish, curved, at::hardswish(z))                                                    \
   /* at::hardsigmoid has no second derivative, and a first one that is rounded to float. */ \
   X(hardsigmoid, two, at::hardtanh(z + 3, 0, 6) / 6)                                        \
-  X(mish, curved, at::mish(z))
+  X(mish, curved, at::mish(z))                                                              \
+  X(hardtanh, two, at::hardtanh(z))
 
 enum class Activation : int32_t {
 #define BRAZE_ENUMERATOR(name, slope, torch) name,
@@ -297,6 +298,18 @@ struct Formula<Activation::mish> {
     const T n = e * (e + T(2));
     const T d = n + T(2);
     return n / d + (z > kLimit<T> ? T(0) : z) * (T(4) * e * (e + T(1)) / (d * d));
+  }
+};
+
+template <>
+struct Formula<Activation::hardtanh> : SlopesOneAndZero {
+  template <class T>
+  static BRAZE_INLINE T value(T z, T) {
+    return clamp(z, T(-1), T(1));
+  }
+  template <class T>
+  static BRAZE_INLINE bool is_upper(T z) {
+    return !(z <= T(-1)) && !(z >= T(1));
   }
 };
 

@@ -33,6 +33,7 @@ inline long double activation(Activation which, long double z, long double param
       return z / 2 * (1 + tanhl(sqrtl(2 / acosl(-1)) * (z + 0.044715L * z * z * z)));
     case Activation::hardswish: return z * between(0, z + 3, 6) / 6;
     case Activation::hardsigmoid: return between(0, z + 3, 6) / 6;
+    case Activation::hardtanh: return between(-1, z, 1);
     case Activation::mish: return z * tanhl(log1pl(expl(z)));
   }
   return NAN;
@@ -46,7 +47,7 @@ inline long double derivative(Activation which, long double z, long double param
 }
 
 inline bool near_kink(double z) {
-  for (const double kink : {-3.0, 0.0, 3.0, 6.0}) {
+  for (const double kink : {-3.0, -1.0, 0.0, 1.0, 3.0, 6.0}) {
     if (std::fabs(z - kink) < 0.002) return true;
   }
   return false;

@@ -50,10 +50,17 @@ ACTIVATIONS: dict[str, Row] = {
         (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
         post_op=("relu", [], ""),
     ),
+    "hardtanh": Row(
+        lambda z, _: F.hardtanh(z),
+        (nn.Hardtanh,),
+        (F.hardtanh, F.hardtanh_),
+        fixed={"min_val": -1.0, "max_val": 1.0},
+        post_op=("hardtanh", [-1.0, 1.0], ""),
+    ),
     "relu6": Row(
         lambda z, _: F.relu6(z),
         (nn.ReLU6, nn.Hardtanh),
-        (F.relu6,),
+        (F.relu6, F.hardtanh, F.hardtanh_),
         fixed={"min_val": 0.0, "max_val": 6.0},
         post_op=("hardtanh", [0.0, 6.0], ""),
     ),
