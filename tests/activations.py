@@ -85,6 +85,7 @@ CASES: dict[str, Case] = {
         (1.0 / 6.0, 0.0),
     ),
     "mish": Case(lambda z, _: F.mish(z), (nn.Mish(), F.mish), (3.0, 3.0)),
+    "softplus": Case(lambda z, _: F.softplus(z), (nn.Softplus(), F.softplus), (2.5, 2.0)),
     "hardtanh": Case(
         lambda z, _: F.hardtanh(z),
         (nn.Hardtanh(), F.hardtanh, F.hardtanh_),

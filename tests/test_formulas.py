@@ -27,6 +27,7 @@ ELEMENTARY = {
     "exponential_denormal": 1.5,
     "small_exponential_minus_1": 1.0,
     "exponential_minus_1": 1.5,
+    "logarithm_of_1_plus": 1.5,
     "normal_cdf": 1.0,
     "hyperbolic_tangent": 3.0,
     "hyperbolic_tangent_double": 4.0,

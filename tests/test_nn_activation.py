@@ -79,8 +79,9 @@ def hooked() -> nn.Module:
     [
         "swish",
         "",
-        nn.Softplus(),
-        nn.Softplus,
+        nn.Softplus(2.0),
+        nn.Softplus(threshold=10.0),
+        functools.partial(F.softplus, beta=2.0),
         nn.PReLU(),
         nn.Hardtanh(-2.0, 2.0),
         functools.partial(F.hardtanh, min_val=0.0),

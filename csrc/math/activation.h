@@ -29,7 +29,8 @@ enum class Slope : int32_t { one, two, curved };
   /* at::hardsigmoid has no second derivative, and a first one that is rounded to float. */ \
   X(hardsigmoid, two, at::hardtanh(z + 3, 0, 6) / 6)                                        \
   X(mish, curved, at::mish(z))                                                              \
-  X(hardtanh, two, at::hardtanh(z))
+  X(hardtanh, two, at::hardtanh(z))                                                         \
+  X(softplus, curved, at::softplus(z))
 
 enum class Activation : int32_t {
 #define BRAZE_ENUMERATOR(name, slope, torch) name,
@@ -310,6 +311,22 @@ struct Formula<Activation::hardtanh> : SlopesOneAndZero {
   template <class T>
   static BRAZE_INLINE bool is_upper(T z) {
     return !(z <= T(-1)) && !(z >= T(1));
+  }
+};
+
+// log(1 + e^z), and z itself above 20, as in torch.
+template <>
+struct Formula<Activation::softplus> {
+  template <class T>
+  static BRAZE_INLINE T value(T z, T) {
+    const T rest = logarithm_of_1_plus(exponential(negative_magnitude(z)));
+    const T curve = z < T(0) ? rest : z + rest;
+    return z > T(20) ? z : curve;
+  }
+  template <class T>
+  static BRAZE_INLINE T derivative(T z, T) {
+    const T curve = logistic(z).value;
+    return z > T(20) ? T(1) : curve;
   }
 };
 

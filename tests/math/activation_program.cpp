@@ -53,6 +53,12 @@ void elementary() {
     });
   }
   {
+    Worst ulps("logarithm_of_1_plus");
+    exact::for_floats(1, kStride, [&](float x) {
+      if (x >= 0) ulps.see(x, spoil(logarithm_of_1_plus(x)), log1pl(x), ulp(log1pl(x)));
+    });
+  }
+  {
     Worst absolute("normal_cdf");
     exact::for_floats(40, kStride, [&](float x) {
       absolute.see(x, spoil(normal_cdf(x)), exact::normal_cdf(x), 0x1p-23L);

@@ -112,6 +112,12 @@ ACTIVATIONS: dict[str, Row] = {
         post_op=("hardsigmoid", [], ""),
     ),
     "mish": Row(lambda z, _: F.mish(z), (nn.Mish,), (F.mish,)),
+    "softplus": Row(
+        lambda z, _: F.softplus(z),
+        (nn.Softplus,),
+        (F.softplus,),
+        fixed={"beta": 1.0, "threshold": 20.0},
+    ),
 }
 NAMES: tuple[str, ...] = tuple(_C.ACTIVATION_SLOPES)  # in the order of their numbers
 NUMBERS = {name: number for number, name in enumerate(NAMES)}
