@@ -131,7 +131,7 @@ BRAZE_TARGET void add_block_columns(const GradientSource<S>& a, int64_t e, int64
   }
 }
 
-// Those of `n` elements, fewer than a block, by lane.
+// Adds the gradients of a plane's last `n` elements, fewer than a block, to the sums, lane by lane.
 template <int kSides, Activation kA, class S>
 BRAZE_TARGET inline void add_rest(const GradientSource<S>& a, const uint8_t* bits, int64_t e,
                                   int64_t n, const BackwardConstants<float>& k,

@@ -8,7 +8,8 @@ namespace BRAZE_ISA {
 
 constexpr int64_t kSegment = 512;
 
-// Those that loops of their own know, because they follow batch norm most often. No parameter.
+// Activations that have loops of their own, because they follow batch norm most often. None has a
+// parameter.
 constexpr bool is_direct_activation(Activation a) {
   return a == Activation::identity || a == Activation::relu || a == Activation::relu6 ||
          a == Activation::silu || a == Activation::hardswish;
@@ -59,7 +60,7 @@ void rows_at_once(const Matrix& m, const Body& body) {
 // odd ones, so that no lane has to move.
 template <class S>
 constexpr int kPack = std::is_same_v<S, Bf16> ? 2 : 1;
-constexpr int64_t kHalf = kMaxColumns / 2;
+constexpr int64_t kHalf = kMatrixColumns / 2;
 
 template <class T>
 BRAZE_TARGET void to_planar(const T* in, int64_t n, T* out) {
@@ -102,7 +103,7 @@ BRAZE_TARGET inline void store_elements(const Arithmetic<S>* in, S* out) {
 template <class T>
 BRAZE_TARGET const T* as_columns(const T* in, int64_t width, int64_t pixels, bool planar, T* out) {
   if (pixels == 1 && !planar) return in;
-  T repeated[kMaxColumns];
+  T repeated[kMatrixColumns];
   const T* columns = in;
   if (pixels > 1) {
     T* copies = planar ? repeated : out;
@@ -114,7 +115,8 @@ BRAZE_TARGET const T* as_columns(const T* in, int64_t width, int64_t pixels, boo
   return out;
 }
 
-// What loops can read as it is. fp16 cannot: gcc does not know its conversion instruction.
+// Memory that loops can read as it is, or a widened copy. fp16 cannot: gcc does not know its
+// conversion instruction.
 template <class S>
 BRAZE_TARGET inline const S* readable(const S* in, int64_t, Arithmetic<S>*) {
   return in;
@@ -340,7 +342,7 @@ BRAZE_TARGET void clear_columns(int64_t columns, T* out) {
 // that loops over S leave.
 template <class S, class T>
 BRAZE_TARGET void sum_of_pixels(const T* in, int64_t width, int64_t columns, double* out) {
-  T plain[kMaxColumns];
+  T plain[kMatrixColumns];
   if (kPack<S> > 1) {
     from_planar(in, columns, plain);
     in = plain;
