@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from braze._native import _C
 from torch import Tensor, nn
 
 
@@ -94,6 +95,7 @@ CASES: dict[str, Case] = {
         (1.0, 0.0),
     ),
 }
+NAMES = tuple(_C.ACTIVATION_SLOPES)  # by number, as the inner operators take them
 ACTIVATIONS = {name: case.of_torch for name, case in CASES.items()}
 KINKS = {name: case.kinks for name, case in CASES.items() if case.kinks}
 PARAMETERS = {name: case.parameter for name, case in CASES.items() if case.parameter}

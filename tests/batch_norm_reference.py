@@ -28,9 +28,9 @@ def normalize(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    training: bool,
     momentum: float | None,
     eps: float,
+    training: bool,
 ) -> Tensor:
     """What torch's modules do."""
     if training and num_batches_tracked is not None:
@@ -60,8 +60,7 @@ def batch_norm_act_fork(*args: Any) -> tuple[Tensor, Tensor]:
 def batch_norm_add_act(*args: Any) -> Tensor:
     first, second = args[:8], args[8:16]
     training, activation, parameter = args[16:]
-    z = normalize(*first[:6], training, *first[6:])
-    z = z + normalize(*second[:6], training, *second[6:])
+    z = normalize(*first, training) + normalize(*second, training)
     return ACTIVATIONS[activation](z, parameter)
 
 
@@ -125,9 +124,9 @@ def act_args(config: Config, dtype: torch.dtype) -> Args:
     return [
         activation_tensor(config, 1, dtype),
         *channel_args(config, dtype, 10),
-        config.training,
         config.momentum,
         1e-5,
+        config.training,
         config.activation,
         PARAMETERS.get(config.activation, 0.0),
         activation_tensor(config.with_(mean=0.0), 2, dtype) if config.residual else None,

@@ -37,12 +37,11 @@ class DeviceStep {
   virtual void fold(const Work& work, const std::vector<FoldHyper>& hypers) = 0;
 };
 
-class BatchNormDevice;
-class DropoutDevice;
+struct Launches;  // launch.h
 
 class DeviceBackend {
  public:
-  static constexpr const char* kCapsuleName = "braze.DeviceBackend.2";
+  static constexpr const char* kCapsuleName = "braze.DeviceBackend.3";
 
   virtual ~DeviceBackend() = default;
   virtual const char* name() const = 0;
@@ -53,8 +52,8 @@ class DeviceBackend {
   virtual bool holds_scalar(const at::Tensor& tensor, bool wanted) const = 0;
   virtual bool is_capturing(int device) const = 0;
   virtual std::unique_ptr<DeviceStep> make_step(int device, const std::string& owner) const = 0;
-  virtual const BatchNormDevice& batch_norm() const = 0;
-  virtual const DropoutDevice& dropout() const = 0;
+  // The device's column of the launch table.
+  virtual const Launches& launches() const = 0;
 };
 
 // Backends live as long as the process.

@@ -52,15 +52,15 @@ struct Saved {
   bool alpha, feature;
   std::vector<int64_t> order;
 
+  // As one list of numbers.
   void save(AutogradContext* ctx) const {
-    ctx->saved_data["p"] = p;
-    ctx->saved_data["alpha"] = alpha;
-    ctx->saved_data["feature"] = feature;
-    ctx->saved_data["order"] = order;
+    std::vector<double> numbers = {p, static_cast<double>(alpha), static_cast<double>(feature)};
+    numbers.insert(numbers.end(), order.begin(), order.end());
+    ctx->saved_data["call"] = std::move(numbers);
   }
   static Saved load(AutogradContext* ctx) {
-    return {ctx->saved_data["p"].toDouble(), ctx->saved_data["alpha"].toBool(),
-            ctx->saved_data["feature"].toBool(), ctx->saved_data["order"].toIntVector()};
+    const std::vector<double> n = ctx->saved_data["call"].toDoubleVector();
+    return {n[0], n[1] != 0, n[2] != 0, {n.begin() + 3, n.end()}};
   }
 };
 
@@ -152,6 +152,7 @@ struct DropoutAdd : Function<DropoutAdd> {
 bool output_says_all(std::string_view activation) { return activation == "relu"; }
 
 struct ActDropout : Function<ActDropout> {
+  using Packed = std::tuple<double, std::string, double>;
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, double p,
                                std::string_view activation, double parameter,
                                const OptionalGenerator& generator, const OptionalTensor& distinct) {
@@ -164,15 +165,12 @@ struct ActDropout : Function<ActDropout> {
   static void save(AutogradContext* ctx, const at::Tensor& saved, const at::Tensor& state, double p,
                    std::string_view activation, double parameter) {
     ctx->save_for_backward({saved, state});
-    ctx->saved_data["p"] = p;
-    ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["parameter"] = parameter;
+    ctx->saved_data["call"] = Packed(p, std::string(activation), parameter);
   }
   static at::Tensor grad_of(AutogradContext* ctx, const at::Tensor& grad) {
     const variable_list saved = ctx->get_saved_variables();
-    return act_dropout_backward(grad, saved[0], saved[1], ctx->saved_data["p"].toDouble(),
-                                ctx->saved_data["activation"].toStringView(),
-                                ctx->saved_data["parameter"].toDouble());
+    const auto [p, activation, parameter] = ctx->saved_data["call"].to<Packed>();
+    return act_dropout_backward(grad, saved[0], saved[1], p, activation, parameter);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(6);

@@ -12,7 +12,7 @@ from torch import Tensor
 from braze.nn._activation import ACTIVATIONS, ActivationLike, resolve
 from braze.nn._batch_norm_functional import run
 from braze.nn._drop_in import DropIn, is_symbolic, leaf, scripted_as
-from braze.nn._route import BatchNormArguments
+from braze.nn._route import Norm
 
 __all__ = [
     "BatchNorm1d",
@@ -41,12 +41,13 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
         if is_symbolic(input):
             return leaf(self, input) if residual is None else leaf(self, input, residual)
         self._check_input_dim(input)
-        arguments = self._arguments(input)
-        result = run(*arguments, self.activation, self.activation_parameter, residual)
+        norm, training = self._norm()
+        result = run(input, norm, training, self.activation, self.activation_parameter, residual)
         assert isinstance(result, Tensor)
         return result
 
-    def _arguments(self, input: Tensor) -> BatchNormArguments:
+    def _norm(self) -> tuple[Norm, bool]:
+        """What this call normalises with, and whether with the batch's statistics."""
         # Straight from where they usually are: six times nn.Module.__getattr__ takes as long as a small kernel.
         parameters, buffers = self._parameters, self._buffers
         running_mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
@@ -62,17 +63,16 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
         momentum = self.momentum
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        return (
-            input,
+        norm = Norm(
             parameters["weight"] if "weight" in parameters else self.weight,
             parameters["bias"] if "bias" in parameters else self.bias,
             running_mean,
             running_var,
             num_batches_tracked,
-            training,
             momentum,
             self.eps,
         )
+        return norm, training
 
 
 class BatchNorm1d(DropIn, FusedBatchNorm, torch.nn.BatchNorm1d):
