@@ -34,7 +34,7 @@ gpu:
 	$(PYTHON) bench/gpu.py $(ARGS)
 
 cuda-import: .venv/built
-	$(RUN) $(BIN)/python tests/cuda_import.py
+	$(RUN) $(BIN)/python tests/install/cuda_import.py
 
 lint: .venv/built
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ _ALL = tuple(sorted({glob for globs in FAMILIES.values() for glob in globs}))
 SOURCES: dict[str, tuple[str, ...]] = {
     "gpu_build": BUILT,
     "golden": (*_ALL, "bench/golden*"),
-    "gpu_tests": (*BUILT, "python/**/*.py", "tests/*.py"),
+    "gpu_tests": (*BUILT, "python/**/*.py", "tests/**/*.py"),
     "sanitize": (*_ALL, "bench/golden*.py", "bench/sanitize.py", "tests/sanitizer_controls/*"),
     "batch_norm_cuda": (*FAMILIES["batch_norm"], "bench/batch_norm_c*.py", "bench/cuda_clock.py"),
     "optim_cuda": (*FAMILIES["optimizer"], "bench/cells.py", "bench/optim_cuda.py"),

@@ -160,8 +160,10 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     tests = find_root(Path(__file__).parent) / "tests"
     skip = set(json.loads(arguments.skip_file.read_text()) if arguments.skip_file else [])
-    names = in_order([path.stem for path in tests.glob("test_*.py")])
-    files = [name for name in choose(parser, names, arguments.only) if name not in skip]
+    paths = {path.stem: path for path in tests.rglob("test_*.py")}
+    files = [
+        name for name in choose(parser, in_order([*paths]), arguments.only) if name not in skip
+    ]
     if not files:
         return 0
     os.environ["BRAZE_TEST_DEVICE"] = arguments.device
@@ -172,7 +174,7 @@ def main(argv: list[str]) -> int:
     options += ["-n", str(arguments.jobs), "--dist", "load", "--maxschedchunk", "20"]
     options += ["--max-worker-restart", "40"]
     plugin = Rows()
-    code = pytest.main([*options, *(str(tests / f"{name}.py") for name in files)], plugins=[plugin])
+    code = pytest.main([*options, *(str(paths[name]) for name in files)], plugins=[plugin])
     # 5: every test of these files is about something else than a device.
     return {0: 0, 1: 1, 5: 0}.get(int(code), 3)
 

@@ -36,7 +36,7 @@ def fit(counts: list[int], times: list[float]) -> tuple[float, float]:
 
 def load_emulated() -> Any:
     """The emulated device of the tests. Raises what went wrong where there is none."""
-    sys.path.insert(0, str(find_root() / "tests"))
+    sys.path.insert(0, str(find_root() / "tests" / "support"))
     return importlib.import_module("emulated").load()
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m braze bench host",
         description="Host time of a CUDA step on the emulated device, kernels not run. Needs a source "
-        "checkout (tests/emulated.py).",
+        "checkout (tests/support/emulated.py).",
     )
     parser.add_argument("--optimizer", choices=[*OPTIONS, "all"], default="all")
     parser.add_argument("--seconds", type=float, default=2.0, help="per optimizer (default 2)")
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     except (ImportError, FileNotFoundError, AttributeError, RuntimeError) as error:
         print(
             f"braze bench host: the emulated device is not to be had ({error}). It is "
-            "tests/emulated.py of a source checkout; run this command inside one",
+            "tests/support/emulated.py of a source checkout; run this command inside one",
             file=sys.stderr,
         )
         return 1

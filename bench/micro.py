@@ -37,7 +37,7 @@ def program(device: str) -> Path:
     source = Path(__file__).with_name("micro.cu").resolve()
     root = find_root(Path(__file__).parent)
     if device == "cpu":
-        sys.path.insert(0, str(root / "tests"))
+        sys.path.insert(0, str(root / "tests" / "support"))
         built: Path = importlib.import_module("emulator_build").build_program(
             "micro", [source], "native"
         )

@@ -74,7 +74,7 @@ if(NOT EXISTS "${TORCH_ROOT}/include/c10/cuda/impl/cuda_cmake_macros.h")
 endif()
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/ops/*_cuda.cpp)
-# Objects on their own: all that can be had with a CPU torch, and what tests/cuda_gates.py measures.
+# Objects on their own: all that can be had with a CPU torch, and what tests/support/cuda_gates.py measures.
 add_library(braze_cuda_objects OBJECT ${cuda_sources})
 target_compile_features(braze_cuda_objects PRIVATE cxx_std_20 cuda_std_20)
 set_target_properties(braze_cuda_objects PROPERTIES

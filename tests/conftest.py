@@ -8,8 +8,13 @@ cuda: the same tests on the current CUDA device, each on a stream of its own.
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+
+# The helpers, and the test modules that others take parts of.
+sys.path += [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
 
 import devices
 import pytest

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import gc
 import operator
-import sys
 import threading
 import types
 import weakref
@@ -39,7 +38,6 @@ LOCK = threading.RLock()
 _active: BlockTracer | None = None  # of the thread that holds LOCK
 _owner: int | None = None
 
-_INTERNAL = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch._ops", "braze._fusion")
 _ATOMS = (
     type(None),
     bool,
@@ -69,23 +67,17 @@ def _tracer() -> BlockTracer | None:
     return _active if _owner == threading.get_ident() else None
 
 
-def _asked_by_forward() -> bool:
-    frame = sys._getframe(2)
-    if frame.f_globals.get("__name__") == "torch.nn.parameter" and frame.f_back is not None:
-        frame = frame.f_back  # isinstance(..., Parameter)
-    return not str(frame.f_globals.get("__name__", "")).startswith(_INTERNAL)
-
-
 class _Typed:
-    """Mixin of stand-ins that do not lie about their type: the code is told so, or refused."""
+    """Mixin of stand-ins that do not lie about their type: the code is told so, or refused.
+
+    The tracer's own ``isinstance(x, Proxy)`` is answered by the real type and never gets here.
+    """
 
     known_tensor = False
     _is_param = False
 
     @property
     def __class__(self) -> Any:
-        if not _asked_by_forward():
-            return type(self)
         if self.known_tensor:
             return Tensor
         raise TraceError("its forward branches on the type of an intermediate result")
@@ -238,7 +230,7 @@ class _Recorder:
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if name.startswith("__") or (tracer := _tracer()) is None or not _asked_by_forward():
+        if name.startswith("__") or (tracer := _tracer()) is None:
             return value
         if name in object.__getattribute__(self, "__dict__"):
             return tracer.read(self, name, value)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 // What csrc/cuda/ptx.cuh names, on the CPU: written from the PTX ISA's tables. A mistake made in
-// both a load and the multiplication could hide; tests/test_ptx_models.py has the bit patterns to
-// compare on a GPU.
+// both a load and the multiplication could hide; tests/cuda/test_ptx_models.py has the bit patterns
+// to compare on a GPU.
 #pragma once
 #include "memory.h"
 #include "threads.h"

@@ -1,7 +1,7 @@
 """Compiles the CUDA side without a GPU and measures what nvcc made of it.
 
-    .venv/bin/python tests/cuda_gates.py          compare with tests/cuda_ratchet.json
-    .venv/bin/python tests/cuda_gates.py --pin    make the present figures the pinned ones
+    .venv/bin/python tests/support/cuda_gates.py          compare with tests/support/cuda_ratchet.json
+    .venv/bin/python tests/support/cuda_gates.py --pin    make the present figures the pinned ones
 
 Pinned per kernel and architecture: registers, stack and shared bytes, local memory accesses
 (spills), and 128-bit global loads and stores. Any difference fails, improvements too: they are
@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[1]
-RATCHET = ROOT / "tests/cuda_ratchet.json"
+ROOT = Path(__file__).parents[2]
+RATCHET = ROOT / "tests/support/cuda_ratchet.json"
 BUILD = ROOT / "build/cuda-check"
-PIN = ".venv/bin/python tests/cuda_gates.py --pin"
+PIN = ".venv/bin/python tests/support/cuda_gates.py --pin"
 FIGURES = ("registers", "stack", "shared", "local", "loads128", "stores128")
 Kernels = dict[str, dict[str, dict[str, int]]]
 

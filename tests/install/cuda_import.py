@@ -1,6 +1,6 @@
 """Links braze._cuda against a torch with CUDA and imports it, on a machine without a GPU.
 
-    .venv/bin/python tests/cuda_import.py     or: make cuda-import
+    .venv/bin/python tests/install/cuda_import.py     or: make cuda-import
 
 In an environment of its own (build/cuda-import, 5 GB, kept for the next time) with the CUDA build of
 the torch in this one. The CPU extension is taken over from here: builds of one torch version are
@@ -24,7 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOME = ROOT / "build/cuda-import"
 PYTHON = HOME / "venv/bin/python"
 
@@ -146,7 +146,7 @@ def main() -> int:
     run([PYTHON, "-c", MISSING])
     step("the CPU installation loads, and says that CUDA kernels are missing", started)
 
-    # One architecture: the two ways differ in linking, tests/test_cuda_build.py compiles for all.
+    # One architecture: the two ways differ in linking, tests/install/test_cuda_build.py compiles for all.
     print(run([PYTHON, "-m", "braze", "build"], TORCH_CUDA_ARCH_LIST="9.0"), end="")
     run([PYTHON, "-c", LOADED])
     step("python -m braze build: compiled, linked, found in the cache, loaded", started)

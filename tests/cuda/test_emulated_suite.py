@@ -14,11 +14,12 @@ import emulated
 import emulator_build
 import pytest
 
-TESTS = Path(__file__).parent
-# What does not run on the fake device (tests/test_fake_suite.py), which has the same kernels, and two more
+TESTS = Path(__file__).parents[1]
+# What does not run on the fake device (tests/cuda/test_fake_suite.py), which has the same kernels, and two more
 # files, whose tensors are the CPU's here.
 SUITE = tuple(
-    f"test_{name}.py" for name in ("numerics", "leaks", "plan_threads", "plan", "layouts_overlap")
+    f"optim/test_{name}.py"
+    for name in ("numerics", "leaks", "plan_threads", "plan", "layouts_overlap")
 )
 TIMEOUT = 600
 
@@ -98,28 +99,28 @@ def sanitized() -> dict[str, str]:
 
 
 SANITIZED = [
-    "test_cuda_step.py::test_every_layout[sgd-momentum=0.9-nesterov=True-weight_decay=0.01-bfloat16]",
-    "test_cuda_step.py::test_every_layout[adam-amsgrad=True-weight_decay=0.01-complex64]",
-    "test_cuda_step.py::test_every_size_and_alignment",
-    "test_cuda_step.py::test_gradient_and_state_of_another_dtype",
-    "test_cuda_step.py::test_accumulation_and_strided_sums",
+    "cuda/test_cuda_step.py::test_every_layout[sgd-momentum=0.9-nesterov=True-weight_decay=0.01-bfloat16]",
+    "cuda/test_cuda_step.py::test_every_layout[adam-amsgrad=True-weight_decay=0.01-complex64]",
+    "cuda/test_cuda_step.py::test_every_size_and_alignment",
+    "cuda/test_cuda_step.py::test_gradient_and_state_of_another_dtype",
+    "cuda/test_cuda_step.py::test_accumulation_and_strided_sums",
     *(
-        f"test_cuda_step.py::test_one_launch_a_step[{name}-1000-{groups}-{counts} counts]"
+        f"cuda/test_cuda_step.py::test_one_launch_a_step[{name}-1000-{groups}-{counts} counts]"
         for name, groups, counts in (
             ("AdamW", 465, "device"),
             ("SGD", 465, "CPU"),
             ("SGD", 1, "CPU"),
         )
     ),
-    "test_cuda_capture.py::test_replays_equal_eager_steps",
-    "test_cuda_capture.py::test_five_thousand_tensors[SGD, momentum]",
-    "test_cuda_capture.py::test_without_a_warm_up",
-    "test_cuda_capture.py::test_a_graph_outlives_its_optimizer",
-    "test_cuda_devices.py",
-    "test_cuda_amp.py::test_same_bits_as_on_the_cpu",
-    "test_layouts_overlap.py",
-    "test_plan.py",
-    "test_plan_errors.py",
+    "cuda/test_cuda_capture.py::test_replays_equal_eager_steps",
+    "cuda/test_cuda_capture.py::test_five_thousand_tensors[SGD, momentum]",
+    "cuda/test_cuda_capture.py::test_without_a_warm_up",
+    "cuda/test_cuda_capture.py::test_a_graph_outlives_its_optimizer",
+    "cuda/test_cuda_devices.py",
+    "cuda/test_cuda_amp.py::test_same_bits_as_on_the_cpu",
+    "optim/test_layouts_overlap.py",
+    "optim/test_plan.py",
+    "optim/test_plan_errors.py",
 ]
 
 
@@ -150,7 +151,7 @@ def test_sanitizers_see_a_read_past_the_end(memory: str) -> None:
     require("asan")
     done = subprocess.run(
         [sys.executable, "-c", CONTROL, memory],
-        cwd=TESTS,
+        cwd=TESTS / "support",
         env={**os.environ, **sanitized()},
         capture_output=True,
         text=True,

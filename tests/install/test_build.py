@@ -17,7 +17,7 @@ from braze.__main__ import main
 
 pytestmark = pytest.mark.cpu_only("is about the build")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CXX = [
     p for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in {".h", ".cpp", ".inl", ".cuh", ".cu"}
 ]

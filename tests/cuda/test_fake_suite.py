@@ -13,7 +13,7 @@ import pytest
 from test_emulated_suite import TESTS, TIMEOUT, launches, run
 
 # What takes long and is about numbers, not about where they are.
-LEFT_OUT = ("test_numerics.py", "test_emulated_suite.py", "test_fake_suite.py")
+LEFT_OUT = ("optim/test_numerics.py", "cuda/test_emulated_suite.py", "cuda/test_fake_suite.py")
 
 pytestmark = pytest.mark.cpu_only("runs the suite itself")
 
@@ -25,7 +25,8 @@ def possible() -> None:
 
 
 def test_the_whole_suite() -> None:
-    files = [p.name for p in sorted(TESTS.glob("test_*.py")) if p.name not in LEFT_OUT]
+    files = [f"{p.parent.name}/{p.name}" for p in sorted(TESTS.glob("*/test_*.py"))]
+    files = [name for name in files if name not in LEFT_OUT]
     done = run(files, {"BRAZE_EMULATOR_ORDER": "reverse"}, "fake")
     print(done.stdout[-3000:])
     assert launches(done.stdout) > 40_000
@@ -82,7 +83,7 @@ def test_without_it_there_is_no_cuda(mode: str) -> None:
     script = "import devices, torch; devices.get(); print(torch.cuda.is_available())"
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=TESTS,
+        cwd=TESTS / "support",
         env={**os.environ, "BRAZE_TEST_DEVICE": mode},
         capture_output=True,
         text=True,

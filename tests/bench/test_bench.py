@@ -32,7 +32,7 @@ from braze.bench import (
 )
 
 pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = [step for step in gpu_steps.STEPS if step.name != "build"]
 
 
@@ -399,14 +399,14 @@ def test_host_benchmark_measures_through_the_emulated_device(
 ) -> None:
     monkeypatch.chdir(checkout)
     monkeypatch.delitem(sys.modules, "emulated", raising=False)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(ROOT / "tests")])
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(ROOT / "tests/support")])
     assert main(["bench", "host"]) == 1
-    assert "tests/emulated.py" in capsys.readouterr().err
-    (checkout / "tests").mkdir()
+    assert "tests/support/emulated.py" in capsys.readouterr().err
+    (checkout / "tests" / "support").mkdir(parents=True)
     fake = "import sys\ncalls = []\ndef load(): return sys.modules['emulated']\n"
     fake += "def set_null_launch(on): calls.append(('null', on))\n"
     fake += "def enable(on): calls.append(('on', on))\n"
-    (checkout / "tests" / "emulated.py").write_text(fake)
+    (checkout / "tests" / "support" / "emulated.py").write_text(fake)
     importlib.invalidate_caches()
     assert main(["bench", "host", "--optimizer", "SGD", "--seconds", "0.01"]) == 0
     assert "10 + 0.03 n" in capsys.readouterr().out

@@ -113,7 +113,7 @@ def test_every_wrong_substitute_is_found(database: str, kind: str) -> None:
 
 def test_the_page_is_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["differences.py", "--check"])
-    assert differences.main() == 0, "docs/differences.md: run python tests/differences.py"
+    assert differences.main() == 0, "docs/differences.md: run python tests/support/differences.py"
 
 
 def test_counts(record_property: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.cpu_only("is about the build")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
 Commands = list[dict[str, str]]
 

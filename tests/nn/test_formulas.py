@@ -19,7 +19,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.cpu_only("is about the formulas")
 
-SOURCES = Path(__file__).parent / "math"
+SOURCES = Path(__file__).parents[1] / "math"
 # Measured over all exponents and rounded up. exponential: units in the last place, as its header says;
 # small_exponential_minus_1 and normal_cdf: units of 2^-23, as theirs say; reduced_range: of log(2) / 2.
 ELEMENTARY = {

@@ -1,6 +1,6 @@
 """``python -m braze build``: the cache, its lock and its refusals; finding nvcc. No GPU, no CUDA torch.
 
-What needs a CUDA torch, compiling, linking and loading, is tests/cuda_import.py.
+What needs a CUDA torch, compiling, linking and loading, is tests/install/cuda_import.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from braze.__main__ import main
 
 pytestmark = pytest.mark.cpu_only("is about the build")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -196,6 +197,23 @@ def test_left_alone_inside_of_others(forward: Callable[..., Any]) -> None:
     _kept.clear()
     assert_same_outcome(outcome(inner, image()), expected)
     _kept.clear()
+
+
+def test_a_trace_leaves_other_threads_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the traced forward must not do, others may do at the same time, and it has its effect."""
+
+    def other() -> None:
+        with torch.no_grad():
+            print(f"gradients: {torch.is_grad_enabled()}")
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return _layer(self, x)
+
+    assert braze.fusion_report(_make(forward)).joined == ["bn"]
+    assert set(capsys.readouterr().out.splitlines()) == {"gradients: False"}
 
 
 def test_the_cases_are_told_from_one_that_can_be_fused() -> None:

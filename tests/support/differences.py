@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "differences.md"
+PAGE = Path(__file__).parents[2] / "docs" / "differences.md"
 AREAS = ("Optimizers", "Batch norm", "Dropout", "Names", "Fusing")
 
 
@@ -223,9 +223,9 @@ def page() -> Iterator[str]:
     yield "# Differences from PyTorch\n"
     yield (
         "braze is checked with torch's own databases of operators, modules and optimizers, with torch in "
-        "the same run as the control (`tests/test_torch_databases.py`). What torch passes and braze does not "
-        "is an error there, unless it stands here. This page is made of the table in "
-        "`tests/differences.py` by `python tests/differences.py`.\n"
+        "the same run as the control (`tests/nn/test_torch_databases.py`). What torch passes and braze does "
+        "not is an error there, unless it stands here. This page is made of the table in "
+        "`tests/support/differences.py` by `python tests/support/differences.py`.\n"
     )
     for area in AREAS:
         yield f"## {area}\n"

@@ -1,7 +1,7 @@
 """What each warp's memory requests cost, counted on the CPU and pinned in kernel_memory.json.
 
-    .venv/bin/python tests/test_kernel_memory.py          compare with the pinned figures
-    .venv/bin/python tests/test_kernel_memory.py --pin    make the present figures the pinned ones
+    PYTHONPATH=tests/support .venv/bin/python tests/cuda/test_kernel_memory.py
+        compares with the pinned figures; --pin makes the present figures the pinned ones
 
 Per line of source: warp requests, lanes, and 32-byte sectors (global memory) or bank turns (shared
 memory). Any difference fails, improvements too: they are pinned, and so cannot be lost unnoticed.
@@ -22,7 +22,7 @@ import pytest
 pytestmark = pytest.mark.cpu_only("is about the emulator")
 
 PINNED = Path(__file__).with_name("kernel_memory.json")
-PIN = ".venv/bin/python tests/test_kernel_memory.py --pin"
+PIN = "PYTHONPATH=tests/support .venv/bin/python tests/cuda/test_kernel_memory.py --pin"
 KERNELS = build.EMULATOR / "kernels"
 VARIANT = "hooks"
 # Other compilers merge and split accesses their own way.
