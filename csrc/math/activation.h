@@ -83,18 +83,13 @@ BRAZE_INLINE decltype(auto) with_activation(Activation activation, Body&& body) 
 
 // value(z, parameter), and of a curved one derivative(z, parameter); of one with two slopes
 // is_upper(z), which tells whether the derivative is the upper one, and the two.
-template <Activation kA>
+template <Activation kA, class T>
 struct Formula;
 
+template <class T>
 struct SlopesOneAndZero {
-  template <class T>
-  static BRAZE_INLINE T upper() {
-    return T(1);
-  }
-  template <class T>
-  static BRAZE_INLINE T lower(T) {
-    return T(0);
-  }
+  static BRAZE_INLINE T upper() { return T(1); }
+  static BRAZE_INLINE T lower(T) { return T(0); }
 };
 
 // sigmoid(z) and its derivative. From e^-|z|, so that where one of s and 1 - s is tiny, s (1 - s)
@@ -118,113 +113,67 @@ BRAZE_INLINE T clamp(T z, T low, T high) {
   return raised > high ? high : raised;
 }
 
-template <>
-struct Formula<Activation::identity> {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return z;
-  }
+template <class T>
+struct Formula<Activation::identity, T> {
+  static BRAZE_INLINE T value(T z, T) { return z; }
 };
 
-template <>
-struct Formula<Activation::relu> : SlopesOneAndZero {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return z < T(0) ? T(0) : z;
-  }
-  template <class T>
-  static BRAZE_INLINE bool is_upper(T z) {
-    return !(z <= T(0));
-  }
+template <class T>
+struct Formula<Activation::relu, T> : SlopesOneAndZero<T> {
+  static BRAZE_INLINE T value(T z, T) { return z < T(0) ? T(0) : z; }
+  static BRAZE_INLINE bool is_upper(T z) { return !(z <= T(0)); }
 };
 
-template <>
-struct Formula<Activation::relu6> : SlopesOneAndZero {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return clamp(z, T(0), T(6));
-  }
-  template <class T>
-  static BRAZE_INLINE bool is_upper(T z) {
-    return !(z <= T(0)) && !(z >= T(6));
-  }
+template <class T>
+struct Formula<Activation::relu6, T> : SlopesOneAndZero<T> {
+  static BRAZE_INLINE T value(T z, T) { return clamp(z, T(0), T(6)); }
+  static BRAZE_INLINE bool is_upper(T z) { return !(z <= T(0)) && !(z >= T(6)); }
 };
 
-template <>
-struct Formula<Activation::leaky_relu> : SlopesOneAndZero {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T parameter) {
-    return z > T(0) ? z : z * parameter;
-  }
-  template <class T>
-  static BRAZE_INLINE bool is_upper(T z) {
-    return z > T(0);
-  }
-  template <class T>
-  static BRAZE_INLINE T lower(T parameter) {
-    return parameter;
-  }
+template <class T>
+struct Formula<Activation::leaky_relu, T> : SlopesOneAndZero<T> {
+  static BRAZE_INLINE T value(T z, T parameter) { return z > T(0) ? z : z * parameter; }
+  static BRAZE_INLINE bool is_upper(T z) { return z > T(0); }
+  static BRAZE_INLINE T lower(T parameter) { return parameter; }
 };
 
-template <>
-struct Formula<Activation::elu> {
-  template <class T>
+template <class T>
+struct Formula<Activation::elu, T> {
   static BRAZE_INLINE T value(T z, T parameter) {
     const T negative = z > T(0) ? T(0) : z;
     const T curve = parameter * exponential_minus_1(negative);
     return z > T(0) ? z : curve;
   }
-  template <class T>
   static BRAZE_INLINE T derivative(T z, T parameter) {
     const T slope = parameter * exponential(z > T(0) ? T(0) : z);
     return z > T(0) ? T(1) : slope;
   }
 };
 
-template <>
-struct Formula<Activation::sigmoid> {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return logistic(z).value;
-  }
-  template <class T>
-  static BRAZE_INLINE T derivative(T z, T) {
-    return logistic(z).derivative;
-  }
+template <class T>
+struct Formula<Activation::sigmoid, T> {
+  static BRAZE_INLINE T value(T z, T) { return logistic(z).value; }
+  static BRAZE_INLINE T derivative(T z, T) { return logistic(z).derivative; }
 };
 
-template <>
-struct Formula<Activation::tanh> {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return hyperbolic_tangent(z);
-  }
-  template <class T>
-  static BRAZE_INLINE T derivative(T z, T) {
-    return T(4) * logistic(T(2) * z).derivative;
-  }
+template <class T>
+struct Formula<Activation::tanh, T> {
+  static BRAZE_INLINE T value(T z, T) { return hyperbolic_tangent(z); }
+  static BRAZE_INLINE T derivative(T z, T) { return T(4) * logistic(T(2) * z).derivative; }
 };
 
-template <>
-struct Formula<Activation::silu> {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return z * logistic(z).value;
-  }
-  template <class T>
+template <class T>
+struct Formula<Activation::silu, T> {
+  static BRAZE_INLINE T value(T z, T) { return z * logistic(z).value; }
   static BRAZE_INLINE T derivative(T z, T) {
     const Logistic<T> s = logistic(z);
     return fused_multiply_add(z, s.derivative, s.value);
   }
 };
 
-template <>
-struct Formula<Activation::gelu> {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return z * normal_cdf(z);
-  }
-  template <class T>
+template <class T>
+struct Formula<Activation::gelu, T> {
+  static BRAZE_INLINE T value(T z, T) { return z * normal_cdf(z); }
   static BRAZE_INLINE T derivative(T z, T) {
     const T density = T(0.39894228040143267794) * exponential(T(-0.5) * z * z);
     return fused_multiply_add(z, density, normal_cdf(z));
@@ -232,18 +181,13 @@ struct Formula<Activation::gelu> {
 };
 
 // z (1 + tanh(u / 2)) / 2 = z sigmoid(u) with u = 2 sqrt(2 / pi) (z + 0.044715 z^3).
-template <>
-struct Formula<Activation::gelu_tanh> {
-  template <class T>
+template <class T>
+struct Formula<Activation::gelu_tanh, T> {
   static BRAZE_INLINE T inner(T z) {
     const T root = T(1.59576912160573071176);
     return z * fused_multiply_add(root * T(0.044715) * z, z, root);
   }
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return z * logistic(inner(z)).value;
-  }
-  template <class T>
+  static BRAZE_INLINE T value(T z, T) { return z * logistic(inner(z)).value; }
   static BRAZE_INLINE T derivative(T z, T) {
     const T root = T(1.59576912160573071176);
     const T slope = fused_multiply_add(T(3) * T(0.044715) * root * z, z, root);
@@ -252,78 +196,54 @@ struct Formula<Activation::gelu_tanh> {
   }
 };
 
-template <>
-struct Formula<Activation::hardswish> {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return z * (clamp(z + T(3), T(0), T(6)) / T(6));
-  }
-  template <class T>
+template <class T>
+struct Formula<Activation::hardswish, T> {
+  static BRAZE_INLINE T value(T z, T) { return z * (clamp(z + T(3), T(0), T(6)) / T(6)); }
   static BRAZE_INLINE T derivative(T z, T) {
     const T middle = fused_multiply_add(z, T(1) / T(3), T(0.5));
     return z <= T(-3) ? T(0) : (z < T(3) ? middle : (z >= T(3) ? T(1) : z));
   }
 };
 
-template <>
-struct Formula<Activation::hardsigmoid> : SlopesOneAndZero {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return clamp(z + T(3), T(0), T(6)) / T(6);
-  }
-  template <class T>
-  static BRAZE_INLINE bool is_upper(T z) {
-    return z > T(-3) && z < T(3);
-  }
-  template <class T>
-  static BRAZE_INLINE T upper() {
-    return T(1) / T(6);
-  }
+template <class T>
+struct Formula<Activation::hardsigmoid, T> : SlopesOneAndZero<T> {
+  static BRAZE_INLINE T value(T z, T) { return clamp(z + T(3), T(0), T(6)) / T(6); }
+  static BRAZE_INLINE bool is_upper(T z) { return z > T(-3) && z < T(3); }
+  static BRAZE_INLINE T upper() { return T(1) / T(6); }
 };
 
 // With n = e^2 + 2 e of e = e^z, tanh(log(1 + e)) = n / (n + 2), which is 1 in any precision here
 // from z = 20, or 40, on.
-template <>
-struct Formula<Activation::mish> {
-  template <class T>
+template <class T>
+struct Formula<Activation::mish, T> {
   static constexpr T kLimit = sizeof(T) == 8 ? T(40) : T(20);
-  template <class T>
   static BRAZE_INLINE T value(T z, T) {
-    const T e = exponential(z > kLimit<T> ? kLimit<T> : z);
+    const T e = exponential(z > kLimit ? kLimit : z);
     const T n = e * (e + T(2));
     return z * (n / (n + T(2)));
   }
-  template <class T>
   static BRAZE_INLINE T derivative(T z, T) {
-    const T e = exponential(z > kLimit<T> ? kLimit<T> : z);
+    const T e = exponential(z > kLimit ? kLimit : z);
     const T n = e * (e + T(2));
     const T d = n + T(2);
-    return n / d + (z > kLimit<T> ? T(0) : z) * (T(4) * e * (e + T(1)) / (d * d));
+    return n / d + (z > kLimit ? T(0) : z) * (T(4) * e * (e + T(1)) / (d * d));
   }
 };
 
-template <>
-struct Formula<Activation::hardtanh> : SlopesOneAndZero {
-  template <class T>
-  static BRAZE_INLINE T value(T z, T) {
-    return clamp(z, T(-1), T(1));
-  }
-  template <class T>
-  static BRAZE_INLINE bool is_upper(T z) {
-    return !(z <= T(-1)) && !(z >= T(1));
-  }
+template <class T>
+struct Formula<Activation::hardtanh, T> : SlopesOneAndZero<T> {
+  static BRAZE_INLINE T value(T z, T) { return clamp(z, T(-1), T(1)); }
+  static BRAZE_INLINE bool is_upper(T z) { return !(z <= T(-1)) && !(z >= T(1)); }
 };
 
 // log(1 + e^z), and z itself above 20, as in torch.
-template <>
-struct Formula<Activation::softplus> {
-  template <class T>
+template <class T>
+struct Formula<Activation::softplus, T> {
   static BRAZE_INLINE T value(T z, T) {
     const T rest = logarithm_of_1_plus(exponential(negative_magnitude(z)));
     const T curve = z < T(0) ? rest : z + rest;
     return z > T(20) ? z : curve;
   }
-  template <class T>
   static BRAZE_INLINE T derivative(T z, T) {
     const T curve = logistic(z).value;
     return z > T(20) ? T(1) : curve;
@@ -333,12 +253,12 @@ struct Formula<Activation::softplus> {
 // y = activation(z).
 template <Activation kA, class T>
 BRAZE_INLINE T activate(T z, T parameter) {
-  return Formula<kA>::value(z, parameter);
+  return Formula<kA, T>::value(z, parameter);
 }
 
 template <Activation kA, class T>
 BRAZE_INLINE bool derivative_is_upper(T z) {
-  return Formula<kA>::is_upper(z);
+  return Formula<kA, T>::is_upper(z);
 }
 
 // The two derivatives of an activation that has two, else 1.
@@ -350,9 +270,9 @@ struct Slopes {
 template <class T>
 BRAZE_INLINE Slopes<T> slopes_of(Activation activation, T parameter) {
   return with_activation(activation, [=](auto constant) -> Slopes<T> {
-    using F = Formula<decltype(constant)::value>;
+    using F = Formula<decltype(constant)::value, T>;
     if constexpr (has_two_slopes(decltype(constant)::value)) {
-      return {F::template upper<T>(), F::lower(parameter)};
+      return {F::upper(), F::lower(parameter)};
     } else {
       return {T(1), T(1)};
     }
@@ -362,11 +282,11 @@ BRAZE_INLINE Slopes<T> slopes_of(Activation activation, T parameter) {
 // dy/dz.
 template <Activation kA, class T>
 BRAZE_INLINE T activation_derivative(T z, T parameter) {
-  using F = Formula<kA>;
+  using F = Formula<kA, T>;
   if constexpr (is_curved(kA)) {
     return F::derivative(z, parameter);
   } else if constexpr (has_two_slopes(kA)) {
-    return F::is_upper(z) ? F::template upper<T>() : F::lower(parameter);
+    return F::is_upper(z) ? F::upper() : F::lower(parameter);
   } else {
     return T(1);
   }
@@ -382,11 +302,11 @@ BRAZE_INLINE T two_slope_gradient(T dy, bool upper, T upper_slope, T lower_slope
 
 template <Activation kA, class T>
 BRAZE_INLINE T activation_gradient(T dy, T z, T parameter) {
-  using F = Formula<kA>;
+  using F = Formula<kA, T>;
   if constexpr (is_curved(kA)) {
     return dy * F::derivative(z, parameter);
   } else if constexpr (has_two_slopes(kA)) {
-    return two_slope_gradient(dy, F::is_upper(z), F::template upper<T>(), F::lower(parameter));
+    return two_slope_gradient(dy, F::is_upper(z), F::upper(), F::lower(parameter));
   } else {
     return dy;
   }

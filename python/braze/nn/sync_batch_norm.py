@@ -191,7 +191,8 @@ class SyncBatchNormAct(FusedBatchNorm):
                 f"SyncBatchNormAct: the statistics of a {input.dtype} {type(input).__name__} on "
                 f"{input.device} cannot be shared with {weight_dtypes(norm.weight, norm.running_mean)}. "
                 "It takes dense fp32, fp64, bf16 and fp16 tensors on the CPU and on CUDA devices, parameters "
-                "and statistics in fp32 or the input's dtype, both running statistics or neither, and no torch.func transform"
+                "and statistics in fp32 or the input's dtype, both running statistics or neither, "
+                "and no torch.func transform"
             )
         result: Tensor = _SyncBatchNorm.apply(
             input,
