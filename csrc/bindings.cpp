@@ -61,6 +61,13 @@ PYBIND11_MODULE(_C, m) {
       .def("reset", &braze::StepPlan::reset)
       .def_property_readonly("rebuilds", &braze::StepPlan::rebuilds);
 
+  // "one", "two" or "curved" by name, in the order of the activations' numbers.
+  py::dict slopes;
+#define BRAZE_ITEM(name, slope, torch) slopes[#name] = #slope;
+  BRAZE_ACTIVATIONS(BRAZE_ITEM)
+#undef BRAZE_ITEM
+  m.attr("ACTIVATION_SLOPES") = slopes;
+
   // Tensor operations, past torch.ops' slower door. The GIL is not held.
   const auto op = [&m](const char* name, auto function) {
     m.def(name, function, py::call_guard<py::gil_scoped_release>());
@@ -74,6 +81,12 @@ PYBIND11_MODULE(_C, m) {
   op("batch_norm_apply", braze::batch_norm_apply);
   op("batch_norm_reduce", braze::batch_norm_reduce);
   op("batch_norm_apply_grad", braze::batch_norm_apply_grad);
+  op("dropout", braze::dropout);
+  op("dropout_", braze::dropout_);
+  op("dropout_apply", braze::dropout_apply);
+  op("dropout_add", braze::dropout_add);
+  op("act_dropout", braze::act_dropout);
+  op("act_dropout_", braze::act_dropout_);
 
   m.def(
       "register_backend",
@@ -90,19 +103,13 @@ PYBIND11_MODULE(_C, m) {
       names.emplace_back(backend->name());
     return names;
   });
-  using NoGil = py::call_guard<py::gil_scoped_release>;
-  m.def("dropout", &braze::dropout, NoGil());
-  m.def("dropout_", &braze::dropout_, NoGil());
-  m.def("dropout_apply", &braze::dropout_apply, NoGil());
-  m.def("dropout_add", &braze::dropout_add, NoGil());
-  m.def("act_dropout", &braze::act_dropout, NoGil());
-  m.def("act_dropout_", &braze::act_dropout_, NoGil());
   m.def("dropout_takes", &braze::dropout_takes);
   m.def("dropout_terms", [](double p, bool alpha) {
     const auto terms = braze::dropout_terms_of(p, alpha);
     return std::make_tuple(terms.scale, terms.shift, terms.dropped);
   });
-  m.def("fingerprint", &braze::fingerprint, py::arg("tensors"), NoGil());
+  m.def("fingerprint", &braze::fingerprint, py::arg("tensors"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
   m.def("instruction_set", &braze::cpu::instruction_set);
   m.def("set_instruction_set", &braze::cpu::set_instruction_set, py::arg("name"));

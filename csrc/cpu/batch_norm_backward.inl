@@ -20,11 +20,11 @@ BRAZE_TARGET inline void input_gradient_columns(const D* d, const S* x, O* dx, i
       const int64_t e = r * stride + j * kP;
       T gradient[kP], value[kP] = {}, out[kP];
       load_elements<kP>(d + e, gradient);
-      if constexpr (kCurved<kA> || !kFrozen) load_elements<kP>(x + e, value);
+      if constexpr (kNeedsZ<kA> || !kFrozen) load_elements<kP>(x + e, value);
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) {
         const int64_t c = kPlane ? 0 : p * kHalf + j;
-        if constexpr (kCurved<kA>) {
+        if constexpr (kNeedsZ<kA>) {
           const T z = normalize(value[p], mean[c], scale[c], shift[c]);
           gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
         }
@@ -53,7 +53,7 @@ BRAZE_TARGET void input_gradient_rows(const D* d, const S* x, O* dx, int64_t str
   }
 }
 
-constexpr int kStreams = 2;  // rows at once
+constexpr int kGradientStreams = 2;  // rows at once
 
 template <bool kPlane, Activation kA, bool kFrozen, class S, class T>
 BRAZE_TARGET void apply_grad_directly(const BackwardArgs& a, const Matrix& m,
@@ -61,9 +61,10 @@ BRAZE_TARGET void apply_grad_directly(const BackwardArgs& a, const Matrix& m,
   const S* dy = static_cast<const S*>(a.dy);
   const S* x = static_cast<const S*>(a.input[0].x);
   S* dx = static_cast<S*>(a.grad[0].dx);
-  rows_at_once<kPlane ? 1 : kStreams>(m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
-    input_gradient_rows<kCount, kPlane, kA, kFrozen>(dy + e, x + e, dx + e, stride, n, k, 0);
-  });
+  rows_at_once<kPlane ? 1 : kGradientStreams>(
+      m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
+        input_gradient_rows<kCount, kPlane, kA, kFrozen>(dy + e, x + e, dx + e, stride, n, k, 0);
+      });
 }
 
 template <bool kPlane, class S, class T>
@@ -118,7 +119,8 @@ BRAZE_TARGET void apply_grad_matrix(const BackwardArgs& a, const Matrix& m,
   if constexpr (!std::is_same_v<S, F16>) {
     if (is_direct_apply<S>(a)) return apply_grad_direct_matrix<kPlane, S>(a, m, k);
   }
-  rows_at_once<kPlane ? 1 : kStreams>(m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
+  rows_at_once<kPlane ? 1 : kGradientStreams>(m, [&]<int kCount>(int64_t e, int64_t stride,
+                                                                 int64_t n) {
     int64_t done = 0;
     if constexpr (std::is_same_v<T, float>) {
       if (is_blocked_apply(a)) {
@@ -170,12 +172,8 @@ BRAZE_TARGET void apply_grad_of(const BackwardArgs& a, const Tiles& tiles, int64
 
 inline void reduce(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t end,
                    double* parts, void* kept) {
-  switch (a.shape.dtype) {
-    case DType::f32: return reduce_of<float>(a, g, begin, end, parts, kept);
-    case DType::f64: return reduce_of<double>(a, g, begin, end, parts, kept);
-    case DType::bf16: return reduce_of<Bf16>(a, g, begin, end, parts, kept);
-    case DType::f16: return reduce_of<F16>(a, g, begin, end, parts, kept);
-  }
+  with_dtype(a.shape.dtype,
+             [&](auto element) { reduce_of<decltype(element)>(a, g, begin, end, parts, kept); });
 }
 
 inline void finish_reduce(const BackwardArgs& a, const Geometry& g, const double* parts,
@@ -189,12 +187,8 @@ inline void coefficients(const CoefficientsArgs& a) {
 }
 
 inline void apply_grad(const BackwardArgs& a, const Tiles& tiles, int64_t begin, int64_t end) {
-  switch (a.shape.dtype) {
-    case DType::f32: return apply_grad_of<float>(a, tiles, begin, end);
-    case DType::f64: return apply_grad_of<double>(a, tiles, begin, end);
-    case DType::bf16: return apply_grad_of<Bf16>(a, tiles, begin, end);
-    case DType::f16: return apply_grad_of<F16>(a, tiles, begin, end);
-  }
+  with_dtype(a.shape.dtype,
+             [&](auto element) { apply_grad_of<decltype(element)>(a, tiles, begin, end); });
 }
 
 }  // namespace BRAZE_ISA

@@ -98,10 +98,8 @@ void coefficients(const CoefficientsArgs& args) { active().coefficients(args); }
 void apply_grad(const BackwardArgs& args, int threads) {
   const Tiles tiles(args.shape, true);
   const Kernels& kernels = active();
-  in_parallel(
-      threads_for(args.shape.numel(), tiles.count, threads), tiles.count,
-      [&](int64_t begin, int64_t end) { kernels.apply_grad(args, tiles, begin, end); }, 0,
-      [](int64_t, int64_t) {});
+  in_parallel(threads_for(args.shape.numel(), tiles.count, threads), tiles.count,
+              [&](int64_t begin, int64_t end) { kernels.apply_grad(args, tiles, begin, end); });
 }
 
 }  // namespace braze::cpu

@@ -28,14 +28,14 @@ struct GradientSource {
 
 template <class S>
 BRAZE_TARGET GradientSource<S> gradient_source(const BackwardArgs& a, S* kept) {
-  const ActivationSegments<float>& segments = segments_of<float>(a.activation);
+  const Slopes<float> slopes = slopes_of(a.activation, static_cast<float>(a.parameter));
   return {static_cast<const S*>(a.dy),
           static_cast<const S*>(a.dy2),
           {static_cast<const S*>(a.input[0].x), static_cast<const S*>(a.input[1].x)},
           kept,
           a.mask,
-          segments.upper(),
-          segments.lower(static_cast<float>(a.parameter))};
+          slopes.upper,
+          slopes.lower};
 }
 
 // body.operator()<kSides, kA>() and true, where blocks serve: with one side by the mask, with two
@@ -83,7 +83,7 @@ BRAZE_TARGET inline void gradient_block(const GradientSource<S>& a, const uint8_
   }
   if constexpr (kSides == 1) {
     masked_block(bits, a.upper, a.lower, d);
-  } else if constexpr (kCurved<kA>) {
+  } else if constexpr (kNeedsZ<kA>) {
 #pragma omp simd
     for (int64_t l = 0; l < kBlock; ++l) {
       const int64_t c = kPlane ? 0 : column + l;
@@ -131,7 +131,7 @@ BRAZE_TARGET void add_block_columns(const GradientSource<S>& a, int64_t e, int64
   }
 }
 
-// Those of `n` elements, fewer than a block, by lane.
+// Adds the gradients of a plane's last `n` elements, fewer than a block, to the sums, lane by lane.
 template <int kSides, Activation kA, class S>
 BRAZE_TARGET inline void add_rest(const GradientSource<S>& a, const uint8_t* bits, int64_t e,
                                   int64_t n, const BackwardConstants<float>& k,

@@ -19,12 +19,7 @@ BRAZE_TARGET inline void load_vector(const void* in, DType dtype, int64_t begin,
     for (int64_t j = 0; j < n; ++j) out[j] = missing;
     return;
   }
-  switch (dtype) {
-    case DType::f32: return load_doubles<float>(in, begin, n, out);
-    case DType::f64: return load_doubles<double>(in, begin, n, out);
-    case DType::bf16: return load_doubles<Bf16>(in, begin, n, out);
-    case DType::f16: return load_doubles<F16>(in, begin, n, out);
-  }
+  with_dtype(dtype, [&](auto element) { load_doubles<decltype(element)>(in, begin, n, out); });
 }
 
 template <class S>
@@ -36,12 +31,7 @@ BRAZE_TARGET void store_doubles(const double* in, int64_t begin, int64_t n, void
 BRAZE_TARGET inline void store_vector(const double* in, int64_t begin, int64_t n, void* out,
                                       DType dtype) {
   if (out == nullptr) return;
-  switch (dtype) {
-    case DType::f32: return store_doubles<float>(in, begin, n, out);
-    case DType::f64: return store_doubles<double>(in, begin, n, out);
-    case DType::bf16: return store_doubles<Bf16>(in, begin, n, out);
-    case DType::f16: return store_doubles<F16>(in, begin, n, out);
-  }
+  with_dtype(dtype, [&](auto element) { store_doubles<decltype(element)>(in, begin, n, out); });
 }
 
 // The stats of channels [begin, begin + n) from their mean and biased variance.

@@ -55,16 +55,17 @@ BRAZE_TARGET void apply_rows(const S* x, const S* residual, S* y, int64_t stride
   }
 }
 
-constexpr int kStreams = 4;  // rows at once
+constexpr int kApplyStreams = 4;  // rows at once
 
 template <bool kPlane, Activation kA, bool kResidual, class S, class T>
 BRAZE_TARGET void apply_directly(const ApplyArgs& a, const Matrix& m, const Constants<T>& k) {
   const S* x = static_cast<const S*>(a.input[0].x);
   const S* residual = static_cast<const S*>(a.residual);
   S* y = static_cast<S*>(a.y);
-  rows_at_once<kPlane ? 1 : kStreams>(m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
-    apply_rows<kCount, kPlane, kA, kResidual>(x + e, moved(residual, e), y + e, stride, n, k);
-  });
+  rows_at_once<kPlane ? 1 : kApplyStreams>(
+      m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
+        apply_rows<kCount, kPlane, kA, kResidual>(x + e, moved(residual, e), y + e, stride, n, k);
+      });
 }
 
 // Whether apply_rows can do it.
@@ -94,16 +95,21 @@ BRAZE_TARGET void apply_segment(const ApplyArgs& a, int64_t e, int64_t n, const 
                                 const Constants<T>& k2) {
   T z[kSegment];
   normalize_inputs<kPlane, S>(a.input, a.residual, e, n, k, k2, z);
-  const ActivationSegments<T>& segments = segments_of<T>(a.activation);
   if (a.mask != nullptr) {
-    segments.mask(z, n, a.mask + mask_byte(a.shape, e));
+    const auto mask = with_activation<has_two_slopes>(
+        a.activation, [](auto constant) { return mask_segment<constant(), T>; });
+    mask(z, n, a.mask + mask_byte(a.shape, e));
   }
   S* y = static_cast<S*>(a.y) + e;
   if (a.activation == Activation::relu) {
     store_relu_segment(z, n, y);
     return;
   }
-  if (a.activation != Activation::identity) segments.activate(z, n, static_cast<T>(a.parameter));
+  if (a.activation != Activation::identity) {
+    const auto activate = with_activation(
+        a.activation, [](auto constant) { return activate_segment<constant(), T>; });
+    activate(z, n, static_cast<T>(a.parameter));
+  }
   store_segment(z, n, y);
 }
 
@@ -161,21 +167,22 @@ BRAZE_TARGET void apply_matrix(const ApplyArgs& a, const Matrix& m, const Consta
   if constexpr (!std::is_same_v<S, F16>) {
     if (is_direct<S>(a)) return apply_direct_matrix<kPlane, S>(a, m, k);
   }
-  rows_at_once<kPlane ? 1 : kStreams>(m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
-    int64_t done = 0;
-    if constexpr (std::is_same_v<T, float>) {
-      if (is_blocked(a)) {
-        done = n / kBlock * kBlock;
-        apply_blocks<kCount, kPlane, S>(a, e, stride, done, k, k2);
-      }
-    }
-    for (int r = 0; r < kCount; ++r, e += stride) {
-      for (int64_t j = done; j < n; j += kSegment) {
-        const int64_t at = kPlane ? 0 : j;
-        apply_segment<kPlane, S>(a, e + j, std::min(kSegment, n - j), k.at(at), k2.at(at));
-      }
-    }
-  });
+  rows_at_once<kPlane ? 1 : kApplyStreams>(
+      m, [&]<int kCount>(int64_t e, int64_t stride, int64_t n) {
+        int64_t done = 0;
+        if constexpr (std::is_same_v<T, float>) {
+          if (is_blocked(a)) {
+            done = n / kBlock * kBlock;
+            apply_blocks<kCount, kPlane, S>(a, e, stride, done, k, k2);
+          }
+        }
+        for (int r = 0; r < kCount; ++r, e += stride) {
+          for (int64_t j = done; j < n; j += kSegment) {
+            const int64_t at = kPlane ? 0 : j;
+            apply_segment<kPlane, S>(a, e + j, std::min(kSegment, n - j), k.at(at), k2.at(at));
+          }
+        }
+      });
 }
 
 // The constants of an input as columns.
@@ -231,12 +238,8 @@ BRAZE_TARGET void apply_of(const ApplyArgs& a, const Tiles& tiles, int64_t begin
 
 inline void statistics(const StatisticsArgs& a, const Geometry& g, int64_t begin, int64_t end,
                        double* parts) {
-  switch (a.shape.dtype) {
-    case DType::f32: return statistics_of<float>(a, g, begin, end, parts);
-    case DType::f64: return statistics_of<double>(a, g, begin, end, parts);
-    case DType::bf16: return statistics_of<Bf16>(a, g, begin, end, parts);
-    case DType::f16: return statistics_of<F16>(a, g, begin, end, parts);
-  }
+  with_dtype(a.shape.dtype,
+             [&](auto element) { statistics_of<decltype(element)>(a, g, begin, end, parts); });
 }
 
 inline void finish_statistics(const StatisticsArgs& a, const Geometry& g, const double* parts,
@@ -254,12 +257,8 @@ inline void from_running(const FromRunningArgs& a) {
 }
 
 inline void apply(const ApplyArgs& a, const Tiles& tiles, int64_t begin, int64_t end) {
-  switch (a.shape.dtype) {
-    case DType::f32: return apply_of<float>(a, tiles, begin, end);
-    case DType::f64: return apply_of<double>(a, tiles, begin, end);
-    case DType::bf16: return apply_of<Bf16>(a, tiles, begin, end);
-    case DType::f16: return apply_of<F16>(a, tiles, begin, end);
-  }
+  with_dtype(a.shape.dtype,
+             [&](auto element) { apply_of<decltype(element)>(a, tiles, begin, end); });
 }
 
 }  // namespace BRAZE_ISA

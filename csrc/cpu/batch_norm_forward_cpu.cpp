@@ -72,10 +72,8 @@ void apply(const ApplyArgs& args, int threads) {
   // A mask's rows are single pixels.
   const Tiles tiles(args.shape, args.mask == nullptr || args.shape.c % 8 == 0);
   const Kernels& kernels = active();
-  in_parallel(
-      threads_for(args.shape.numel(), tiles.count, threads), tiles.count,
-      [&](int64_t begin, int64_t end) { kernels.apply(args, tiles, begin, end); }, 0,
-      [](int64_t, int64_t) {});
+  in_parallel(threads_for(args.shape.numel(), tiles.count, threads), tiles.count,
+              [&](int64_t begin, int64_t end) { kernels.apply(args, tiles, begin, end); });
 }
 
 }  // namespace braze::cpu

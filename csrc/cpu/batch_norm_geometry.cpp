@@ -18,7 +18,7 @@ int64_t pixels_in_row(int64_t c) {
   constexpr int64_t kGoodColumns = 128;
   if (c >= kGoodColumns) return 1;
   const int64_t vectors = round_up(divide_up(kGoodColumns, c), 16 / std::gcd(c, int64_t{16}));
-  return vectors * c <= kMaxColumns ? vectors : divide_up(kGoodColumns, c);
+  return vectors * c <= kMatrixColumns ? vectors : divide_up(kGoodColumns, c);
 }
 
 }  // namespace
@@ -30,7 +30,7 @@ Geometry::Geometry(const ActivationShape& s) : shape(s) {
   }
   if (shape.channels_last) {
     fold = pixels_in_row(shape.c);
-    slabs = divide_up(shape.c, kMaxColumns);
+    slabs = divide_up(shape.c, kMatrixColumns);
     slab = std::min(shape.c, round_up(divide_up(shape.c, slabs), 16));
     slabs = divide_up(shape.c, slab);
     const int64_t rows = shape.per_channel();
@@ -97,7 +97,7 @@ Tiles::Tiles(const ActivationShape& s, bool repeat) : shape(s) {
     return;
   }
   pieces = divide_up(shape.spatial, elements);
-  piece = round_up(divide_up(shape.spatial, pieces), kMaxColumns);
+  piece = round_up(divide_up(shape.spatial, pieces), kMatrixColumns);
   pieces = divide_up(shape.spatial, piece);
   rows = std::clamp(elements / shape.spatial, int64_t{1}, shape.c);
   count = divide_up(shape.c, rows) * shape.n * pieces;

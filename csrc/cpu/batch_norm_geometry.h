@@ -10,7 +10,7 @@
 namespace braze::cpu {
 
 // Columns of a matrix, so that its accumulators and constants fit into a stack frame and a cache.
-constexpr int64_t kMaxColumns = 1024;
+constexpr int64_t kMatrixColumns = 1024;
 
 // The summing passes see a block as a matrix:
 //   channels last: columns are channels (a slab of them, or several pixels side by side), and are

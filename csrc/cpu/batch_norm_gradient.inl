@@ -63,15 +63,17 @@ BRAZE_TARGET void gradient_segment(const BackwardArgs& a, int64_t e, int64_t n,
     load_segment(dy, n, d);
   }
   if (a.activation == Activation::identity) return;
-  const ActivationSegments<T>& segments = segments_of<T>(a.activation);
   const T parameter = static_cast<T>(a.parameter);
   if (a.mask != nullptr) {
-    masked_segment(a.mask, a.shape.row(), e, n, segments.upper(), segments.lower(parameter), d);
+    const Slopes<T> slopes = slopes_of(a.activation, parameter);
+    masked_segment(a.mask, a.shape.row(), e, n, slopes.upper, slopes.lower, d);
     return;
   }
   T z[kSegment];
   normalize_inputs<kPlane, S>(a.input, a.residual, e, n, k.input[0], k.input[1], z);
-  segments.differentiate(z, d, n, parameter);
+  const auto differentiate = with_activation(
+      a.activation, [](auto constant) { return differentiate_segment<constant(), T>; });
+  differentiate(z, d, n, parameter);
 }
 
 // The constants of channels [begin, begin + width) as columns.

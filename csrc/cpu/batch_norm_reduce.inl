@@ -4,8 +4,8 @@
 
 namespace BRAZE_ISA {
 
-constexpr int kRows = 4;         // rows whose sums are formed in registers
-constexpr int64_t kChunk = 128;  // columns of a tile of d
+constexpr int kGradientRows = 4;        // rows whose sums are formed in registers
+constexpr int64_t kGradientTile = 128;  // columns of a tile of d
 
 // D is what memory holds of d: dy, or a tile. Only where both are dy's type are columns planar.
 // kept: other memory; written if kKeep.
@@ -26,7 +26,7 @@ BRAZE_TARGET inline void add_gradient_columns(const D* __restrict d, int64_t d_s
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) {
         const int64_t c = p * kHalf + j;
-        if constexpr (kCurved<kA>) {
+        if constexpr (kNeedsZ<kA>) {
           const T z = normalize(value[p], mean[c], scale[c], shift[c]);
           gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
         }
@@ -60,15 +60,15 @@ template <int kCount, class S, class T>
 BRAZE_TARGET void add_tiles_of_rows(const BackwardArgs& a, int64_t e, int64_t stride,
                                     int64_t columns, const BackwardConstants<T>& k,
                                     const GradientSums<T>& sums, S* kept) {
-  alignas(64) T d[kCount * kChunk];
-  for (int64_t c = 0; c < columns; c += kChunk) {
-    const int64_t n = std::min(kChunk, columns - c);
+  alignas(64) T d[kCount * kGradientTile];
+  for (int64_t c = 0; c < columns; c += kGradientTile) {
+    const int64_t n = std::min(kGradientTile, columns - c);
     const BackwardConstants<T> at = k.at(c);
     for (int r = 0; r < kCount; ++r) {
-      gradient_segment<false, S>(a, e + r * stride + c, n, at, d + r * kChunk);
-      if (kept != nullptr) store_segment(d + r * kChunk, n, kept + e + r * stride + c);
+      gradient_segment<false, S>(a, e + r * stride + c, n, at, d + r * kGradientTile);
+      if (kept != nullptr) store_segment(d + r * kGradientTile, n, kept + e + r * stride + c);
     }
-    T unused[kChunk];
+    T unused[kGradientTile];
     for (int side = 0; side < 2; ++side) {
       const S* x = static_cast<const S*>(a.input[side].x);
       if (x == nullptr) continue;
@@ -78,13 +78,13 @@ BRAZE_TARGET void add_tiles_of_rows(const BackwardArgs& a, int64_t e, int64_t st
         for (int64_t j = 0; j < n; ++j) unused[j] = T(0);
       }
       if constexpr (std::is_same_v<S, F16>) {
-        alignas(64) T tile[kCount * kChunk];
-        for (int r = 0; r < kCount; ++r) widen(x + r * stride, tile + r * kChunk, n);
-        add_gradient_rows<kCount, Activation::identity>(d, kChunk, tile, kChunk, n, at.input[side],
-                                                        grad, sums.input[side] + c);
+        alignas(64) T tile[kCount * kGradientTile];
+        for (int r = 0; r < kCount; ++r) widen(x + r * stride, tile + r * kGradientTile, n);
+        add_gradient_rows<kCount, Activation::identity>(d, kGradientTile, tile, kGradientTile, n,
+                                                        at.input[side], grad, sums.input[side] + c);
       } else {
-        add_gradient_rows<kCount, Activation::identity>(d, kChunk, x, stride, n, at.input[side],
-                                                        grad, sums.input[side] + c);
+        add_gradient_rows<kCount, Activation::identity>(d, kGradientTile, x, stride, n,
+                                                        at.input[side], grad, sums.input[side] + c);
       }
     }
   }
@@ -131,12 +131,12 @@ template <class S, class T>
 BRAZE_TARGET void add_gradients_of_matrix(const BackwardArgs& a, const Matrix& m,
                                           const BackwardConstants<T>& k,
                                           const GradientSums<T>& sums, S* kept) {
-  const int64_t part = m.rows / kRows;
+  const int64_t part = m.rows / kGradientRows;
   for (int64_t r = 0; r < part; ++r) {
-    add_gradients_of_rows<kRows>(a, m.offset + r * m.stride, part * m.stride, m.columns, k, sums,
-                                 kept);
+    add_gradients_of_rows<kGradientRows>(a, m.offset + r * m.stride, part * m.stride, m.columns, k,
+                                         sums, kept);
   }
-  for (int64_t r = part * kRows; r < m.rows + (m.tail > 0); ++r) {
+  for (int64_t r = part * kGradientRows; r < m.rows + (m.tail > 0); ++r) {
     add_gradients_of_rows<1>(a, m.offset + r * m.stride, m.stride, r < m.rows ? m.columns : m.tail,
                              k, sums, kept);
   }
@@ -151,7 +151,7 @@ BRAZE_TARGET inline void add_gradient_lane(const D* d, const S* x, int64_t k, T 
 #pragma GCC unroll 2
   for (int p = 0; p < kP; ++p) {
     const int64_t lane = p * (kLanes / kP) + k;
-    if constexpr (kCurved<kA>) {
+    if constexpr (kNeedsZ<kA>) {
       const T z = normalize(value[p], mean, scale, shift);
       gradient[p] = activation_gradient<kA>(gradient[p], z, T(0));
     }
@@ -259,7 +259,7 @@ BRAZE_TARGET void reduce_in_order(const BackwardArgs& a, const Geometry& g, int6
   const int used = a.input[1].x != nullptr ? 3 : 2;
   BackwardColumns<T> constants;
   alignas(64) T sums[3][2 * kHalf];
-  alignas(64) double block[kMaxColumns];
+  alignas(64) double block[kMatrixColumns];
   const bool planes = !g.shape.channels_last;
   for (int64_t u = begin; u < end; ++u) {
     const int64_t part = u / g.columns(), column = u % g.columns();

@@ -8,8 +8,9 @@ namespace BRAZE_ISA {
 
 constexpr int64_t kSegment = 512;
 
-// Those that loops of their own know, because they follow batch norm most often. No parameter.
-inline bool is_direct_activation(Activation a) {
+// Activations that have loops of their own, because they follow batch norm most often. None has a
+// parameter.
+constexpr bool is_direct_activation(Activation a) {
   return a == Activation::identity || a == Activation::relu || a == Activation::relu6 ||
          a == Activation::silu || a == Activation::hardswish;
 }
@@ -17,17 +18,12 @@ inline bool is_direct_activation(Activation a) {
 // body.operator()<kA>() with the activation as a constant, where is_direct_activation.
 template <class Body>
 void with_direct_activation(Activation a, const Body& body) {
-  switch (a) {
-    case Activation::relu: return body.template operator()<Activation::relu>();
-    case Activation::relu6: return body.template operator()<Activation::relu6>();
-    case Activation::silu: return body.template operator()<Activation::silu>();
-    case Activation::hardswish: return body.template operator()<Activation::hardswish>();
-    default: return body.template operator()<Activation::identity>();
-  }
+  with_activation<is_direct_activation>(
+      a, [&](auto constant) { body.template operator()<decltype(constant)::value>(); });
 }
 
 template <Activation kA>
-constexpr bool kCurved = kA != Activation::identity;  // its derivative depends on z
+constexpr bool kNeedsZ = kA != Activation::identity;  // for the derivative
 
 // The constants of a segment: one each for a plane, else one for each element.
 template <class T>
@@ -64,7 +60,7 @@ void rows_at_once(const Matrix& m, const Body& body) {
 // odd ones, so that no lane has to move.
 template <class S>
 constexpr int kPack = std::is_same_v<S, Bf16> ? 2 : 1;
-constexpr int64_t kHalf = kMaxColumns / 2;
+constexpr int64_t kHalf = kMatrixColumns / 2;
 
 template <class T>
 BRAZE_TARGET void to_planar(const T* in, int64_t n, T* out) {
@@ -107,7 +103,7 @@ BRAZE_TARGET inline void store_elements(const Arithmetic<S>* in, S* out) {
 template <class T>
 BRAZE_TARGET const T* as_columns(const T* in, int64_t width, int64_t pixels, bool planar, T* out) {
   if (pixels == 1 && !planar) return in;
-  T repeated[kMaxColumns];
+  T repeated[kMatrixColumns];
   const T* columns = in;
   if (pixels > 1) {
     T* copies = planar ? repeated : out;
@@ -119,7 +115,8 @@ BRAZE_TARGET const T* as_columns(const T* in, int64_t width, int64_t pixels, boo
   return out;
 }
 
-// What loops can read as it is. fp16 cannot: gcc does not know its conversion instruction.
+// Memory that loops can read as it is, or a widened copy. fp16 cannot: gcc does not know its
+// conversion instruction.
 template <class S>
 BRAZE_TARGET inline const S* readable(const S* in, int64_t, Arithmetic<S>*) {
   return in;
@@ -235,69 +232,32 @@ inline int64_t mask_byte(const ActivationShape& shape, int64_t e) {
 
 template <Activation kA, class T>
 BRAZE_TARGET void mask_segment(const T* z, int64_t n, uint8_t* mask) {
-  if constexpr (has_two_slopes(kA)) {
-    int64_t j = 0;
+  int64_t j = 0;
 #if defined(BRAZE_AVX512)
-    for (; j + 2 * kByte <= n; j += 2 * kByte) {
-      alignas(64) int32_t upper[2 * kByte];
-      for (int64_t k = 0; k < 2 * kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
-      const uint16_t bits = _mm512_movepi32_mask(_mm512_load_si512(upper));
-      std::memcpy(mask + j / kByte, &bits, sizeof bits);
-    }
-#endif
-    for (; j + kByte <= n; j += kByte) {
-      alignas(32) int32_t upper[kByte];
-      for (int64_t k = 0; k < kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
-#if defined(BRAZE_F16C)
-      const __m256 bits = _mm256_load_ps(reinterpret_cast<const float*>(upper));
-      mask[j / kByte] = static_cast<uint8_t>(_mm256_movemask_ps(bits));
-#else
-      int byte = 0;
-      for (int k = 0; k < kByte; ++k) byte |= upper[k] & (1 << k);
-      mask[j / kByte] = static_cast<uint8_t>(byte);
-#endif
-    }
-    if (j < n) {
-      int byte = 0;
-      for (int64_t k = j; k < n; ++k) byte |= derivative_is_upper<kA>(z[k]) << (k - j);
-      mask[j / kByte] = static_cast<uint8_t>(byte);
-    }
+  for (; j + 2 * kByte <= n; j += 2 * kByte) {
+    alignas(64) int32_t upper[2 * kByte];
+    for (int64_t k = 0; k < 2 * kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
+    const uint16_t bits = _mm512_movepi32_mask(_mm512_load_si512(upper));
+    std::memcpy(mask + j / kByte, &bits, sizeof bits);
   }
-}
-
-template <class T>
-struct ActivationSegments {
-  void (*activate)(T*, int64_t, T);
-  void (*differentiate)(const T*, T*, int64_t, T);
-  void (*mask)(const T*, int64_t, uint8_t*);
-  T (*upper)();
-  T (*lower)(T);
-};
-
-template <Activation kA, class T>
-T upper_slope() {
-  return upper_derivative<kA, T>();
-}
-template <Activation kA, class T>
-T lower_slope(T parameter) {
-  return lower_derivative<kA>(parameter);
-}
-
-template <class T, int... kA>
-constexpr std::array<ActivationSegments<T>, kNumActivations> activation_table(
-    std::integer_sequence<int, kA...>) {
-  return {{{activate_segment<Activation{kA}, T>, differentiate_segment<Activation{kA}, T>,
-            mask_segment<Activation{kA}, T>, upper_slope<Activation{kA}, T>,
-            lower_slope<Activation{kA}, T>}...}};
-}
-
-template <class T>
-inline constexpr std::array<ActivationSegments<T>, kNumActivations> kActivations =
-    activation_table<T>(std::make_integer_sequence<int, kNumActivations>());
-
-template <class T>
-const ActivationSegments<T>& segments_of(Activation a) {
-  return kActivations<T>[static_cast<size_t>(a)];
+#endif
+  for (; j + kByte <= n; j += kByte) {
+    alignas(32) int32_t upper[kByte];
+    for (int64_t k = 0; k < kByte; ++k) upper[k] = derivative_is_upper<kA>(z[j + k]) ? -1 : 0;
+#if defined(BRAZE_F16C)
+    const __m256 bits = _mm256_load_ps(reinterpret_cast<const float*>(upper));
+    mask[j / kByte] = static_cast<uint8_t>(_mm256_movemask_ps(bits));
+#else
+    int byte = 0;
+    for (int k = 0; k < kByte; ++k) byte |= upper[k] & (1 << k);
+    mask[j / kByte] = static_cast<uint8_t>(byte);
+#endif
+  }
+  if (j < n) {
+    int byte = 0;
+    for (int64_t k = j; k < n; ++k) byte |= derivative_is_upper<kA>(z[k]) << (k - j);
+    mask[j / kByte] = static_cast<uint8_t>(byte);
+  }
 }
 
 // d = two_slope_gradient of a block, by its bits. The upper slope is not 0.
@@ -382,7 +342,7 @@ BRAZE_TARGET void clear_columns(int64_t columns, T* out) {
 // that loops over S leave.
 template <class S, class T>
 BRAZE_TARGET void sum_of_pixels(const T* in, int64_t width, int64_t columns, double* out) {
-  T plain[kMaxColumns];
+  T plain[kMatrixColumns];
   if (kPack<S> > 1) {
     from_planar(in, columns, plain);
     in = plain;

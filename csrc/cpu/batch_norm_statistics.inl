@@ -4,8 +4,8 @@
 
 namespace BRAZE_ISA {
 
-constexpr int kRows = 8;         // rows whose sums are formed in registers
-constexpr int64_t kChunk = 128;  // elements of a converted tile
+constexpr int kMomentRows = 8;        // rows whose sums are formed in registers
+constexpr int64_t kMomentTile = 128;  // elements of a converted tile
 
 template <int kCount, int kP, class S, class T>
 BRAZE_TARGET inline void add_moment_columns(const S* __restrict x, int64_t stride, int64_t n,
@@ -44,11 +44,11 @@ template <int kCount, class S, class T>
 BRAZE_TARGET void add_moments_of_rows(const S* x, int64_t stride, int64_t columns, const T* shift,
                                       T* sum, T* square) {
   if constexpr (std::is_same_v<S, F16>) {
-    alignas(64) T tile[kCount * kChunk];
-    for (int64_t c = 0; c < columns; c += kChunk) {
-      const int64_t n = std::min(kChunk, columns - c);
-      for (int r = 0; r < kCount; ++r) widen(x + r * stride + c, tile + r * kChunk, n);
-      add_moment_rows<kCount>(tile, kChunk, n, shift + c, sum + c, square + c);
+    alignas(64) T tile[kCount * kMomentTile];
+    for (int64_t c = 0; c < columns; c += kMomentTile) {
+      const int64_t n = std::min(kMomentTile, columns - c);
+      for (int r = 0; r < kCount; ++r) widen(x + r * stride + c, tile + r * kMomentTile, n);
+      add_moment_rows<kCount>(tile, kMomentTile, n, shift + c, sum + c, square + c);
     }
   } else {
     add_moment_rows<kCount>(x, stride, columns, shift, sum, square);
@@ -59,11 +59,12 @@ template <class S, class T>
 BRAZE_TARGET void add_moments_of_matrix(const S* x, const Matrix& m, const T* shift, T* sum,
                                         T* square) {
   x += m.offset;
-  const int64_t part = m.rows / kRows;
+  const int64_t part = m.rows / kMomentRows;
   for (int64_t r = 0; r < part; ++r) {
-    add_moments_of_rows<kRows>(x + r * m.stride, part * m.stride, m.columns, shift, sum, square);
+    add_moments_of_rows<kMomentRows>(x + r * m.stride, part * m.stride, m.columns, shift, sum,
+                                     square);
   }
-  for (int64_t r = part * kRows; r < m.rows + (m.tail > 0); ++r) {
+  for (int64_t r = part * kMomentRows; r < m.rows + (m.tail > 0); ++r) {
     add_moments_of_rows<1>(x + r * m.stride, m.stride, r < m.rows ? m.columns : m.tail, shift, sum,
                            square);
   }
@@ -116,7 +117,7 @@ template <class S, class T>
 BRAZE_TARGET void shifts_of_channels(const S* x, int64_t c, int64_t width, int64_t pixels,
                                      int64_t columns, T* shift) {
   pixels = std::min<int64_t>(pixels, 8);
-  T pixel[kMaxColumns];
+  T pixel[kMatrixColumns];
   for (int64_t j = 0; j < width; ++j) shift[j] = T(0);
   for (int64_t p = 0; p < pixels; ++p) {
     load_segment(x + p * c, width, pixel);
@@ -139,8 +140,8 @@ template <class S>
 struct BlockMoments {
   using T = Arithmetic<S>;
   double count;
-  alignas(64) double shifts[kMaxColumns], sums[kMaxColumns], squares[kMaxColumns];
-  alignas(64) T plain[kMaxColumns], shift[2 * kHalf], sum[2 * kHalf], square[2 * kHalf];
+  alignas(64) double shifts[kMatrixColumns], sums[kMatrixColumns], squares[kMatrixColumns];
+  alignas(64) T plain[kMatrixColumns], shift[2 * kHalf], sum[2 * kHalf], square[2 * kHalf];
 };
 
 // In double: for values whose squares are beyond fp32.

@@ -1,7 +1,5 @@
 #include "dropout_cpu.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -9,7 +7,7 @@
 
 #include "../math/convert.h"
 #include "instruction_set.h"
-#include "threads.h"
+#include "parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,8 +24,8 @@ using Kernel = void (*)(const DropoutArgs&, int64_t, int64_t);
 #define BRAZE_RANGE(isa) isa::dropout_range
 constexpr Kernel kKernels[] = BRAZE_FOR_EACH_ISA(BRAZE_RANGE);
 
-// A multiple of every tile and step; below two of them a second thread costs more than it saves.
-constexpr int64_t kChunk = 16384;
+// Threads share out pieces of this many elements, a multiple of every tile and step.
+constexpr int64_t kThreadPiece = 16384;
 
 }  // namespace
 
@@ -39,20 +37,10 @@ void dropout(const DropoutArgs& args, int threads) {
     now.used[1] = static_cast<int64_t>(now.random.offset);
   }
   const Kernel kernel = kKernels[active_instruction_set()];
-  const int64_t chunks = (now.numel + kChunk - 1) / kChunk;
-  threads = static_cast<int>(std::min<int64_t>(threads, chunks));
-  if (threads > 1) threads = usable_threads(threads);
-  if (threads <= 1) {
-    kernel(now, 0, now.numel);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-    const int64_t begin = chunks * thread / count * kChunk;
-    const int64_t end = std::min(chunks * (thread + 1) / count * kChunk, now.numel);
-    kernel(now, begin, end);
-  }
+  const int64_t pieces = (now.numel + kThreadPiece - 1) / kThreadPiece;
+  in_parallel(threads_for(now.numel, pieces, threads), pieces, [&](int64_t begin, int64_t end) {
+    kernel(now, begin * kThreadPiece, std::min(end * kThreadPiece, now.numel));
+  });
 }
 
 }  // namespace braze::cpu

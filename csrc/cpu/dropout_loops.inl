@@ -5,12 +5,12 @@
 
 namespace BRAZE_ISA {
 
-constexpr int64_t kTile = 512;
+constexpr int64_t kDropoutTile = 512;
 
 // Several counters at once for philox4x32, each word in the lower half of a 64-bit lane, as the
 // multiplication wants it. Two vectors per word: their chains of operations overlap. By reference,
 // for vectors cannot be passed to functions of another instruction set. store() brings the words
-// into the order of counters. Masked forms for the reason given in operands.inl.
+// into the order of counters. Masked forms for the reason given in convert.inl.
 #if defined(BRAZE_AVX512)
 struct Counters {
   static constexpr int kCount = 16;
@@ -129,7 +129,7 @@ class Lanes {
  public:
   explicit Lanes(const DropoutArgs& args) : mask_(args.mask), random_(args.random) {}
 
-  // Of elements [begin, begin + n), n <= kTile; begin is a multiple of kTile.
+  // Of elements [begin, begin + n), n <= kDropoutTile; begin is a multiple of kDropoutTile.
   BRAZE_TARGET const uint16_t* of(int64_t begin, int64_t n) {
     if (mask_.kind == DropoutMask::element) {
       fill_lanes(random_, begin, (n + kMaskStep - 1) / kMaskStep * kMaskStep, tile_);
@@ -152,7 +152,7 @@ class Lanes {
   }
 
  private:
-  // Of mask indices [index, index + n), n <= kTile.
+  // Of mask indices [index, index + n), n <= kDropoutTile.
   BRAZE_TARGET const uint16_t* window(int64_t index, int64_t n) {
     if (index < window_begin_ || index + n > window_begin_ + kWindow) {
       window_begin_ = index / kMaskStep * kMaskStep;
@@ -161,11 +161,11 @@ class Lanes {
     return window_ + (index - window_begin_);
   }
 
-  static constexpr int64_t kWindow = kTile + 4 * kMaskStep;
+  static constexpr int64_t kWindow = kDropoutTile + 4 * kMaskStep;
   const DropoutMask mask_;
   const RandomState random_;
   int64_t window_begin_ = -kWindow;
-  alignas(64) uint16_t tile_[kTile];
+  alignas(64) uint16_t tile_[kDropoutTile];
   alignas(64) uint16_t window_[kWindow];
 };
 
@@ -250,36 +250,31 @@ BRAZE_TARGET void activate_grad_tile(const T* x, const T* second, T* out, const 
   }
 }
 
-template <class T, size_t... kA>
-TileLoop<T> activation_loop(Activation activation, bool grad, std::index_sequence<kA...>) {
-  static constexpr TileLoop<T> loops[] = {activate_tile<static_cast<Activation>(kA), T>...};
-  static constexpr TileLoop<T> grad_loops[] = {
-      activate_grad_tile<static_cast<Activation>(kA), T>...};
-  return (grad ? grad_loops : loops)[static_cast<size_t>(activation)];
-}
-
 template <class T>
 TileLoop<T> tile_loop(const DropoutArgs& args) {
   switch (args.step) {
     case DropoutStep::scale: return scale_tile<T>;
     case DropoutStep::add: return add_tile<T>;
     default:
-      return activation_loop<T>(args.activation, args.step == DropoutStep::activate_grad,
-                                std::make_index_sequence<kNumActivations>());
+      return with_activation(args.activation, [&](auto constant) -> TileLoop<T> {
+        return args.step == DropoutStep::activate_grad ? activate_grad_tile<constant(), T>
+                                                       : activate_tile<constant(), T>;
+      });
   }
 }
 
-// S is what memory holds, T what the arithmetic uses.
-template <class S, class T>
+// S is what memory holds.
+template <class S>
 BRAZE_TARGET void run_range(const DropoutArgs& args, int64_t begin, int64_t end) {
+  using T = Arithmetic<S>;
   const TileLoop<T> loop = tile_loop<T>(args);
   const bool needs_mask = args.needs_mask();
   const S* const x = static_cast<const S*>(args.x);
   const S* const second = static_cast<const S*>(args.second);
   S* const out = static_cast<S*>(args.out);
   Lanes source(args);
-  for (int64_t i = begin; i < end; i += kTile) {
-    const int64_t n = std::min(kTile, end - i);
+  for (int64_t i = begin; i < end; i += kDropoutTile) {
+    const int64_t n = std::min(kDropoutTile, end - i);
     const uint16_t* lanes = needs_mask ? source.of(i, n) : nullptr;
     const T* second_tile = nullptr;
     if constexpr (std::is_same_v<S, T>) {
@@ -288,7 +283,7 @@ BRAZE_TARGET void run_range(const DropoutArgs& args, int64_t begin, int64_t end)
     } else if (args.step == DropoutStep::scale) {
       scale_narrow(x + i, out + i, lanes, n, args);
     } else {
-      alignas(64) T tile[kTile], other[kTile];
+      alignas(64) T tile[kDropoutTile], other[kDropoutTile];
       widen(x + i, tile, n);
       if (second != nullptr) {
         widen(second + i, other, n);
@@ -301,12 +296,7 @@ BRAZE_TARGET void run_range(const DropoutArgs& args, int64_t begin, int64_t end)
 }
 
 inline void dropout_range(const DropoutArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::f32: return run_range<float, float>(args, begin, end);
-    case DType::f64: return run_range<double, double>(args, begin, end);
-    case DType::bf16: return run_range<Bf16, float>(args, begin, end);
-    case DType::f16: return run_range<F16, float>(args, begin, end);
-  }
+  with_dtype(args.dtype, [&](auto element) { run_range<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace BRAZE_ISA

@@ -9,12 +9,13 @@
 
 namespace braze::cpu {
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kParallelElements = 32768;
+// With fewer elements than this, a thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 16384;
 
+// How many threads take work of `pieces` that no two share, where `threads` are allowed.
 inline int threads_for(int64_t elements, int64_t pieces, int threads) {
-  if (elements < kParallelElements) return 1;
-  return usable_threads(static_cast<int>(std::clamp<int64_t>(pieces, 1, std::max(threads, 1))));
+  const int64_t useful = std::min(elements / kElementsPerThread, pieces);
+  return usable_threads(static_cast<int>(std::clamp<int64_t>(useful, 1, std::max(threads, 1))));
 }
 
 // body(begin, end) for [0, pieces), and then, when all have done that, after(begin, end) for
@@ -38,6 +39,11 @@ void in_parallel(int threads, int64_t pieces, const Body& body, int64_t columns,
       after(std::min(lines * own / count * 64, columns), end);
     }
   }
+}
+
+template <class Body>
+void in_parallel(int threads, int64_t pieces, const Body& body) {
+  in_parallel(threads, pieces, body, 0, [](int64_t, int64_t) {});
 }
 
 }  // namespace braze::cpu

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
       Elements y;
       y.clear();
       uint32_t bits = 0;
-      with_activation<kCurved>(a.args.activation, [&](auto activation) {
+      with_activation<kKernelTakes<kCurved>>(a.args.activation, [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {

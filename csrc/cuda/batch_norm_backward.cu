@@ -5,27 +5,16 @@
 namespace braze::cuda {
 namespace {
 
-template <Activation kA>
-void set_slopes(BackwardArgument& argument) {
-  argument.upper = upper_derivative<kA, double>();
-  argument.lower = lower_derivative<kA, double>(argument.args.parameter);
-}
-
 BackwardArgument make_argument(const BackwardArgs& args, bool reduction) {
   BackwardArgument argument = {};
   argument.args = args;
-  argument.upper = argument.lower = 1;
+  const Slopes<double> slopes = slopes_of(args.activation, args.parameter);
+  argument.upper = slopes.upper;
+  argument.lower = slopes.lower;
   argument.recompute =
       BRAZE_HOOK(without_mask, args.mask == nullptr) && args.activation != Activation::identity;
   argument.reads_x = reduction || BRAZE_HOOK(recomputes, argument.recompute) ||
                      BRAZE_HOOK(needs_x, args.batch_statistics);
-  switch (args.activation) {
-    case Activation::relu: set_slopes<Activation::relu>(argument); break;
-    case Activation::relu6: set_slopes<Activation::relu6>(argument); break;
-    case Activation::leaky_relu: set_slopes<Activation::leaky_relu>(argument); break;
-    case Activation::hardsigmoid: set_slopes<Activation::hardsigmoid>(argument); break;
-    default: break;
-  }
   return argument;
 }
 
@@ -51,7 +40,7 @@ cudaError_t fill_grid(Kernel kernel, int lanes, bool reduction, BackwardArgument
 // Calls f with the storage type, the number of inputs and whether the activation is curved.
 template <class F>
 cudaError_t choose(const BackwardArgs& args, F&& f) {
-  const bool curved = args.activation != Activation::identity && !has_two_slopes(args.activation);
+  const bool curved = is_curved(args.activation);
   if (BRAZE_HOOK(curved_and_masked, curved && args.mask != nullptr)) return cudaErrorInvalidValue;
   return with_dtype(args.shape.dtype, [&](auto storage) {
     using One = std::integral_constant<int, 1>;

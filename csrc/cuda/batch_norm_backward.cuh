@@ -83,7 +83,7 @@ struct BackwardUnit {
         d[j] = two_slope_gradient(d[j], (mask >> j & 1u) != 0, upper, lower);
       }
     } else {
-      with_activation<kCurved>(a.args.activation, [&](auto activation) {
+      with_activation<kKernelTakes<kCurved>>(a.args.activation, [&](auto activation) {
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           d[j] = activation_gradient<decltype(activation)::value>(d[j], z[j], parameter);

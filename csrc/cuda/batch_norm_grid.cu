@@ -10,7 +10,7 @@ namespace {
 
 // Units of 16 bytes that a block reads of one pixel: a few hundred bytes in a row are all that
 // memory wants, and the narrower the slab, the fewer partial results there are.
-constexpr int64_t kMaxColumns = 16;
+constexpr int64_t kBlockColumns = 16;
 // Fewer units than this keep a thread's loads from overlapping.
 constexpr int64_t kMinUnits = 4;
 
@@ -83,7 +83,7 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
   int64_t groups, active;
   if (shape.channels_last) {
     const int64_t words = std::max<int64_t>(divide_up(shape.c, lanes), 1);
-    grid.words = divide_up(words, divide_up(words, kMaxColumns));
+    grid.words = divide_up(words, divide_up(words, kBlockColumns));
     groups = BRAZE_HOOK(channel_groups, divide_up(words, grid.words));
     grid.rows = shape.n * shape.spatial;
     active = grid.words *

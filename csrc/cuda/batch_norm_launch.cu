@@ -34,13 +34,12 @@ cudaError_t launch_apply(const ApplyArgs& args, cudaStream_t stream) {
 
 template <class S, int kInputs>
 cudaError_t choose_apply(const ApplyArgs& args, cudaStream_t stream) {
-  const bool slopes = has_two_slopes(args.activation);
   if (args.mask != nullptr) {
-    return slopes ? launch_apply<S, kInputs, false, true>(args, stream) : cudaErrorInvalidValue;
+    return has_two_slopes(args.activation) ? launch_apply<S, kInputs, false, true>(args, stream)
+                                           : cudaErrorInvalidValue;
   }
-  return slopes || args.activation == Activation::identity
-             ? launch_apply<S, kInputs, false, false>(args, stream)
-             : launch_apply<S, kInputs, true, false>(args, stream);
+  return is_curved(args.activation) ? launch_apply<S, kInputs, true, false>(args, stream)
+                                    : launch_apply<S, kInputs, false, false>(args, stream);
 }
 
 }  // namespace

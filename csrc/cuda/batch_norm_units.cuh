@@ -197,34 +197,9 @@ struct Normalizer {
   }
 };
 
-// Calls f with the activation as a type. Those whose derivative is one of two constants or 1, and
-// the others, get kernels of their own, for the others cost registers.
-template <bool kCurved, class F>
-__device__ __forceinline__ void with_activation(Activation activation, F&& f) {
-#define BRAZE_CASE(name) \
-  case Activation::name: f(std::integral_constant<Activation, Activation::name>{}); return
-  if constexpr (kCurved) {
-    switch (activation) {
-      BRAZE_CASE(elu);
-      BRAZE_CASE(sigmoid);
-      BRAZE_CASE(tanh);
-      BRAZE_CASE(silu);
-      BRAZE_CASE(gelu);
-      BRAZE_CASE(gelu_tanh);
-      BRAZE_CASE(hardswish);
-      default: f(std::integral_constant<Activation, Activation::mish>{});
-    }
-  } else {
-    switch (activation) {
-      BRAZE_CASE(relu);
-      BRAZE_CASE(relu6);
-      BRAZE_CASE(leaky_relu);
-      BRAZE_CASE(hardsigmoid);
-      default: f(std::integral_constant<Activation, Activation::identity>{});
-    }
-  }
-#undef BRAZE_CASE
-}
+// Curved activations, whose derivatives cost registers, and the others have kernels of their own.
+template <bool kCurved>
+constexpr bool (*kKernelTakes)(Activation) = kCurved ? is_curved : is_not_curved;
 
 // Lanes whose items cross shared memory at once: more cost registers, fewer cost barriers.
 template <int kLanes>

@@ -158,26 +158,6 @@ __device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base, ui
   }
 }
 
-template <class Body>
-__device__ __forceinline__ void with_activation(Activation activation, Body body) {
-  using A = Activation;
-  switch (activation) {
-    case A::identity: return body(std::integral_constant<A, A::identity>());
-    case A::relu: return body(std::integral_constant<A, A::relu>());
-    case A::relu6: return body(std::integral_constant<A, A::relu6>());
-    case A::leaky_relu: return body(std::integral_constant<A, A::leaky_relu>());
-    case A::elu: return body(std::integral_constant<A, A::elu>());
-    case A::sigmoid: return body(std::integral_constant<A, A::sigmoid>());
-    case A::tanh: return body(std::integral_constant<A, A::tanh>());
-    case A::silu: return body(std::integral_constant<A, A::silu>());
-    case A::gelu: return body(std::integral_constant<A, A::gelu>());
-    case A::gelu_tanh: return body(std::integral_constant<A, A::gelu_tanh>());
-    case A::hardswish: return body(std::integral_constant<A, A::hardswish>());
-    case A::hardsigmoid: return body(std::integral_constant<A, A::hardsigmoid>());
-    case A::mish: return body(std::integral_constant<A, A::mish>());
-  }
-}
-
 // Of one multiprocessor: activations of double need more registers than four blocks leave.
 template <class S>
 constexpr int blocks_at_once(DropoutStep step) {

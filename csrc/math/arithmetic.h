@@ -65,6 +65,20 @@ BRAZE_INLINE float exponential_minus_1(float x) {
 }
 BRAZE_INLINE double exponential_minus_1(double x) { return ::expm1(x); }
 
+// log(1 + x) for 0 <= x <= 1, within 1.5 units in the last place: with s = x / (2 + x),
+// 2 atanh(s) = x - x^2 / 2 + s (x^2 / 2 + s^2 (2 / 3 + 2 / 5 s^2 + ...)).
+BRAZE_INLINE float logarithm_of_1_plus(float x) {
+  const float s = x / (x + 2.0f), square = s * s, half = 0.5f * x * x;
+  float p = fused_multiply_add(2.0f / 15, square, 2.0f / 13);
+  p = fused_multiply_add(p, square, 2.0f / 11);
+  p = fused_multiply_add(p, square, 2.0f / 9);
+  p = fused_multiply_add(p, square, 2.0f / 7);
+  p = fused_multiply_add(p, square, 2.0f / 5);
+  p = fused_multiply_add(p, square, 2.0f / 3);
+  return x - fused_multiply_add(-s, fused_multiply_add(p, square, half), half);
+}
+BRAZE_INLINE double logarithm_of_1_plus(double x) { return ::log1p(x); }
+
 // The normal distribution function: Phi(x) = erfc(-x / sqrt(2)) / 2, absolute error below 2^-23.
 // Two minimax polynomials: erf(t) / t in t^2 below 1, log(erfc(t)) from 1 on.
 BRAZE_INLINE float normal_cdf(float x) {

@@ -106,7 +106,7 @@ template <class T>
 BRAZE_INLINE T input_gradient(T d, T x, T mean, T on_grad, T on_input, T constant) {
   return fused_multiply_add(d, on_grad, fused_multiply_add(x - mean, on_input, constant));
 }
-// Of running statistics, which do not depend on x.
+// The input's gradient under running statistics, which do not depend on x.
 template <class T>
 BRAZE_INLINE T input_gradient(T d, T on_grad) {
   return d * on_grad;

@@ -1,7 +1,6 @@
 #include "backend_cuda.h"
 
-#include "batch_norm_cuda.h"
-#include "dropout_cuda.h"
+#include "launch.h"
 #include "optimizer_cuda.h"
 
 namespace braze {
@@ -12,9 +11,10 @@ std::unique_ptr<DeviceStep> CudaBackend::make_step(int device, const std::string
   return make_cuda_step(device, owner);
 }
 
-const BatchNormDevice& CudaBackend::batch_norm() const { return cuda_batch_norm(*this); }
-
-const DropoutDevice& CudaBackend::dropout() const { return cuda_dropout(); }
+const Launches& CudaBackend::launches() const {
+  static const Launches column{Launches::on_cuda()};
+  return column;
+}
 
 PyObject* make_backend_module(PyModuleDef& definition, DeviceBackend& backend) {
   PyObject* module = PyModule_Create(&definition);

@@ -1,5 +1,5 @@
 // The backend of CUDA devices, without which tensors are theirs: braze._cuda's are CUDA tensors,
-// the emulated device's are CPU tensors. One getter per operation.
+// the emulated device's are CPU tensors.
 #pragma once
 #include <Python.h>
 
@@ -11,8 +11,7 @@ class CudaBackend : public DeviceBackend {
  public:
   bool is_capturing(int device) const override;
   std::unique_ptr<DeviceStep> make_step(int device, const std::string& owner) const override;
-  const BatchNormDevice& batch_norm() const override;
-  const DropoutDevice& dropout() const override;
+  const Launches& launches() const override;
 };
 
 // An extension module that offers `backend`, for braze._C.register_backend. Null: a Python error is

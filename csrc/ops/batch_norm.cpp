@@ -5,9 +5,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "activation.h"
 #include "batch_norm_check.h"
 #include "dense.h"
+#include "launch.h"
 #include "new_like.h"
 #include "tensor_work.h"
 
@@ -20,14 +20,9 @@ struct Side {
   ChannelTensors channels;
 };
 
-Side make_side(const char* suffix, const at::Tensor& input, const OptionalTensor& weight,
-               const OptionalTensor& bias, const OptionalTensor& running_mean,
-               const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-               std::optional<double> momentum, double eps, bool training) {
-  constexpr const char* op = "batch_norm_act";
+Side make_side(const char* suffix, const at::Tensor& input, const Norm& norm, bool training) {
   return {input, new_array(input, {kStatsRows, input.size(1)}),
-          ChannelTensors(op, suffix, input, weight, bias, running_mean, running_var,
-                         num_batches_tracked, momentum, eps, training)};
+          ChannelTensors("batch_norm_act", suffix, input, norm, training)};
 }
 
 void make_stats_of(Side& side, const ActivationShape& shape, bool training) {
@@ -37,42 +32,34 @@ void make_stats_of(Side& side, const ActivationShape& shape, bool training) {
     args.x = side.x.const_data_ptr();
     args.channels = side.channels.plain();
     args.stats = side.stats.mutable_data_ptr();
-    run_statistics(side.x, args);
+    launch(side.x, args);
     side.channels.written();
   } else {
     FromRunningArgs args;
     args.shape = shape;
     args.channels = side.channels.plain();
     args.stats = side.stats.mutable_data_ptr();
-    run_from_running(side.x, args);
+    launch(side.x, args);
   }
 }
 
 }  // namespace
 
-ForwardResult batch_norm_act_forward(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-    const OptionalTensor& input2, const OptionalTensor& weight2, const OptionalTensor& bias2,
-    const OptionalTensor& running_mean2, const OptionalTensor& running_var2,
-    const OptionalTensor& num_batches_tracked2, std::optional<double> momentum2, double eps2,
-    const OptionalTensor& residual, bool training, std::string_view activation, double parameter,
-    bool save_mask) {
+ForwardResult batch_norm_act_forward(const at::Tensor& input, BRAZE_NORM_PARAMETERS(),
+                                     const OptionalTensor& input2, BRAZE_NORM_PARAMETERS(2),
+                                     const OptionalTensor& residual, bool training,
+                                     int64_t activation, double parameter, bool save_mask) {
   constexpr const char* op = "batch_norm_act";
-  const Activation act = activation_named(activation);
-  const at::Tensor x = checked_input(op, "input", input);
-  const ActivationShape shape = *activation_shape(x);
+  const Activation act = checked_activation(activation);
+  const auto [x, shape] = checked_input(op, input);
   TORCH_CHECK_VALUE(!training || shape.per_channel() != 1,
                     "Expected more than 1 value per channel when training, got input size ",
                     input.sizes());
   TORCH_CHECK_VALUE(!residual || !input2, op, ": residual and input2 cannot both be given");
-  Side first = make_side("", x, weight, bias, running_mean, running_var, num_batches_tracked,
-                         momentum, eps, training);
+  Side first = make_side("", x, BRAZE_NORM(), training);
   std::optional<Side> second;
   if (input2) {
-    second = make_side("2", checked_like(op, "input2", *input2, x), weight2, bias2, running_mean2,
-                       running_var2, num_batches_tracked2, momentum2, eps2, training);
+    second = make_side("2", checked_like(op, "input2", *input2, x), BRAZE_NORM(2), training);
   }
   const at::Tensor added = residual ? checked_like(op, "residual", *residual, x) : at::Tensor();
   const bool masked = save_mask && mask_serves(act, added.defined());
@@ -91,7 +78,7 @@ ForwardResult batch_norm_act_forward(
   args.parameter = parameter;
   args.y = y.mutable_data_ptr();
   if (masked) args.mask = mask.mutable_data_ptr<uint8_t>();
-  run_apply(x, args);
+  launch(x, args);
   return {y, first.stats, second ? second->stats : no_tensor(x, arithmetic_type(x)), mask};
 }
 
@@ -100,17 +87,18 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
                                        const at::Tensor& stats, const OptionalTensor& input2,
                                        const OptionalTensor& weight2, const OptionalTensor& stats2,
                                        const OptionalTensor& residual, const OptionalTensor& mask,
-                                       bool training, std::string_view activation, double parameter,
+                                       bool training, int64_t activation, double parameter,
                                        std::array<bool, 7> output_mask) {
   constexpr const char* op = "batch_norm_act_backward";
   const auto [want_x, want_weight, want_bias, want_x2, want_weight2, want_bias2, want_residual] =
       output_mask;
   BackwardArgs args;
-  args.activation = activation_named(activation);
+  args.activation = checked_activation(activation);
   args.parameter = parameter;
   args.batch_statistics = training;
-  const at::Tensor x = checked_input(op, "input", input);
-  args.shape = *activation_shape(x);
+  const DenseActivation dense = checked_input(op, input);
+  const at::Tensor& x = dense.tensor;
+  args.shape = dense.shape;
   args.count = static_cast<double>(args.shape.per_channel());
   const int64_t c = args.shape.c;
   const at::Tensor dy = checked_like(op, "grad", grad, x);
@@ -173,36 +161,37 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
     if (input2) args.grad[1].coefficients = coefficients[1].mutable_data_ptr();
   }
   // Constant statistics and no gradient of a parameter: nothing to sum, but coefficients to make.
-  run_backward(x, args);
+  launch(x, args);
   return result;
 }
 
+std::string norm_schema(const std::string& n, char alias) {
+  std::string schema = "Tensor? weight" + n + ", Tensor? bias" + n;
+  for (const char* name : {"running_mean", "running_var", "num_batches_tracked"}) {
+    schema.append(", Tensor(").append(1, alias++).append("!)? ").append(name).append(n);
+  }
+  return schema + ", float? momentum" + n + ", float eps" + n;
+}
+
 TORCH_LIBRARY_FRAGMENT(braze, m) {
+  m.def(("batch_norm_act_forward(Tensor input, " + norm_schema("", 'a') + ", Tensor? input2, " +
+         norm_schema("2", 'd') +
+         ", Tensor? residual, bool training, int activation, float parameter, bool save_mask) "
+         "-> (Tensor, Tensor, Tensor, Tensor)")
+            .c_str());
   m.def(
-      "batch_norm_act_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? "
-      "running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-      "Tensor? input2, Tensor? weight2, Tensor? bias2, Tensor(d!)? running_mean2, "
-      "Tensor(e!)? running_var2, Tensor(f!)? num_batches_tracked2, float? momentum2, float eps2, "
-      "Tensor? residual, bool training, str activation, float parameter, bool save_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "batch_norm_act_backward(Tensor grad, Tensor? grad2, Tensor input, Tensor? weight, Tensor "
-      "stats, "
-      "Tensor? input2, Tensor? weight2, Tensor? stats2, Tensor? residual, Tensor? mask, bool "
-      "training, "
-      "str activation, float parameter, bool[7] output_mask) "
+      "batch_norm_act_backward(Tensor grad, Tensor? grad2, Tensor input, Tensor? weight, "
+      "Tensor stats, Tensor? input2, Tensor? weight2, Tensor? stats2, Tensor? residual, "
+      "Tensor? mask, bool training, int activation, float parameter, bool[7] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 // One implementation: the checks, then the kernels of the tensors' device.
-TORCH_LIBRARY_IMPL(braze, CPU, m) {
+static void implement(torch::Library& m) {
   m.impl("batch_norm_act_forward", batch_norm_act_forward);
   m.impl("batch_norm_act_backward", batch_norm_act_backward);
 }
-TORCH_LIBRARY_IMPL(braze, CUDA, m) {
-  m.impl("batch_norm_act_forward", batch_norm_act_forward);
-  m.impl("batch_norm_act_backward", batch_norm_act_backward);
-}
+TORCH_LIBRARY_IMPL(braze, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(braze, CUDA, m) { implement(m); }
 
 }  // namespace braze

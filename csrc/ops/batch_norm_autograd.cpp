@@ -3,19 +3,8 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/batch_norm.h>
-#include <ATen/ops/elu.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/hardsigmoid.h>
-#include <ATen/ops/hardswish.h>
-#include <ATen/ops/hardtanh.h>
-#include <ATen/ops/leaky_relu.h>
-#include <ATen/ops/mish.h>
 #include <ATen/ops/pow.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -32,16 +21,11 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // The arguments that are no variables.
-struct Options {
-  OptionalTensor running_mean, running_var, num_batches_tracked;
-  std::optional<double> momentum;
-  double eps = 0;
-};
 struct Call {
-  Options first, second;
-  bool training = false, fork = false;
-  std::string_view activation;
-  double parameter = 0;
+  const Norm &first, &second;
+  bool training, fork;
+  Activation activation;
+  double parameter;
 };
 
 // Variables in the order of the gradients.
@@ -56,36 +40,47 @@ ForwardResult call_forward(const Variables& v, const Call& call, bool save_mask)
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("braze::batch_norm_act_forward", "")
                              .typed<decltype(batch_norm_act_forward)>();
-  const Options &a = call.first, &b = call.second;
+  const Norm &a = call.first, &b = call.second;
   return op.call(*v[kInput], v[kWeight], v[kBias], a.running_mean, a.running_var,
                  a.num_batches_tracked, a.momentum, a.eps, v[kInput2], v[kWeight2], v[kBias2],
                  b.running_mean, b.running_var, b.num_batches_tracked, b.momentum, b.eps,
-                 v[kResidual], call.training, call.activation, call.parameter, save_mask);
+                 v[kResidual], call.training, static_cast<int64_t>(call.activation), call.parameter,
+                 save_mask);
 }
+
+// What the backward must know beside tensors.
+struct Kept {
+  int64_t given;  // a bit for each variable that there was
+  bool residual_saved, training;
+  int64_t activation;
+  double parameter, eps, eps2;
+
+  // As one list of numbers.
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["call"] = std::vector<double>{static_cast<double>(given),
+                                                  static_cast<double>(residual_saved),
+                                                  static_cast<double>(training),
+                                                  static_cast<double>(activation),
+                                                  parameter,
+                                                  eps,
+                                                  eps2};
+  }
+  static Kept load(AutogradContext* ctx) {
+    const std::vector<double> n = ctx->saved_data["call"].toDoubleVector();
+    return {static_cast<int64_t>(n[0]),
+            n[1] != 0,
+            n[2] != 0,
+            static_cast<int64_t>(n[3]),
+            n[4],
+            n[5],
+            n[6]};
+  }
+};
 
 // Another tensor in the same memory, with the same version counter and no other relation to it.
 at::Tensor twin(const at::Tensor& tensor) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), true));
-}
-
-at::Tensor activate_by_torch(const at::Tensor& z, Activation activation, double parameter) {
-  switch (activation) {
-    case Activation::relu: return at::relu(z);
-    case Activation::relu6: return at::hardtanh(z, 0, 6);
-    case Activation::leaky_relu: return at::leaky_relu(z, parameter);
-    case Activation::elu: return at::elu(z, parameter);
-    case Activation::sigmoid: return at::sigmoid(z);
-    case Activation::tanh: return at::tanh(z);
-    case Activation::silu: return at::silu(z);
-    case Activation::gelu: return at::gelu(z);
-    case Activation::gelu_tanh: return at::gelu(z, "tanh");
-    case Activation::hardswish: return at::hardswish(z);
-    // at::hardsigmoid has no second derivative, and a first one that is rounded to float.
-    case Activation::hardsigmoid: return at::hardtanh(z + 3, 0, 6) / 6;
-    case Activation::mish: return at::mish(z);
-    default: return z;
-  }
 }
 
 // z of one side, as a differentiable function of x, weight and bias.
@@ -116,8 +111,7 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
     auto [y, stats, stats2, mask] = call_forward(v, *call, true);
     // Where the gradient of z's function needs no z, or the mask tells, the residual need not live
     // on.
-    const Activation activation = activation_named(call->activation);
-    const bool z_is_needed = activation != Activation::identity && !has_two_slopes(activation);
+    const bool z_is_needed = is_curved(call->activation);
     variable_list saved;
     int64_t given = 0;
     for (int i = 0; i < kVariables; ++i) {
@@ -128,13 +122,11 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
     saved.insert(saved.end(), {stats, stats2, mask});
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["given"] = given;
-    ctx->saved_data["residual_saved"] = residual.has_value() && z_is_needed;
-    ctx->saved_data["training"] = call->training;
-    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
-    ctx->saved_data["parameter"] = call->parameter;
-    ctx->saved_data["eps"] = call->first.eps;
-    ctx->saved_data["eps2"] = call->second.eps;
+    Kept{given,           residual.has_value() && z_is_needed,
+         call->training,  static_cast<int64_t>(call->activation),
+         call->parameter, call->first.eps,
+         call->second.eps}
+        .save(ctx);
     if (call->fork) return {y, twin(y)};
     return {y};
   }
@@ -147,28 +139,23 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
     }
     if (!dy) return result;
 
-    const int64_t given = ctx->saved_data["given"].toInt();
-    const bool residual_saved = ctx->saved_data["residual_saved"].toBool();
+    const Kept kept = Kept::load(ctx);
     const variable_list saved = ctx->get_saved_variables();
     Variables v;
     std::array<bool, kVariables> wanted = {};
     size_t next = 0, edge = 0;
     for (int i = 0; i < kVariables; ++i) {
-      if (!(given >> i & 1)) continue;
+      if (!(kept.given >> i & 1)) continue;
       wanted[static_cast<size_t>(i)] = ctx->needs_input_grad(edge++);
-      if (i != kResidual || residual_saved) v[static_cast<size_t>(i)] = saved[next++];
+      if (i != kResidual || kept.residual_saved) v[static_cast<size_t>(i)] = saved[next++];
     }
     const at::Tensor &stats = saved[next], &stats2 = saved[next + 1], &mask = saved[next + 2];
-    const bool training = ctx->saved_data["training"].toBool();
-    const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
-    const double parameter = ctx->saved_data["parameter"].toDouble();
+    const auto activation = static_cast<Activation>(kept.activation);
 
     if (at::GradMode::is_enabled()) {
-      const double eps = ctx->saved_data["eps"].toDouble(),
-                   eps2 = ctx->saved_data["eps2"].toDouble();
       const at::Tensor total = dy2 ? *dy + *dy2 : *dy;
-      return differentiable_backward(total, v, wanted, {stats, stats2}, mask, training, activation,
-                                     parameter, {eps, eps2}, std::move(result));
+      return differentiable_backward(total, v, wanted, {stats, stats2}, mask, kept,
+                                     std::move(result));
     }
     // The residual's gradient is dy itself where nothing stands between them.
     const bool passes_through = wanted[kResidual] && activation == Activation::identity && !dy2;
@@ -181,18 +168,14 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
                                .typed<decltype(batch_norm_act_backward)>();
     const auto optional_stats2 = v[kInput2] ? present(stats2) : std::nullopt;
     const auto optional_mask = mask.sym_numel() != 0 ? present(mask) : std::nullopt;
-    auto gradients = op.call(*dy, dy2, *v[kInput], v[kWeight], stats, v[kInput2], v[kWeight2],
-                             optional_stats2, v[kResidual], optional_mask, training,
-                             kActivationNames[static_cast<size_t>(activation)], parameter, wanted);
-    std::apply(
-        [&](auto&... gradient) {
-          int i = 0;
-          ((wanted[static_cast<size_t>(i)] ? void(result[static_cast<size_t>(i)] = gradient)
-                                           : void(),
-            ++i),
-           ...);
-        },
-        gradients);
+    const std::array<at::Tensor, kVariables> gradients = std::apply(
+        [](auto&&... gradient) { return std::array<at::Tensor, kVariables>{gradient...}; },
+        op.call(*dy, dy2, *v[kInput], v[kWeight], stats, v[kInput2], v[kWeight2], optional_stats2,
+                v[kResidual], optional_mask, kept.training, kept.activation, kept.parameter,
+                wanted));
+    for (size_t i = 0; i < kVariables; ++i) {
+      if (wanted[i]) result[i] = gradients[i];
+    }
     for (const int b : {kBias, kBias2}) {  // whose dtype follows an absent weight's otherwise
       const size_t i = static_cast<size_t>(b);
       if (result[i].defined()) result[i] = result[i].to(v[i]->scalar_type());
@@ -204,27 +187,24 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
   static variable_list differentiable_backward(const at::Tensor& dy, const Variables& v,
                                                const std::array<bool, kVariables>& wanted,
                                                const std::array<at::Tensor, 2>& stats,
-                                               const at::Tensor& mask, bool training,
-                                               Activation activation, double parameter,
-                                               const std::array<double, 2>& eps,
+                                               const at::Tensor& mask, const Kept& kept,
                                                variable_list result) {
+    const auto activation = static_cast<Activation>(kept.activation);
     at::AutoGradMode enable(true);
-    at::Tensor z = normalize_by_torch(*v[kInput], v[kWeight], v[kBias], stats[0], training, eps[0]);
+    at::Tensor z =
+        normalize_by_torch(*v[kInput], v[kWeight], v[kBias], stats[0], kept.training, kept.eps);
     if (v[kInput2]) {
-      z = z + normalize_by_torch(*v[kInput2], v[kWeight2], v[kBias2], stats[1], training, eps[1]);
+      z = z + normalize_by_torch(*v[kInput2], v[kWeight2], v[kBias2], stats[1], kept.training,
+                                 kept.eps2);
     }
     if (v[kResidual]) z = z + *v[kResidual];
     // With a mask the derivative is piecewise constant: d is linear in dy, and z's value is not
     // needed.
     at::Tensor d;
     if (mask.sym_numel() != 0) {
-      d = dy * slopes(mask, *v[kInput], activation, parameter);
-    } else if (activation == Activation::identity) {
-      d = dy;
+      d = dy * slopes(mask, *v[kInput], activation, kept.parameter);
     } else {
-      // Through a leaf of its own, so that d is a differentiable function of z and of dy.
-      const at::Tensor y = activate_by_torch(z, activation, parameter);
-      d = torch::autograd::grad({y}, {z}, {dy}, std::nullopt, true)[0];
+      d = gradient_by_torch(dy, z, activation, kept.parameter);
     }
     variable_list inputs;
     std::vector<size_t> places;
@@ -248,18 +228,9 @@ class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
                            double parameter);
 };
 
-template <Activation kA>
-std::pair<double, double> slope_pair(double parameter) {
-  return {upper_derivative<kA, double>(), lower_derivative<kA>(parameter)};
-}
-
 at::Tensor BatchNormAct::slopes(const at::Tensor& mask, const at::Tensor& x, Activation activation,
                                 double parameter) {
-  const auto [upper, lower] =
-      activation == Activation::relu         ? slope_pair<Activation::relu>(parameter)
-      : activation == Activation::relu6      ? slope_pair<Activation::relu6>(parameter)
-      : activation == Activation::leaky_relu ? slope_pair<Activation::leaky_relu>(parameter)
-                                             : slope_pair<Activation::hardsigmoid>(parameter);
+  const auto [upper, lower] = slopes_of(activation, parameter);
   const ActivationShape shape = *activation_shape(x);
   const int64_t bytes = (shape.row() + 7) / 8;
   const at::Tensor weights = at::pow(2, at::arange(8, mask.options()));
@@ -285,14 +256,15 @@ std::pair<at::Tensor, at::Tensor> run(Variables v, const Call& call) {
   // In here, so that what is saved for the backward pass is what the kernels read. Traced shapes
   // are no numbers; the kernels make their own copy then.
   const at::Tensor& input = *v[kInput];
-  if (input.dim() >= 2 && input.layout() == c10::kStrided &&
+  const bool saves = needs_gradient(v);
+  if (saves && input.dim() >= 2 && input.layout() == c10::kStrided &&
       !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
-    v[kInput] = dense_activation(input);
+    v[kInput] = dense_activation(input).tensor;
   }
   if (v[kResidual] && v[kResidual]->sym_sizes() != v[kInput]->sym_sizes()) {
     v[kResidual] = v[kResidual]->expand_symint(v[kInput]->sym_sizes());
   }
-  if (!needs_gradient(v)) {
+  if (!saves) {
     const at::Tensor y = std::get<0>(call_forward(v, call, false));
     return {y, call.fork ? twin(y) : at::Tensor()};
   }
@@ -317,71 +289,62 @@ void promote(Variables& v, Variable other) {
 
 }  // namespace
 
-at::Tensor batch_norm_act(const at::Tensor& input, const OptionalTensor& weight,
-                          const OptionalTensor& bias, const OptionalTensor& running_mean,
-                          const OptionalTensor& running_var,
-                          const OptionalTensor& num_batches_tracked, bool training,
-                          std::optional<double> momentum, double eps, std::string_view activation,
-                          double parameter, const OptionalTensor& residual) {
-  Variables v = {input, weight, bias, std::nullopt, std::nullopt, std::nullopt, residual};
+namespace {
+
+std::pair<at::Tensor, at::Tensor> act(const at::Tensor& input, const Norm& norm, bool training,
+                                      std::string_view activation, double parameter,
+                                      const OptionalTensor& residual, bool fork) {
+  const OptionalTensor none;
+  const Norm no_norm{none, none, none, none, none, std::nullopt, 0};
+  Variables v = {input, norm.weight, norm.bias, none, none, none, residual};
   promote(v, kResidual);
-  const Options options = {running_mean, running_var, num_batches_tracked, momentum, eps};
-  return run(std::move(v), {options, {}, training, false, activation, parameter}).first;
+  return run(std::move(v),
+             {norm, no_norm, training, fork, activation_named(activation), parameter});
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_act_fork(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-    double eps, std::string_view activation, double parameter, const OptionalTensor& residual) {
-  Variables v = {input, weight, bias, std::nullopt, std::nullopt, std::nullopt, residual};
-  promote(v, kResidual);
-  const Options options = {running_mean, running_var, num_batches_tracked, momentum, eps};
-  return run(std::move(v), {options, {}, training, true, activation, parameter});
-}
-
-at::Tensor batch_norm_add_act(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-    const at::Tensor& input2, const OptionalTensor& weight2, const OptionalTensor& bias2,
-    const OptionalTensor& running_mean2, const OptionalTensor& running_var2,
-    const OptionalTensor& num_batches_tracked2, std::optional<double> momentum2, double eps2,
-    bool training, std::string_view activation, double parameter) {
-  Variables v = {input, weight, bias, input2, weight2, bias2, std::nullopt};
+std::pair<at::Tensor, at::Tensor> add_act(const at::Tensor& input, const Norm& norm,
+                                          const at::Tensor& input2, const Norm& norm2,
+                                          bool training, std::string_view activation,
+                                          double parameter, bool fork) {
+  Variables v = {input, norm.weight, norm.bias, input2, norm2.weight, norm2.bias, std::nullopt};
   promote(v, kInput2);
-  const Options options = {running_mean, running_var, num_batches_tracked, momentum, eps};
-  const Options options2 = {running_mean2, running_var2, num_batches_tracked2, momentum2, eps2};
-  return run(std::move(v), {options, options2, training, false, activation, parameter}).first;
+  return run(std::move(v), {norm, norm2, training, fork, activation_named(activation), parameter});
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_add_act_fork(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-    const at::Tensor& input2, const OptionalTensor& weight2, const OptionalTensor& bias2,
-    const OptionalTensor& running_mean2, const OptionalTensor& running_var2,
-    const OptionalTensor& num_batches_tracked2, std::optional<double> momentum2, double eps2,
-    bool training, std::string_view activation, double parameter) {
-  Variables v = {input, weight, bias, input2, weight2, bias2, std::nullopt};
-  promote(v, kInput2);
-  const Options options = {running_mean, running_var, num_batches_tracked, momentum, eps};
-  const Options options2 = {running_mean2, running_var2, num_batches_tracked2, momentum2, eps2};
-  return run(std::move(v), {options, options2, training, true, activation, parameter});
+}  // namespace
+
+at::Tensor batch_norm_act(const at::Tensor& input, BRAZE_NORM_PARAMETERS(), bool training,
+                          std::string_view activation, double parameter,
+                          const OptionalTensor& residual) {
+  return act(input, BRAZE_NORM(), training, activation, parameter, residual, false).first;
+}
+
+Fork batch_norm_act_fork(const at::Tensor& input, BRAZE_NORM_PARAMETERS(), bool training,
+                         std::string_view activation, double parameter,
+                         const OptionalTensor& residual) {
+  return act(input, BRAZE_NORM(), training, activation, parameter, residual, true);
+}
+
+at::Tensor batch_norm_add_act(const at::Tensor& input, BRAZE_NORM_PARAMETERS(),
+                              const at::Tensor& input2, BRAZE_NORM_PARAMETERS(2), bool training,
+                              std::string_view activation, double parameter) {
+  return add_act(input, BRAZE_NORM(), input2, BRAZE_NORM(2), training, activation, parameter, false)
+      .first;
+}
+
+Fork batch_norm_add_act_fork(const at::Tensor& input, BRAZE_NORM_PARAMETERS(),
+                             const at::Tensor& input2, BRAZE_NORM_PARAMETERS(2), bool training,
+                             std::string_view activation, double parameter) {
+  return add_act(input, BRAZE_NORM(), input2, BRAZE_NORM(2), training, activation, parameter, true);
 }
 
 TORCH_LIBRARY_FRAGMENT(braze, m) {
-  const std::string channels =
-      "Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, ";
-  const std::string act = channels +
-                          "bool training, float? momentum, float eps, str activation, "
-                          "float parameter, Tensor? residual) -> ";
-  const std::string add_act =
-      channels +
-      "float? momentum, float eps, Tensor input2, Tensor? weight2, Tensor? bias2, "
-      "Tensor(d!)? running_mean2, Tensor(e!)? running_var2, Tensor(f!)? num_batches_tracked2, "
-      "float? momentum2, float eps2, bool training, str activation, float parameter) -> ";
+  const std::string norm = "Tensor input, " + norm_schema("", 'a');
+  const std::string act = norm +
+                          ", bool training, str activation, float parameter, "
+                          "Tensor? residual) -> ";
+  const std::string add_act = norm + ", Tensor input2, " + norm_schema("2", 'd') +
+                              ", bool training, str activation, float parameter) -> ";
   m.def(("batch_norm_act(" + act + "Tensor").c_str(), batch_norm_act);
   m.def(("batch_norm_act_fork(" + act + "(Tensor, Tensor)").c_str(), batch_norm_act_fork);
   m.def(("batch_norm_add_act(" + add_act + "Tensor").c_str(), batch_norm_add_act);

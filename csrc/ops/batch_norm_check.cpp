@@ -2,8 +2,6 @@
 
 #include <ATen/ops/empty.h>
 
-#include "../cpu/batch_norm_cpu.h"
-#include "batch_norm_device.h"
 #include "tensor_work.h"
 
 namespace braze {
@@ -32,16 +30,12 @@ void bump(const at::Tensor& tensor) {
 }  // namespace
 
 ChannelTensors::ChannelTensors(const char* op, const char* suffix, const at::Tensor& input,
-                               const OptionalTensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& running_mean,
-                               const OptionalTensor& running_var,
-                               const OptionalTensor& num_batches_tracked,
-                               std::optional<double> momentum, double eps, bool training)
-    : weight_(present(weight)),
-      bias_(present(bias)),
-      running_mean_(present(running_mean)),
-      running_var_(present(running_var)),
-      num_batches_tracked_(present(num_batches_tracked)) {
+                               const Norm& norm, bool training)
+    : weight_(present(norm.weight)),
+      bias_(present(norm.bias)),
+      running_mean_(present(norm.running_mean)),
+      running_var_(present(norm.running_var)),
+      num_batches_tracked_(present(norm.num_batches_tracked)) {
   for (at::Tensor* parameter : {&weight_, &bias_}) {
     if (!parameter->defined()) continue;
     const char* name = parameter == &weight_ ? "weight" : "bias";
@@ -81,7 +75,7 @@ ChannelTensors::ChannelTensors(const char* op, const char* suffix, const at::Ten
         num_batches_tracked_.numel(), " on ", num_batches_tracked_.device());
   }
   TORCH_CHECK_VALUE(
-      momentum || !training || !running_mean_.defined() || num_batches_tracked_.defined(), op,
+      norm.momentum || !training || !running_mean_.defined() || num_batches_tracked_.defined(), op,
       ": momentum", suffix, " None means a cumulative average, which needs num_batches_tracked",
       suffix);
 
@@ -97,9 +91,9 @@ ChannelTensors::ChannelTensors(const char* op, const char* suffix, const at::Ten
   if (training && num_batches_tracked_.defined()) {
     plain_.batches_tracked = static_cast<int64_t*>(num_batches_tracked_.mutable_data_ptr());
   }
-  plain_.eps = eps;
-  plain_.momentum = momentum.value_or(0);
-  plain_.cumulative = !momentum;
+  plain_.eps = norm.eps;
+  plain_.momentum = norm.momentum.value_or(0);
+  plain_.cumulative = !norm.momentum;
 }
 
 void ChannelTensors::written() {
@@ -108,10 +102,10 @@ void ChannelTensors::written() {
   for (const at::Tensor& tensor : {running_mean_, running_var_, num_batches_tracked_}) bump(tensor);
 }
 
-at::Tensor checked_input(const char* op, const char* name, const at::Tensor& input) {
-  check_readable(op, name, input);
-  TORCH_CHECK_VALUE(input.dim() >= 2, op, ": ", name,
-                    " must have 2 dimensions or more, [N, C, ...], but its shape is ",
+DenseActivation checked_input(const char* op, const at::Tensor& input) {
+  check_readable(op, "input", input);
+  TORCH_CHECK_VALUE(input.dim() >= 2, op,
+                    ": input must have 2 dimensions or more, [N, C, ...], but its shape is ",
                     input.sizes());
   return dense_activation(input);
 }
@@ -156,72 +150,10 @@ at::Tensor no_tensor(const at::Tensor& like, c10::ScalarType dtype) {
   return at::empty({0}, like.options().dtype(dtype));
 }
 
-// ------------------------------------------------------------------- one device or another
-
-namespace {
-
-at::Tensor cpu_workspace(const ActivationShape& shape) {
-  const auto bytes = static_cast<int64_t>(cpu::batch_norm_workspace(shape));
-  return at::empty({bytes}, at::TensorOptions().dtype(c10::kByte));
-}
-
-}  // namespace
-
-void run_statistics(const at::Tensor& like, const StatisticsArgs& args) {
-  if (const DeviceBackend* backend = backend_of(like)) {
-    backend->batch_norm().statistics(like, args);
-  } else {
-    const at::Tensor workspace = cpu_workspace(args.shape);
-    cpu::statistics(args, workspace.mutable_data_ptr(), threads_for(args.shape.numel()));
-  }
-}
-
-void run_combine(const at::Tensor& like, const CombineArgs& args) {
-  const DeviceBackend* backend = backend_of(like);
-  backend ? backend->batch_norm().combine(like, args) : cpu::combine(args);
-}
-
-void run_from_running(const at::Tensor& like, const FromRunningArgs& args) {
-  const DeviceBackend* backend = backend_of(like);
-  backend ? backend->batch_norm().from_running(like, args) : cpu::from_running(args);
-}
-
-void run_apply(const at::Tensor& like, const ApplyArgs& args) {
-  if (args.shape.numel() == 0) return;
-  const DeviceBackend* backend = backend_of(like);
-  backend ? backend->batch_norm().apply(like, args)
-          : cpu::apply(args, threads_for(args.shape.numel()));
-}
-
-void run_reduce(const at::Tensor& like, const BackwardArgs& args) {
-  if (const DeviceBackend* backend = backend_of(like)) {
-    backend->batch_norm().reduce(like, args);
-  } else {
-    const at::Tensor workspace = cpu_workspace(args.shape);
-    cpu::reduce(args, workspace.mutable_data_ptr(), threads_for(args.shape.numel()));
-  }
-}
-
-void run_coefficients(const at::Tensor& like, const CoefficientsArgs& args) {
-  const DeviceBackend* backend = backend_of(like);
-  backend ? backend->batch_norm().coefficients(like, args) : cpu::coefficients(args);
-}
-
-void run_apply_grad(const at::Tensor& like, const BackwardArgs& args) {
-  if (args.shape.numel() == 0) return;
-  const DeviceBackend* backend = backend_of(like);
-  backend ? backend->batch_norm().apply_grad(like, args)
-          : cpu::apply_grad(args, threads_for(args.shape.numel()));
-}
-
-void run_backward(const at::Tensor& like, const BackwardArgs& args) {
-  if (backend_of(like) != nullptr) {
-    run_reduce(like, args);
-    if (args.writes_elements()) run_apply_grad(like, args);
-  } else {
-    const at::Tensor workspace = cpu_workspace(args.shape);
-    cpu::backward(args, workspace.mutable_data_ptr(), threads_for(args.shape.numel()));
-  }
+Activation checked_activation(int64_t number) {
+  TORCH_CHECK_VALUE(number >= 0 && number < kNumActivations, "activation is number ", number,
+                    "; there are ", kNumActivations);
+  return static_cast<Activation>(number);
 }
 
 }  // namespace braze

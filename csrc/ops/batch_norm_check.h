@@ -10,11 +10,8 @@ namespace braze {
 class ChannelTensors {
  public:
   // Raises unless everything fits `input`. `suffix` ("" or "2") ends the arguments' names.
-  ChannelTensors(const char* op, const char* suffix, const at::Tensor& input,
-                 const OptionalTensor& weight, const OptionalTensor& bias,
-                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
-                 double eps, bool training);
+  ChannelTensors(const char* op, const char* suffix, const at::Tensor& input, const Norm& norm,
+                 bool training);
 
   const BatchNormChannels& plain() const { return plain_; }
   // After the kernels have updated the running statistics.
@@ -28,7 +25,7 @@ class ChannelTensors {
 };
 
 // [N, C, ...], dense, readable.
-at::Tensor checked_input(const char* op, const char* name, const at::Tensor& input);
+DenseActivation checked_input(const char* op, const at::Tensor& input);
 
 // A tensor of `like`'s shape, device and dtype, in its order.
 at::Tensor checked_like(const char* op, const char* name, const at::Tensor& tensor,
@@ -48,20 +45,12 @@ const void* checked_array(const char* op, const char* name, const at::Tensor& te
 at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes);
 at::Tensor no_tensor(const at::Tensor& like, c10::ScalarType dtype);
 
-// The steps of plan/batch_norm.h, on the device of `like`.
-void run_statistics(const at::Tensor& like, const StatisticsArgs& args);
-void run_combine(const at::Tensor& like, const CombineArgs& args);
-void run_from_running(const at::Tensor& like, const FromRunningArgs& args);
-void run_apply(const at::Tensor& like, const ApplyArgs& args);
-void run_reduce(const at::Tensor& like, const BackwardArgs& args);
-void run_coefficients(const at::Tensor& like, const CoefficientsArgs& args);
-void run_apply_grad(const at::Tensor& like, const BackwardArgs& args);
-// run_reduce() and run_apply_grad().
-void run_backward(const at::Tensor& like, const BackwardArgs& args);
-
 // One bit per element is saved where the derivative has two values and z is not x's alone.
 inline bool mask_serves(Activation activation, bool has_residual) {
   return has_residual && has_two_slopes(activation);
 }
+
+// Raises ValueError unless it is the number of one.
+Activation checked_activation(int64_t number);
 
 }  // namespace braze

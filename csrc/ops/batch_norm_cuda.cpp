@@ -1,9 +1,6 @@
-#include "batch_norm_cuda.h"
-
+// The CUDA column of the launch table: batch normalisation.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
 #include <map>
@@ -12,6 +9,7 @@
 
 #include "../cuda/batch_norm_launch.h"
 #include "../cuda/zeros.h"
+#include "launch.h"
 #include "launch_cuda.h"
 
 namespace braze {
@@ -80,67 +78,63 @@ struct Scratch {
   }
 };
 
-class CudaBatchNorm final : public BatchNormDevice {
- public:
-  explicit CudaBatchNorm(const DeviceBackend& backend) : backend_(backend) {}
+template <class Launch>
+void run(int device, const char* what, Launch launch) {
+  on_current_stream(
+      device, [&](cudaStream_t stream) { check_launch(launch(stream), kOwner, what, device); });
+}
 
-  void statistics(const at::Tensor& like, const StatisticsArgs& args) const override {
-    reduce_with(like, args, "the statistics", cuda::batch_norm_statistics);
-  }
-  void combine(const at::Tensor& like, const CombineArgs& args) const override {
-    reduce_with(like, args, "the statistics", cuda::batch_norm_combine);
-  }
-  void from_running(const at::Tensor& like, const FromRunningArgs& args) const override {
-    run(like, "the statistics",
-        [&](int, cudaStream_t stream) { return cuda::batch_norm_from_running(args, stream); });
-  }
-  void apply(const at::Tensor& like, const ApplyArgs& args) const override {
-    run(like, "the forward pass",
-        [&](int, cudaStream_t stream) { return cuda::batch_norm_apply(args, stream); });
-  }
-  void reduce(const at::Tensor& like, const BackwardArgs& args) const override {
-    reduce_with(like, args, "the backward pass", cuda::batch_norm_reduce);
-  }
-  void coefficients(const at::Tensor& like, const CoefficientsArgs& args) const override {
-    run(like, "the backward pass",
-        [&](int, cudaStream_t stream) { return cuda::batch_norm_coefficients(args, stream); });
-  }
-  void apply_grad(const at::Tensor& like, const BackwardArgs& args) const override {
-    run(like, "the backward pass",
-        [&](int, cudaStream_t stream) { return cuda::batch_norm_apply_grad(args, stream); });
-  }
-
- private:
-  template <class Launch>
-  void run(const at::Tensor& like, const char* what, Launch launch) const {
-    const int device = backend_.device_of(like);
-    const auto index = static_cast<c10::DeviceIndex>(device);
-    const c10::cuda::CUDAGuard guard(index);
-    check_launch(launch(device, c10::cuda::getCurrentCUDAStream(index).stream()), kOwner, what,
-                 device);
-  }
-
-  // Allocates what the launch needs; it may be freed before the kernel runs, for allocations follow
-  // the stream.
-  template <class Args, class Launch>
-  void reduce_with(const at::Tensor& like, const Args& args, const char* what,
-                   Launch launch) const {
-    run(like, what, [&](int device, cudaStream_t stream) {
-      cuda::NormScratchSize size;
-      check_launch(cuda::batch_norm_scratch(args, size), kOwner, what, device);
-      const Scratch scratch(like, device, stream, size);
-      return launch(args, scratch.pointers, stream);
-    });
-  }
-
-  const DeviceBackend& backend_;
-};
+// Allocates what the launch needs; it may be freed before the kernel runs, for allocations follow
+// the stream.
+template <class Args, class Launch>
+void reduce_with(int device, const at::Tensor& like, const Args& args, const char* what,
+                 Launch launch) {
+  run(device, what, [&](cudaStream_t stream) {
+    cuda::NormScratchSize size;
+    check_launch(cuda::batch_norm_scratch(args, size), kOwner, what, device);
+    const Scratch scratch(like, device, stream, size);
+    return launch(args, scratch.pointers, stream);
+  });
+}
 
 }  // namespace
 
-const BatchNormDevice& cuda_batch_norm(const DeviceBackend& backend) {
-  static const CudaBatchNorm instance(backend);
-  return instance;
+template <>
+void launch_on_cuda(int device, const at::Tensor& like, const StatisticsArgs& args) {
+  reduce_with(device, like, args, "the statistics", cuda::batch_norm_statistics);
+}
+template <>
+void launch_on_cuda(int device, const at::Tensor& like, const CombineArgs& args) {
+  reduce_with(device, like, args, "the statistics", cuda::batch_norm_combine);
+}
+template <>
+void launch_on_cuda(int device, const at::Tensor&, const FromRunningArgs& args) {
+  run(device, "the statistics",
+      [&](cudaStream_t stream) { return cuda::batch_norm_from_running(args, stream); });
+}
+template <>
+void launch_on_cuda(int device, const at::Tensor&, const ApplyArgs& args) {
+  run(device, "the forward pass",
+      [&](cudaStream_t stream) { return cuda::batch_norm_apply(args, stream); });
+}
+template <>
+void launch_on_cuda(int device, const at::Tensor& like, const ReduceArgs& args) {
+  reduce_with(device, like, args, "the backward pass", cuda::batch_norm_reduce);
+}
+template <>
+void launch_on_cuda(int device, const at::Tensor&, const CoefficientsArgs& args) {
+  run(device, "the backward pass",
+      [&](cudaStream_t stream) { return cuda::batch_norm_coefficients(args, stream); });
+}
+template <>
+void launch_on_cuda(int device, const at::Tensor&, const ApplyGradArgs& args) {
+  run(device, "the backward pass",
+      [&](cudaStream_t stream) { return cuda::batch_norm_apply_grad(args, stream); });
+}
+template <>
+void launch_on_cuda(int device, const at::Tensor& like, const BackwardArgs& args) {
+  launch_on_cuda(device, like, ReduceArgs{args});
+  if (args.writes_elements()) launch_on_cuda(device, like, ApplyGradArgs{args});
 }
 
 }  // namespace braze

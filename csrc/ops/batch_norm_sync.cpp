@@ -3,9 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "activation.h"
 #include "batch_norm_check.h"
 #include "dense.h"
+#include "launch.h"
 #include "new_like.h"
 
 namespace braze {
@@ -14,13 +14,13 @@ namespace {
 // What reduce and apply_grad have in common; `kept` holds the tensors that the pointers are of.
 BackwardArgs backward_args(const char* op, const at::Tensor& grad, const at::Tensor& input,
                            const at::Tensor& stats, const OptionalTensor& residual,
-                           const OptionalTensor& mask, std::string_view activation,
-                           double parameter, std::vector<at::Tensor>& kept) {
+                           const OptionalTensor& mask, int64_t activation, double parameter,
+                           std::vector<at::Tensor>& kept) {
   BackwardArgs args;
-  args.activation = activation_named(activation);
+  args.activation = checked_activation(activation);
   args.parameter = parameter;
-  const at::Tensor x = checked_input(op, "input", input);
-  args.shape = *activation_shape(x);
+  const auto [x, shape] = checked_input(op, input);
+  args.shape = shape;
   const at::Tensor dy = checked_like(op, "grad", grad, x);
   args.dy = dy.const_data_ptr();
   args.input[0] = {x.const_data_ptr(),
@@ -37,36 +37,32 @@ BackwardArgs backward_args(const char* op, const at::Tensor& grad, const at::Ten
 }  // namespace
 
 at::Tensor batch_norm_moments(const at::Tensor& input) {
-  const at::Tensor x = checked_input("batch_norm_moments", "input", input);
+  const auto [x, shape] = checked_input("batch_norm_moments", input);
   StatisticsArgs args;
-  args.shape = *activation_shape(x);
+  args.shape = shape;
   at::Tensor moments = new_array(x, {kMomentsRows, args.shape.c});
   args.x = x.const_data_ptr();
   args.moments = moments.mutable_data_ptr();
-  run_statistics(x, args);
+  launch(x, args);
   return moments;
 }
 
 at::Tensor batch_norm_combine(const at::Tensor& moments, const at::Tensor& input,
-                              const OptionalTensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                              const OptionalTensor& num_batches_tracked,
-                              std::optional<double> momentum, double eps) {
+                              BRAZE_NORM_PARAMETERS()) {
   constexpr const char* op = "batch_norm_combine";
-  const at::Tensor x = checked_input(op, "input", input);
+  const auto [x, shape] = checked_input(op, input);
   CombineArgs args;
-  args.shape = *activation_shape(x);
+  args.shape = shape;
   TORCH_CHECK_VALUE(moments.dim() == 3 && moments.size(0) >= 1, op,
                     ": moments must be [processes, 3, C], but its shape is ", moments.sizes());
   args.processes = moments.size(0);
   args.moments =
       checked_array(op, "moments", moments, x, {args.processes, kMomentsRows, args.shape.c});
-  ChannelTensors channels(op, "", x, weight, bias, running_mean, running_var, num_batches_tracked,
-                          momentum, eps, true);
+  ChannelTensors channels(op, "", x, BRAZE_NORM(), true);
   args.channels = channels.plain();
   at::Tensor stats = new_array(x, {kStatsRows, args.shape.c});
   args.stats = stats.mutable_data_ptr();
-  run_combine(x, args);
+  launch(x, args);
   channels.written();
   return stats;
 }
@@ -74,13 +70,13 @@ at::Tensor batch_norm_combine(const at::Tensor& moments, const at::Tensor& input
 std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
                                                     const at::Tensor& stats,
                                                     const OptionalTensor& residual,
-                                                    std::string_view activation, double parameter) {
+                                                    int64_t activation, double parameter) {
   constexpr const char* op = "batch_norm_apply";
   ApplyArgs args;
-  args.activation = activation_named(activation);
+  args.activation = checked_activation(activation);
   args.parameter = parameter;
-  const at::Tensor x = checked_input(op, "input", input);
-  args.shape = *activation_shape(x);
+  const auto [x, shape] = checked_input(op, input);
+  args.shape = shape;
   args.input[0] = {x.const_data_ptr(),
                    checked_array(op, "stats", stats, x, {kStatsRows, args.shape.c})};
   const at::Tensor added = residual ? checked_like(op, "residual", *residual, x) : at::Tensor();
@@ -92,14 +88,13 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
                               : no_tensor(x, c10::kByte);
   args.y = y.mutable_data_ptr();
   if (masked) args.mask = mask.mutable_data_ptr<uint8_t>();
-  run_apply(x, args);
+  launch(x, args);
   return {y, mask};
 }
 
 at::Tensor batch_norm_reduce(const at::Tensor& grad, const at::Tensor& input,
                              const at::Tensor& stats, const OptionalTensor& residual,
-                             const OptionalTensor& mask, std::string_view activation,
-                             double parameter) {
+                             const OptionalTensor& mask, int64_t activation, double parameter) {
   std::vector<at::Tensor> kept;
   BackwardArgs args = backward_args("batch_norm_reduce", grad, input, stats, residual, mask,
                                     activation, parameter, kept);
@@ -107,14 +102,14 @@ at::Tensor batch_norm_reduce(const at::Tensor& grad, const at::Tensor& input,
   args.sums = sums.mutable_data_ptr();
   args.count = static_cast<double>(args.shape.per_channel());
   if (args.shape.numel() == 0) return sums.zero_();
-  run_reduce(kept[0], args);
+  launch(kept[0], ReduceArgs{args});
   return sums;
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_apply_grad(
     const at::Tensor& grad, const at::Tensor& input, const at::Tensor& stats,
     const OptionalTensor& residual, const OptionalTensor& mask, const at::Tensor& sums,
-    const at::Tensor& count, std::string_view activation, double parameter, bool need_residual) {
+    const at::Tensor& count, int64_t activation, double parameter, bool need_residual) {
   constexpr const char* op = "batch_norm_apply_grad";
   std::vector<at::Tensor> kept;
   BackwardArgs args =
@@ -131,28 +126,26 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply_grad(
   at::Tensor grad_residual = need_residual ? new_like(x) : no_tensor(x, x.scalar_type());
   args.grad[0].dx = dx.mutable_data_ptr();
   if (need_residual) args.grad_residual = grad_residual.mutable_data_ptr();
-  run_coefficients(x, from);
-  run_apply_grad(x, args);
+  launch(x, from);
+  launch(x, ApplyGradArgs{args});
   return {dx, grad_residual};
 }
 
 TORCH_LIBRARY_FRAGMENT(braze, m) {
   m.def("batch_norm_moments(Tensor input) -> Tensor");
+  m.def(("batch_norm_combine(Tensor moments, Tensor input, " + norm_schema("", 'a') + ") -> Tensor")
+            .c_str());
   m.def(
-      "batch_norm_combine(Tensor moments, Tensor input, Tensor? weight, Tensor? bias, "
-      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-      "float? momentum, float eps) -> Tensor");
-  m.def(
-      "batch_norm_apply(Tensor input, Tensor stats, Tensor? residual, str activation, float "
+      "batch_norm_apply(Tensor input, Tensor stats, Tensor? residual, int activation, float "
       "parameter) "
       "-> (Tensor, Tensor)");
   m.def(
       "batch_norm_reduce(Tensor grad, Tensor input, Tensor stats, Tensor? residual, Tensor? mask, "
-      "str activation, float parameter) -> Tensor");
+      "int activation, float parameter) -> Tensor");
   m.def(
       "batch_norm_apply_grad(Tensor grad, Tensor input, Tensor stats, Tensor? residual, Tensor? "
       "mask, "
-      "Tensor sums, Tensor count, str activation, float parameter, bool need_residual) "
+      "Tensor sums, Tensor count, int activation, float parameter, bool need_residual) "
       "-> (Tensor, Tensor)");
 }
 

@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 
-#include "../cpu/threads.h"
 #include "tensor_work.h"
 
 namespace braze {
@@ -64,23 +63,21 @@ std::optional<ActivationShape> activation_shape(const at::Tensor& tensor) {
   return shape;
 }
 
-at::Tensor dense_activation(const at::Tensor& tensor) {
-  if (activation_shape(tensor)) return tensor;
-  return tensor.contiguous(tensor.suggest_memory_format());
+DenseActivation dense_activation(const at::Tensor& tensor) {
+  if (const std::optional<ActivationShape> shape = activation_shape(tensor)) {
+    return {tensor, *shape};
+  }
+  const at::Tensor copy = tensor.contiguous(tensor.suggest_memory_format());
+  return {copy, *activation_shape(copy)};
 }
+
+int allowed_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 at::Tensor in_order_of(const at::Tensor& tensor, const at::Tensor& like) {
   if (tensor.scalar_type() == like.scalar_type() && same_order(tensor, like)) return tensor;
   at::Tensor copy = at::empty_like(like);
   copy.copy_(tensor);
   return copy;
-}
-
-int threads_for(int64_t elements) {
-  constexpr int64_t kElementsPerThread = 16384;
-  if (elements < 2 * kElementsPerThread || at::in_parallel_region()) return 1;
-  const int64_t useful = elements / kElementsPerThread;
-  return cpu::usable_threads(static_cast<int>(std::min<int64_t>(at::get_num_threads(), useful)));
 }
 
 }  // namespace braze

@@ -29,13 +29,17 @@ std::optional<ActivationShape> activation_shape(const at::Tensor& tensor);
 
 // The tensor itself, if activation_shape can read it, else a copy that it can: channels last if the
 // strides suggest that.
-at::Tensor dense_activation(const at::Tensor& tensor);
+struct DenseActivation {
+  at::Tensor tensor;
+  ActivationShape shape;
+};
+DenseActivation dense_activation(const at::Tensor& tensor);
 
 // `tensor`, with its elements in memory as those of `like`, which has its shape. Converts the
 // dtype.
 at::Tensor in_order_of(const at::Tensor& tensor, const at::Tensor& like);
 
-// How many threads the CPU's kernels may use for this much memory.
-int threads_for(int64_t elements);
+// torch's number of threads, or 1 inside one of its parallel regions.
+int allowed_threads();
 
 }  // namespace braze

@@ -32,8 +32,7 @@ class DeviceStep {
   virtual void launch(const Work& work, const Hypers& hypers, const DeviceScale& scale) = 0;
 };
 
-class BatchNormDevice;
-class DropoutDevice;
+struct Launches;  // launch.h
 
 class DeviceBackend {
  public:
@@ -48,8 +47,8 @@ class DeviceBackend {
   virtual bool holds_scalar(const at::Tensor& tensor, bool wanted) const = 0;
   virtual bool is_capturing(int device) const = 0;
   virtual std::unique_ptr<DeviceStep> make_step(int device, const std::string& owner) const = 0;
-  virtual const BatchNormDevice& batch_norm() const = 0;
-  virtual const DropoutDevice& dropout() const = 0;
+  // The device's column of the launch table.
+  virtual const Launches& launches() const = 0;
 };
 
 // Backends live as long as the process.

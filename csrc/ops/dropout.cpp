@@ -1,21 +1,15 @@
 #include "dropout.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include <mutex>
-
-#include "../cpu/dropout_cpu.h"
 #include "activation.h"
 #include "dense.h"
-#include "device_backend.h"
-#include "dropout_device.h"
+#include "launch.h"
 #include "new_like.h"
 #include "tensor_work.h"
 
@@ -46,31 +40,6 @@ at::Tensor dense(const at::Tensor& tensor) {
   return copy;
 }
 
-// A device with kernels, or the CPU.
-class Place {
- public:
-  explicit Place(const at::Tensor& tensor) : place_(device_place(tensor)) {}
-  RandomState draw(const OptionalGenerator& generator) const {
-    if (place_.backend != nullptr) return place_.backend->dropout().draw(place_.index, generator);
-    auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
-        generator, at::detail::getDefaultCPUGenerator());
-    const std::lock_guard<std::mutex> lock(source->mutex_);
-    RandomState state;
-    state.seed = source->random64();
-    return state;
-  }
-  void run(const DropoutArgs& args) const {
-    if (place_.backend != nullptr) {
-      place_.backend->dropout().run(place_.index, args);
-    } else {
-      cpu::dropout(args, at::in_parallel_region() ? 1 : at::get_num_threads());
-    }
-  }
-
- private:
-  DevicePlace place_;
-};
-
 DropoutArgs basic_args(const at::Tensor& input, double p, bool alpha) {
   DropoutArgs args;
   args.dtype = *real_dtype(input.scalar_type());
@@ -91,6 +60,12 @@ at::Tensor new_state(const at::Tensor& like, DropoutArgs& args) {
   at::Tensor state = at::empty({2}, like.options().dtype(at::kLong));
   args.used = state.mutable_data_ptr<int64_t>();
   return state;
+}
+
+void draw_and_launch(const at::Tensor& like, DropoutArgs& args,
+                     const OptionalGenerator& generator) {
+  launch(like, DrawArgs{generator, args.random});
+  launch(like, args);
 }
 
 void use_state(const at::Tensor& state, DropoutArgs& args) {
@@ -131,13 +106,11 @@ at::Tensor ordered(const at::Tensor& out, const at::Tensor& input, bool feature)
 DropoutResult dropout_impl(const at::Tensor& input, double p, bool alpha, bool feature,
                            OptionalGenerator generator, const OptionalTensor&) {
   check_readable("dropout", "input", input);
-  const Place place(input);
   DropoutArgs args = basic_args(input, p, alpha);
   const at::Tensor x = lay_out(input, feature, args);
   at::Tensor out = new_like(x), state = new_state(x, args);
   set_pointers(args, x, nullptr, out);
-  args.random = place.draw(generator);
-  place.run(args);
+  draw_and_launch(x, args, generator);
   return {ordered(out, input, feature), state};
 }
 
@@ -145,12 +118,10 @@ at::Tensor dropout_inplace_impl(at::Tensor& input, double p, bool alpha, bool fe
                                 OptionalGenerator generator) {
   check_readable("dropout_", "input", input);
   at::assert_no_internal_overlap(input);
-  const Place place(input);
   DropoutArgs args = basic_args(input, p, alpha);
   at::Tensor x = lay_out(input, feature, args), state = new_state(x, args);
   set_pointers(args, x, nullptr, x);
-  args.random = place.draw(generator);
-  place.run(args);
+  draw_and_launch(x, args, generator);
   if (!x.is_same(input)) input.copy_(x);
   return state;
 }
@@ -159,14 +130,13 @@ at::Tensor dropout_apply_impl(const at::Tensor& input, const at::Tensor& state, 
                               bool alpha, bool feature, bool gradient) {
   check_readable("dropout_apply", "input", input);
   check_state(input, state, "dropout_apply");
-  const Place place(input);
   DropoutArgs args = basic_args(input, p, alpha);
   if (gradient) args.terms = linear_part(args.terms);
   const at::Tensor x = lay_out(input, feature, args);
   at::Tensor out = new_like(x);
   set_pointers(args, x, nullptr, out);
   use_state(state, args);
-  place.run(args);
+  launch(x, args);
   return ordered(out, input, feature);
 }
 
@@ -174,14 +144,12 @@ DropoutResult dropout_add_impl(const at::Tensor& input, const at::Tensor& residu
                                OptionalGenerator generator, const OptionalTensor&) {
   check_readable("dropout_add", "input", input);
   check_like("dropout_add", "residual", residual, input, "input");
-  const Place place(input);
   DropoutArgs args = basic_args(input, p, false);
   args.step = DropoutStep::add;
   const at::Tensor x = dense(input), second = in_order_of(residual, x);
   at::Tensor out = new_like(x), state = new_state(x, args);
   set_pointers(args, x, &second, out);
-  args.random = place.draw(generator);
-  place.run(args);
+  draw_and_launch(x, args, generator);
   return {out, state};
 }
 
@@ -198,13 +166,11 @@ DropoutResult act_dropout_impl(const at::Tensor& input, double p, std::string_vi
                                double parameter, OptionalGenerator generator,
                                const OptionalTensor&) {
   check_readable("act_dropout", "input", input);
-  const Place place(input);
   DropoutArgs args = activation_args(input, p, activation, parameter);
   const at::Tensor x = dense(input);
   at::Tensor out = new_like(x), state = new_state(x, args);
   set_pointers(args, x, nullptr, out);
-  args.random = place.draw(generator);
-  place.run(args);
+  draw_and_launch(x, args, generator);
   return {out, state};
 }
 
@@ -212,12 +178,10 @@ at::Tensor act_dropout_inplace_impl(at::Tensor& input, double p, std::string_vie
                                     double parameter, OptionalGenerator generator) {
   check_readable("act_dropout_", "input", input);
   at::assert_no_internal_overlap(input);
-  const Place place(input);
   DropoutArgs args = activation_args(input, p, activation, parameter);
   at::Tensor x = dense(input), state = new_state(x, args);
   set_pointers(args, x, nullptr, x);
-  args.random = place.draw(generator);
-  place.run(args);
+  draw_and_launch(x, args, generator);
   if (!x.is_same(input)) input.copy_(x);
   return state;
 }
@@ -228,14 +192,13 @@ at::Tensor act_dropout_backward_impl(const at::Tensor& grad, const at::Tensor& s
   check_readable("act_dropout_backward", "saved", saved);
   check_like("act_dropout_backward", "grad", grad, saved, "saved");
   check_state(saved, state, "act_dropout_backward");
-  const Place place(saved);
   DropoutArgs args = activation_args(saved, p, activation, parameter);
   args.step = DropoutStep::activate_grad;
   const at::Tensor x = dense(saved), second = in_order_of(grad, x);
   at::Tensor out = new_like(x);
   set_pointers(args, x, &second, out);
   use_state(state, args);
-  place.run(args);
+  launch(x, args);
   return out;
 }
 

@@ -2,13 +2,7 @@
 // needs.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_make_dual.h>
-#include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/hardswish_backward.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/softplus.h>
-#include <ATen/ops/tanh.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -58,15 +52,15 @@ struct Saved {
   bool alpha, feature;
   std::vector<int64_t> order;
 
+  // As one list of numbers.
   void save(AutogradContext* ctx) const {
-    ctx->saved_data["p"] = p;
-    ctx->saved_data["alpha"] = alpha;
-    ctx->saved_data["feature"] = feature;
-    ctx->saved_data["order"] = order;
+    std::vector<double> numbers = {p, static_cast<double>(alpha), static_cast<double>(feature)};
+    numbers.insert(numbers.end(), order.begin(), order.end());
+    ctx->saved_data["call"] = std::move(numbers);
   }
   static Saved load(AutogradContext* ctx) {
-    return {ctx->saved_data["p"].toDouble(), ctx->saved_data["alpha"].toBool(),
-            ctx->saved_data["feature"].toBool(), ctx->saved_data["order"].toIntVector()};
+    const std::vector<double> n = ctx->saved_data["call"].toDoubleVector();
+    return {n[0], n[1] != 0, n[2] != 0, {n.begin() + 3, n.end()}};
   }
 };
 
@@ -158,6 +152,7 @@ struct DropoutAdd : Function<DropoutAdd> {
 bool output_says_all(std::string_view activation) { return activation == "relu"; }
 
 struct ActDropout : Function<ActDropout> {
+  using Packed = std::tuple<double, std::string, double>;
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, double p,
                                std::string_view activation, double parameter,
                                const OptionalGenerator& generator, const OptionalTensor& distinct) {
@@ -170,15 +165,12 @@ struct ActDropout : Function<ActDropout> {
   static void save(AutogradContext* ctx, const at::Tensor& saved, const at::Tensor& state, double p,
                    std::string_view activation, double parameter) {
     ctx->save_for_backward({saved, state});
-    ctx->saved_data["p"] = p;
-    ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["parameter"] = parameter;
+    ctx->saved_data["call"] = Packed(p, std::string(activation), parameter);
   }
   static at::Tensor grad_of(AutogradContext* ctx, const at::Tensor& grad) {
     const variable_list saved = ctx->get_saved_variables();
-    return act_dropout_backward(grad, saved[0], saved[1], ctx->saved_data["p"].toDouble(),
-                                ctx->saved_data["activation"].toStringView(),
-                                ctx->saved_data["parameter"].toDouble());
+    const auto [p, activation, parameter] = ctx->saved_data["call"].to<Packed>();
+    return act_dropout_backward(grad, saved[0], saved[1], p, activation, parameter);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(6);
@@ -220,33 +212,6 @@ struct ActDropoutBackward : Function<ActDropoutBackward> {
     return result;
   }
 };
-
-// grad activation'(x) in operations that torch differentiates; of those with a curvature.
-at::Tensor differentiable_grad(Activation activation, const at::Tensor& grad, const at::Tensor& x,
-                               double parameter) {
-  switch (activation) {
-    case Activation::elu: return at::elu_backward(grad, parameter, 1, 1, false, x);
-    case Activation::sigmoid: {
-      const at::Tensor s = at::sigmoid(x);
-      return grad * s * (1 - s);
-    }
-    case Activation::tanh: {
-      const at::Tensor t = at::tanh(x);
-      return grad * (1 - t * t);
-    }
-    case Activation::silu: {
-      const at::Tensor s = at::sigmoid(x);
-      return grad * s * (1 + x * (1 - s));
-    }
-    case Activation::gelu: return at::gelu_backward(grad, x, "none");
-    case Activation::gelu_tanh: return at::gelu_backward(grad, x, "tanh");
-    case Activation::hardswish: return at::hardswish_backward(grad, x);
-    default: {
-      const at::Tensor t = at::tanh(at::softplus(x));
-      return grad * (t + x * at::sigmoid(x) * (1 - t * t));
-    }
-  }
-}
 
 DropoutResult pair(const variable_list& outputs) { return {outputs[0], outputs[1]}; }
 
@@ -346,11 +311,11 @@ at::Tensor act_dropout_backward_autograd(const at::Tensor& grad, const at::Tenso
       return act_dropout_backward(part, saved, state, p, name, parameter);
     });
   }
-  if (needs_grad(saved) && !has_two_slopes(activation) && activation != Activation::identity) {
+  if (needs_grad(saved) && is_curved(activation)) {
     const at::Tensor copy = saved.is_non_overlapping_and_dense() ? saved : at::empty_like(saved);
     const at::Tensor dropped =
         dropout_apply(in_order(grad, order_in_memory(copy)), state, p, false, false, true);
-    return differentiable_grad(activation, dropped, saved, parameter);
+    return gradient_by_torch(dropped, saved, activation, parameter);
   }
   if (needs_grad(grad)) {
     return ActDropoutBackward::apply(grad, saved.detach(), state, p, name, parameter)[0];

@@ -1,6 +1,7 @@
 #include "fingerprint.h"
 
 #include "../cpu/checksum_cpu.h"
+#include "../cpu/parallel.h"
 #include "dense.h"
 
 namespace braze {
@@ -23,7 +24,8 @@ int64_t fingerprint(const std::vector<std::optional<at::Tensor>>& tensors) {
       const at::Tensor dense =
           tensor->is_non_overlapping_and_dense() ? *tensor : tensor->contiguous();
       const auto size = static_cast<int64_t>(dense.nbytes());
-      hash = mix(hash, cpu::checksum(dense.const_data_ptr(), size, threads_for(size / 4)));
+      hash = mix(hash, cpu::checksum(dense.const_data_ptr(), size,
+                                     cpu::threads_for(size / 4, size, allowed_threads())));
     }
   }
   return static_cast<int64_t>(hash);

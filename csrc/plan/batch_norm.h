@@ -126,6 +126,10 @@ struct BackwardArgs {
   }
 };
 
+// One of the two passes alone.
+struct ReduceArgs : BackwardArgs {};
+struct ApplyGradArgs : BackwardArgs {};
+
 // What reduce does at its end, from sums that other processes had a part in.
 struct CoefficientsArgs {
   ActivationShape shape;  // c and dtype count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import braze
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import CASES
 from fuse_cases import Network, Residual, assert_same_outcome, block, bn, conv, image, outcome
 from torch import Tensor, nn
 
@@ -33,30 +33,6 @@ def _iadd(a: Tensor, b: Tensor) -> Tensor:
 
 def _method(name: str) -> Callable[..., Tensor]:
     return lambda x, *others: getattr(x, name)(*others)
-
-
-ACTIVATIONS = {
-    "relu": [
-        nn.ReLU(),
-        nn.ReLU(True),
-        F.relu,
-        torch.relu,
-        torch.relu_,
-        _method("relu"),
-        _method("relu_"),
-    ],
-    "relu6": [nn.ReLU6(), nn.Hardtanh(0.0, 6.0), F.relu6],
-    "leaky_relu": [nn.LeakyReLU(0.2), functools.partial(F.leaky_relu, negative_slope=0.3)],
-    "elu": [nn.ELU(0.7), functools.partial(F.elu, alpha=0.5)],
-    "sigmoid": [nn.Sigmoid(), torch.sigmoid, _method("sigmoid_")],
-    "tanh": [nn.Tanh(), torch.tanh, _method("tanh")],
-    "silu": [nn.SiLU(), nn.SiLU(True), F.silu],
-    "gelu": [nn.GELU(), F.gelu],
-    "gelu_tanh": [nn.GELU("tanh"), functools.partial(F.gelu, approximate="tanh")],
-    "hardswish": [nn.Hardswish(), F.hardswish],
-    "hardsigmoid": [nn.Hardsigmoid(), F.hardsigmoid],
-    "mish": [nn.Mish(), F.mish],
-}
 
 
 def _with_activation(act: Any) -> nn.Module:
@@ -271,11 +247,11 @@ def test_pattern_in_channels_last(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "act"), [(name, act) for name, acts in ACTIVATIONS.items() for act in acts]
+    ("name", "act"), [(name, form) for name, case in CASES.items() for form in case.forms]
 )
 def test_activation(name: str, act: Any) -> None:
     torch.manual_seed(0)
-    model = _with_activation(act)
+    model = _with_activation(_method(act) if isinstance(act, str) else act)
     assert kinds_of(model) == {f"bn+{name}"}
     # torch's hardsigmoid rounds its derivative to float.
     check(model, image(), tolerance=1e-7 if name == "hardsigmoid" else 1e-9)

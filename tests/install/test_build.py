@@ -61,7 +61,11 @@ def test_built_for_this_torch() -> None:
 def test_stub_names_what_the_extension_has() -> None:
     stub = ast.parse((ROOT / "python/braze/_C.pyi").read_text())
     names = {n.name for n in stub.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    assert names == {n for n in dir(_native._C) if not n.startswith("_")}
+    names |= {ast.unparse(n.target) for n in stub.body if isinstance(n, ast.AnnAssign)}
+    names.remove("__getattr__")  # stands for the operators, whose schemas are torch.ops'
+    bound = {n for n in dir(_native._C) if not n.startswith("_")}
+    assert names <= bound
+    assert {n for n in bound if hasattr(torch.ops.braze, n)} == bound - names
     plan = next(n for n in stub.body if isinstance(n, ast.ClassDef))
     methods = {n.name for n in plan.body if isinstance(n, ast.FunctionDef)} - {"__init__"}
     assert methods == {n for n in dir(_native._C.StepPlan) if not n.startswith("_")}

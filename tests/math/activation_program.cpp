@@ -53,6 +53,12 @@ void elementary() {
     });
   }
   {
+    Worst ulps("logarithm_of_1_plus");
+    exact::for_floats(1, kStride, [&](float x) {
+      if (x >= 0) ulps.see(x, spoil(logarithm_of_1_plus(x)), log1pl(x), ulp(log1pl(x)));
+    });
+  }
+  {
     Worst absolute("normal_cdf");
     exact::for_floats(40, kStride, [&](float x) {
       absolute.see(x, spoil(normal_cdf(x)), exact::normal_cdf(x), 0x1p-23L);
@@ -82,7 +88,7 @@ void elementary() {
 // Errors of values in units of 2^-24 (2^-53) times max(1, |value|): what a float near 1 resolves.
 template <Activation kA>
 void activation_errors() {
-  const std::string name = exact::kNames[static_cast<int>(kA)];
+  const std::string name = kActivationNames[static_cast<int>(kA)];
   Worst y(name), dy(name + "_derivative"), wide_y(name + "_double"),
       wide_dy(name + "_derivative_double");
   exact::for_floats(100, kStride, [&](float z) {
@@ -108,8 +114,8 @@ void all_errors(std::integer_sequence<int, kIndex...>) {
 template <Activation kA, class T>
 void point(const char* type, T x) {
   const T parameter = static_cast<T>(kParameter);
-  std::printf("%s %s %a %a %a\n", exact::kNames[static_cast<int>(kA)], type, static_cast<double>(x),
-              static_cast<double>(activate<kA>(x, parameter)),
+  std::printf("%s %s %a %a %a\n", kActivationNames[static_cast<int>(kA)], type,
+              static_cast<double>(x), static_cast<double>(activate<kA>(x, parameter)),
               static_cast<double>(activation_derivative<kA>(x, parameter)));
 }
 

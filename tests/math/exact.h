@@ -12,10 +12,6 @@ namespace exact {
 
 using braze::Activation;
 
-constexpr const char* kNames[braze::kNumActivations] = {
-    "identity", "relu", "relu6",     "leaky_relu", "elu",         "sigmoid", "tanh",
-    "silu",     "gelu", "gelu_tanh", "hardswish",  "hardsigmoid", "mish"};
-
 inline long double between(long double low, long double x, long double high) {
   return x < low ? low : x > high ? high : x;
 }
@@ -37,6 +33,8 @@ inline long double activation(Activation which, long double z, long double param
       return z / 2 * (1 + tanhl(sqrtl(2 / acosl(-1)) * (z + 0.044715L * z * z * z)));
     case Activation::hardswish: return z * between(0, z + 3, 6) / 6;
     case Activation::hardsigmoid: return between(0, z + 3, 6) / 6;
+    case Activation::hardtanh: return between(-1, z, 1);
+    case Activation::softplus: return z > 20 ? z : log1pl(expl(z));
     case Activation::mish: return z * tanhl(log1pl(expl(z)));
   }
   return NAN;
@@ -50,7 +48,7 @@ inline long double derivative(Activation which, long double z, long double param
 }
 
 inline bool near_kink(double z) {
-  for (const double kink : {-3.0, 0.0, 3.0, 6.0}) {
+  for (const double kink : {-3.0, -1.0, 0.0, 1.0, 3.0, 6.0, 20.0}) {
     if (std::fabs(z - kink) < 0.002) return true;
   }
   return false;

@@ -192,7 +192,7 @@ def test_running_statistics(momentum: float | None) -> None:
     for batch in range(1, 5):
         x = values((7, c, 3), batch) * batch + batch
         ops.batch_norm_act(
-            x, None, None, mean, var, tracked, True, momentum, 1e-5, "relu", 0.0, None
+            x, None, None, mean, var, tracked, momentum, 1e-5, True, "relu", 0.0, None
         )
         factor = 1 / batch if momentum is None else momentum
         flat = x.double().transpose(0, 1).reshape(c, -1)
@@ -205,7 +205,7 @@ def test_running_statistics(momentum: float | None) -> None:
 
 def test_statistics_are_used_biased() -> None:
     x = values((2, 3, 2), 1)
-    y = ops.batch_norm_act(x, None, None, None, None, None, True, 0.1, 0.0, "identity", 0.0, None)
+    y = ops.batch_norm_act(x, None, None, None, None, None, 0.1, 0.0, True, "identity", 0.0, None)
     flat = y.double().transpose(0, 1).reshape(3, -1)
     torch.testing.assert_close(
         flat.var(1, unbiased=False), torch.ones_like(flat[:, 0]), rtol=1e-6, atol=0

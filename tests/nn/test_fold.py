@@ -10,6 +10,7 @@ import braze
 import braze.nn as bnn
 import pytest
 import torch
+from activations import MODULES
 from braze._native import _C
 from fuse_cases import Residual, bn, conv, image
 from torch import Tensor, nn
@@ -19,21 +20,6 @@ pytestmark = [
     pytest.mark.cpu_only("is about convolutions of the CPU"),
     pytest.mark.skipif(not ONEDNN, reason="torch was built without oneDNN"),
 ]
-ACTIVATIONS: dict[str, nn.Module] = {
-    "identity": nn.Identity(),
-    "relu": nn.ReLU(),
-    "relu6": nn.ReLU6(),
-    "leaky_relu": nn.LeakyReLU(0.2),
-    "elu": nn.ELU(0.5),
-    "sigmoid": nn.Sigmoid(),
-    "tanh": nn.Tanh(),
-    "silu": nn.SiLU(),
-    "gelu": nn.GELU(),
-    "gelu_tanh": nn.GELU("tanh"),
-    "hardswish": nn.Hardswish(),
-    "hardsigmoid": nn.Hardsigmoid(),
-    "mish": nn.Mish(),
-}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -67,11 +53,11 @@ def _same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("join", [False, True])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", MODULES)
 def test_values(name: str, join: bool, layout: torch.memory_format, dtype: torch.dtype) -> None:
     """Against fp64, with the layout that torch gives."""
     torch.manual_seed(0)
-    act = ACTIVATIONS[name]
+    act = MODULES[name]
     plain = (Join(act) if join else nn.Sequential(conv(bias=True), bn(), act)).eval()
     x = image().to(dtype).contiguous(memory_format=layout)
     expected = copy.deepcopy(plain).double()(x.double())

@@ -5,6 +5,7 @@ The programs are in tests/math; compiled without vector instructions, as the for
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import emulator_build as build
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import ACTIVATIONS, CASES
 from torch import Tensor
 
 pytestmark = pytest.mark.cpu_only("is about the formulas")
@@ -25,28 +27,13 @@ ELEMENTARY = {
     "exponential_denormal": 1.5,
     "small_exponential_minus_1": 1.0,
     "exponential_minus_1": 1.5,
+    "logarithm_of_1_plus": 1.5,
     "normal_cdf": 1.0,
     "hyperbolic_tangent": 3.0,
     "hyperbolic_tangent_double": 4.0,
     "reduced_range": 1.0001,
     "reduce_exponent": 0.3,
     "power_of_two": 0.0,
-}
-# Of values and derivatives in float, in units of 2^-24 max(1, |value|).
-ACTIVATIONS = {
-    "identity": (0.0, 0.0),
-    "relu": (0.0, 0.0),
-    "relu6": (0.0, 0.0),
-    "leaky_relu": (0.5, 0.0),
-    "elu": (1.0, 1.0),
-    "sigmoid": (2.0, 1.5),
-    "tanh": (3.0, 4.0),
-    "silu": (3.0, 4.0),
-    "gelu": (3.0, 3.0),
-    "gelu_tanh": (3.0, 4.0),
-    "hardswish": (3.0, 2.0),
-    "hardsigmoid": (1.5, 0.2),
-    "mish": (3.0, 3.0),
 }
 # Of double: values in units of 2^-53, derivatives against a difference quotient in units of 1e-12.
 DOUBLE = (3.0, 1.0)
@@ -82,7 +69,8 @@ def worst(name: str, *arguments: str) -> dict[str, float]:
 
 def activation_bounds() -> dict[str, float]:
     bounds = dict(ELEMENTARY)
-    for name, (value, slope) in ACTIVATIONS.items():
+    for name, case in CASES.items():
+        value, slope = case.bounds
         bounds |= {name: value, f"{name}_derivative": slope}
         bounds |= {f"{name}_double": DOUBLE[0], f"{name}_derivative_double": DOUBLE[1]}
     return bounds
@@ -118,22 +106,25 @@ def test_spoiled_results_are_not(
 
 SLOPE = 0.25
 TORCH: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda z: z * 1,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": lambda z: F.leaky_relu(z, SLOPE),
-    "elu": lambda z: F.elu(z, SLOPE),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "mish": F.mish,
-}
-KINKS = (-3.0, 0.0, -0.0, 3.0, 6.0)
-FINITE = (*KINKS, 1e-42, -1e-42, 1e-30, -1e-30, 19.9, 20.1, -87.0, -104.0, 104.0, -300.0, 300.0)
+    name: functools.partial(lambda function, z: function(z, SLOPE), function)
+    for name, function in ACTIVATIONS.items()
+} | {"hardsigmoid": F.hardsigmoid}  # whose derivative at the kinks is torch's
+KINKS = sorted({0.0}.union(*(case.kinks for case in CASES.values())))
+FINITE = (
+    *KINKS,
+    -0.0,
+    1e-42,
+    -1e-42,
+    1e-30,
+    -1e-30,
+    19.9,
+    20.1,
+    -87.0,
+    -104.0,
+    104.0,
+    -300.0,
+    300.0,
+)
 
 
 def points(*x: float) -> dict[tuple[str, str, float], tuple[float, float]]:

@@ -12,7 +12,7 @@ import sync_worker
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from braze.nn._composite import ACTIVATIONS
+from activations import ACTIVATIONS
 from nn_cases import assert_near, make_input
 from torch import Tensor, nn
 

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from activations import (  # noqa: F401  (others take some from here)
+    ACTIVATIONS,
+    CASES,
+    KINKS,
+    PARAMETERS,
+    TWO_SLOPES,
+)
 from op_table import FP32, Args, one_number, values
 from torch import Tensor
 
-
-def hardsigmoid(z: Tensor) -> Tensor:
-    """torch's own rounds 1/6 to fp32 in the derivative, also in fp64, and has no second derivative."""
-    return (z + 3).clamp(0, 6) / 6 if z.dtype is torch.float64 else F.hardsigmoid(z)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, _: z,
-    "relu": lambda z, _: F.relu(z),
-    "relu6": lambda z, _: F.relu6(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
-    "elu": lambda z, alpha: F.elu(z, alpha),
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-    "tanh": lambda z, _: torch.tanh(z),
-    "silu": lambda z, _: F.silu(z),
-    "gelu": lambda z, _: F.gelu(z),
-    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "hardsigmoid": lambda z, _: hardsigmoid(z),
-    "mish": lambda z, _: F.mish(z),
-}
-# A positive slope, so that its sign cannot hide in a symmetric sample.
-PARAMETERS = {"leaky_relu": 0.1, "elu": 0.7}
-KINKS: dict[str, tuple[float, ...]] = {
-    "relu": (0.0,),
-    "relu6": (0.0, 6.0),
-    "leaky_relu": (0.0,),
-    "elu": (0.0,),
-    "hardswish": (-3.0, 3.0),
-    "hardsigmoid": (-3.0, 3.0),
-}
-# One bit tells the derivative.
-TWO_SLOPES = ("relu", "relu6", "leaky_relu", "hardsigmoid")
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -54,9 +28,9 @@ def normalize(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    training: bool,
     momentum: float | None,
     eps: float,
+    training: bool,
 ) -> Tensor:
     """What torch's modules do."""
     if training and num_batches_tracked is not None:
@@ -86,8 +60,7 @@ def batch_norm_act_fork(*args: Any) -> tuple[Tensor, Tensor]:
 def batch_norm_add_act(*args: Any) -> Tensor:
     first, second = args[:8], args[8:16]
     training, activation, parameter = args[16:]
-    z = normalize(*first[:6], training, *first[6:])
-    z = z + normalize(*second[:6], training, *second[6:])
+    z = normalize(*first, training) + normalize(*second, training)
     return ACTIVATIONS[activation](z, parameter)
 
 
@@ -151,9 +124,9 @@ def act_args(config: Config, dtype: torch.dtype) -> Args:
     return [
         activation_tensor(config, 1, dtype),
         *channel_args(config, dtype, 10),
-        config.training,
         config.momentum,
         1e-5,
+        config.training,
         config.activation,
         PARAMETERS.get(config.activation, 0.0),
         activation_tensor(config.with_(mean=0.0), 2, dtype) if config.residual else None,
@@ -215,8 +188,8 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def slopes(mask: Tensor, x: Tensor, activation: str, parameter: float) -> Tensor:
     """activation' from the mask of a two-slope activation."""
-    upper = 1.0 / 6.0 if activation == "hardsigmoid" else 1.0
-    lower = parameter if activation == "leaky_relu" else 0.0
+    upper, lower = CASES[activation].slopes or (1.0, 1.0)
+    lower = parameter if lower is None else lower
     bits = unpack_mask(mask, x)
     return torch.where(bits, upper, lower).to(x.dtype)
 

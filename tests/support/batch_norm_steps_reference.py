@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import batch_norm_reference as reference
 import torch
+from activations import NAMES
 from batch_norm_reference import per_channel
 from op_table import FP32, Args
 from torch import Tensor
@@ -62,12 +63,12 @@ def forward(*args: object) -> list[Tensor]:
     )
     residual, training, activation, parameter, _ = a[16:]
     result = stats_of(x, channels, training, eps)
-    z = reference.normalize(x, *channels, training, momentum, eps)
+    z = reference.normalize(x, *channels, momentum, eps, training)
     if x2 is not None:
         result += stats_of(x2, channels2, training, eps2)
-        z = z + reference.normalize(x2, *channels2, training, momentum2, eps2)
+        z = z + reference.normalize(x2, *channels2, momentum2, eps2, training)
     z = z if residual is None else z + residual
-    return [reference.ACTIVATIONS[activation](z, parameter), *result]
+    return [reference.ACTIVATIONS[NAMES[activation]](z, parameter), *result]
 
 
 def combine(parts: Tensor, x: Tensor, *args: object) -> list[Tensor]:
@@ -90,18 +91,18 @@ def z_of(x: Tensor, stats: Tensor) -> Tensor:
 
 
 def apply(
-    x: Tensor, stats: Tensor, residual: Tensor | None, activation: str, parameter: float
+    x: Tensor, stats: Tensor, residual: Tensor | None, activation: int, parameter: float
 ) -> Tensor:
     z = z_of(x, stats) if residual is None else z_of(x, stats) + residual
-    return reference.ACTIVATIONS[activation](z, parameter).to(x.dtype)
+    return reference.ACTIVATIONS[NAMES[activation]](z, parameter).to(x.dtype)
 
 
 def d_of(
-    grad: Tensor, z: Tensor, mask: Tensor | None, x: Tensor, activation: str, parameter: float
+    grad: Tensor, z: Tensor, mask: Tensor | None, x: Tensor, activation: int, parameter: float
 ) -> Tensor:
     if mask is not None:
-        return grad * reference.slopes(mask, x, activation, parameter)
-    return grad * reference.derivative(z, activation, parameter)
+        return grad * reference.slopes(mask, x, NAMES[activation], parameter)
+    return grad * reference.derivative(z, NAMES[activation], parameter)
 
 
 def centred(x: Tensor, stats: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def reduce(
     stats: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
-    activation: str,
+    activation: int,
     parameter: float,
 ) -> Tensor:
     z = z_of(x, stats) if residual is None else z_of(x, stats) + residual
@@ -137,7 +138,7 @@ def apply_grad(
     mask: Tensor | None,
     sums: Tensor,
     count: Tensor,
-    activation: str,
+    activation: int,
     parameter: float,
     need_residual: bool,
 ) -> list[Tensor]:
@@ -158,7 +159,7 @@ def backward(
     residual: Tensor | None,
     mask: Tensor | None,
     training: bool,
-    activation: str,
+    activation: int,
     parameter: float,
     wanted: list[bool],
 ) -> list[Tensor]:

@@ -72,14 +72,14 @@ def wrong_act() -> tuple[Wrong, ...]:
         Wrong("one statistic", make(_4=None), ValueError, "must both be given"),
         Wrong("running_mean's length", make(_3=values((3,), 1)), ValueError, "running_mean"),
         Wrong("running dtypes", make(_3=two.double()), TypeError, "running_mean is Double"),
-        Wrong("no statistics", make(_3=None, _4=None, _6=False), ValueError, "training is False"),
+        Wrong("no statistics", make(_3=None, _4=None, _8=False), ValueError, "training is False"),
         Wrong(
             "count's dtype",
             make(_5=one_number(3, FP32)),
             TypeError,
             "num_batches_tracked must be int64",
         ),
-        Wrong("no count", make(_5=None, _7=None), ValueError, "needs num_batches_tracked"),
+        Wrong("no count", make(_5=None, _6=None), ValueError, "needs num_batches_tracked"),
         Wrong("activation", make(_9="swish"), ValueError, "activation is 'swish'.*hardswish"),
         Wrong("residual's shape", make(_11=values((3, 2, 2, 3), 1)), (RuntimeError), "2"),
     )

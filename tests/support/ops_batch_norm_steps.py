@@ -5,6 +5,7 @@ from __future__ import annotations
 import batch_norm_reference as reference
 import batch_norm_steps_reference as steps
 import torch
+from activations import NAMES
 from batch_norm_reference import Config, act_args, activation_tensor, channel_args
 from batch_norm_steps_reference import arithmetic, comparable
 from op_table import FP32, Args, Op, Sample, Wrong, one_number, values
@@ -44,7 +45,7 @@ def forward_sample(config: Config, two: bool = False) -> Sample:
                 1e-3,
             ]
         residual = None if two else args[11]
-        return [*args[:6], *args[7:9], *other, residual, args[6], args[9], args[10], True]
+        return [*args[:8], *other, residual, args[8], NAMES.index(args[9]), args[10], True]
 
     return Sample(f"{config.name}{'-two' if two else ''}", make)
 
@@ -72,7 +73,8 @@ def apply_sample(config: Config) -> Sample:
     def make(dtype: torch.dtype) -> Args:
         x = activation_tensor(config, 1, dtype)
         parameter = reference.PARAMETERS.get(config.activation, 0.0)
-        return [x, stats_like(x), residual_of(config, dtype), config.activation, parameter]
+        number = NAMES.index(config.activation)
+        return [x, stats_like(x), residual_of(config, dtype), number, parameter]
 
     return Sample(config.name, make)
 
@@ -81,7 +83,8 @@ def mask_for(config: Config, x: Tensor, residual: Tensor | None, stats: Tensor) 
     """As the forward makes it."""
     if residual is None or config.activation not in reference.TWO_SLOPES:
         return None
-    mask: Tensor = torch.ops.braze.batch_norm_apply(x, stats, residual, config.activation, 0.0)[1]
+    number = NAMES.index(config.activation)
+    mask: Tensor = torch.ops.braze.batch_norm_apply(x, stats, residual, number, 0.0)[1]
     return mask
 
 
@@ -98,7 +101,8 @@ def reduce_sample(config: Config, with_mask: bool, gradient_args: bool) -> Sampl
                 values((2, x.shape[1]), 50, wide),
                 one_number(x.numel() // x.shape[1] + 7, wide),
             ]
-        args += [config.activation, reference.PARAMETERS.get(config.activation, 0.0)]
+        number = NAMES.index(config.activation)
+        args += [number, reference.PARAMETERS.get(config.activation, 0.0)]
         return [*args, config.residual] if gradient_args else args
 
     return Sample(f"{config.name}{'-mask' if with_mask else ''}", make, fixed=with_mask)
@@ -126,10 +130,15 @@ def backward_sample(
         )
         present = [True] * 3 + [two] * 3 + [config.residual and not two]
         asked = [a and w == "1" for a, w in zip(present, wanted, strict=True)]
-        args += [None if two else residual, mask, config.training, config.activation]
+        args += [None if two else residual, mask, config.training, NAMES.index(config.activation)]
         return [*args, reference.PARAMETERS.get(config.activation, 0.0), asked]
 
     return Sample(f"{config.name}-{'two' if two else grads}-{wanted}", make, fixed=with_mask)
+
+
+def _with(args: Args, position: int, value: object) -> Args:
+    args[position] = value
+    return args
 
 
 def wrong_steps(op: str) -> tuple[Wrong, ...]:
@@ -165,6 +174,16 @@ def wrong_steps(op: str) -> tuple[Wrong, ...]:
         )
         wrong.append(
             Wrong("mask", lambda: changed(sample(FP32), _4=mask), ValueError, "mask must be")
+        )
+    at_number = -3 if op == "apply_grad" else -2
+    for number in (-1, len(NAMES)):
+        wrong.append(
+            Wrong(
+                f"activation {number}",
+                lambda number=number: _with(sample(FP32), at_number, number),
+                ValueError,
+                f"activation is number {number}",
+            )
         )
     return tuple(wrong)
 

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from braze.nn import _dropout_functional
 from braze.nn import dropout as braze_dropout
-from braze.nn._activation import has_hooks
-from braze.nn._batch_norm_functional import run
-from braze.nn._composite import ACTIVATIONS
+from braze.nn._activation import ACTIVATIONS, has_hooks
+from braze.nn._batch_norm_functional import run, run_add
 from braze.nn._conv_bn import conv_bn_act
-from braze.nn._norms import arguments_of
-from braze.nn._route import ops, takes_addend, takes_batch_norm, transformed
+from braze.nn._norms import norm_of
+from braze.nn._route import transformed
 
 __all__ = ["ALLOCATING", "act_dropout", "dropout_add", "is_dropout", "norm_act", "norm_add_act"]
 
@@ -53,7 +52,7 @@ def norm_act(
         return conv_bn_act(conv, norm, input, activation, parameter, residual, inplace, fork)
     if residual is not None and inplace and residual.dtype != input.dtype:
         residual = residual.to(input.dtype)
-    return run(*arguments_of(norm, input), activation, parameter, residual, fork)
+    return run(input, *norm_of(norm, input), activation, parameter, residual, fork)
 
 
 def _result_dtype(conv: Any, input: Tensor) -> torch.dtype:
@@ -83,20 +82,11 @@ def norm_add_act(
         return norm_act(conv, norm, input, activation, parameter, residual, stored, fork)
     x = input if conv is None else conv(input)
     x2 = input2 if conv2 is None else conv2(input2)
-    first, second = arguments_of(norm, x), arguments_of(norm2, x2)
-    training = first[6]
-    if (
-        training == second[6]
-        and x2.dtype == x.dtype
-        and takes_batch_norm(*first)
-        and takes_batch_norm(*second)
-        and takes_addend(x, x2)
-    ):
-        operators = ops()
-        operator = operators.batch_norm_add_act_fork if fork else operators.batch_norm_add_act
-        return operator(
-            *first[:6], *first[7:], *second[:6], *second[7:], training, activation, parameter
-        )
+    (first, training), (second, training2) = norm_of(norm, x), norm_of(norm2, x2)
+    if training == training2:
+        result = run_add(x, first, x2, second, training, activation, parameter, fork)
+        if result is not None:
+            return result
     residual = norm_act(None, norm2, x2, "identity", 0.0)
     return norm_act(None, norm, x, activation, parameter, residual, stored, fork)
 

@@ -8,13 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from braze._fusion import calls
 from braze.nn import dropout as braze_dropout
 from braze.nn import functional as braze_functional
-from braze.nn._activation import Activation, has_hooks, is_activation_function, resolve
+from braze.nn._activation import (
+    Activation,
+    has_hooks,
+    is_activation_function,
+    positional_names,
+    resolve,
+)
 from braze.nn._norms import full_name, norm_activation
 
 __all__ = [
@@ -33,25 +39,6 @@ __all__ = [
 
 Modules = dict[str, nn.Module]
 
-# Names of arguments after the first that may be given by position.
-_POSITIONAL: dict[Any, tuple[str, ...]] = {
-    F.relu: ("inplace",),
-    F.relu6: ("inplace",),
-    F.leaky_relu: ("negative_slope", "inplace"),
-    F.elu: ("alpha", "inplace"),
-    F.silu: ("inplace",),
-    F.hardswish: ("inplace",),
-    F.hardsigmoid: ("inplace",),
-    F.mish: ("inplace",),
-}
-_METHODS = {
-    "relu": F.relu,
-    "relu_": torch.relu_,
-    "sigmoid": torch.sigmoid,
-    "sigmoid_": torch.sigmoid_,
-    "tanh": torch.tanh,
-    "tanh_": torch.tanh_,
-}
 # The name may stand for either when a forward looks it up, and torch's hands its name's on.
 _DROPOUT_FUNCTIONS = (F.dropout, braze_functional.dropout)
 _ALL_DROPOUTS = frozenset(braze_dropout.REPLACED) | frozenset(braze_dropout.REPLACED.values())
@@ -115,14 +102,14 @@ def activation_of(node: Node, modules: Modules) -> ActivationNode | None:
             return None
         return ActivationNode(found, operand, bool(getattr(module, "inplace", False)))
     if node.op == "call_method":
-        method = _METHODS.get(str(node.target))
-        if method is None or _only_argument(node) is None:
+        method = getattr(Tensor, str(node.target), None)
+        if not is_activation_function(method) or _only_argument(node) is None:
             return None
         return ActivationNode(resolve(method), operand, str(node.target).endswith("_"))
     if node.op != "call_function" or not is_activation_function(node.target):
         return None
     function: Any = node.target
-    names = _POSITIONAL.get(function, ())
+    names = positional_names(function)
     if len(node.args) - 1 > len(names):
         return None
     keywords = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from torch.nn.functional import batch_norm as torch_batch_norm
 
 from braze.nn import _composite, _fake
 from braze.nn._activation import ActivationLike, resolve
-from braze.nn._route import ops, takes_addend, takes_batch_norm
+from braze.nn._route import Norm, ops, takes_addend, takes_batch_norm
 
 __all__ = ["batch_norm", "batch_norm_act", "batch_norm_add_act"]
 
@@ -49,23 +49,9 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015; ``torch.nn.functional.batch_norm``.
     """
-    if takes_batch_norm(
-        input, weight, bias, running_mean, running_var, None, training, momentum, eps
-    ):
-        result: Tensor = ops().batch_norm_act(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            None,
-            training,
-            momentum,
-            eps,
-            "identity",
-            0.0,
-            None,
-        )
+    norm = Norm(weight, bias, running_mean, running_var, None, momentum, eps)
+    if takes_batch_norm(input, norm, training):
+        result: Tensor = ops().batch_norm_act(input, *norm, training, "identity", 0.0, None)
         return result
     return torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
@@ -131,8 +117,8 @@ def batch_norm_act(
         training: normalise with the batch's statistics, and update the running ones.
         momentum: of the running statistics; None makes them the average over ``num_batches_tracked`` calls.
         eps: added to the variance.
-        activation: one of identity, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, gelu_tanh,
-            hardswish, hardsigmoid, mish, or None, or the module or function of one of them.
+        activation: a name, such as relu or gelu_tanh (the error for an unknown one lists all), or None, or
+            the module or function of one of them.
         negative_slope: of leaky_relu, where ``activation`` does not bring its own.
         residual: added before the activation; ``input``'s shape. Another dtype is promoted, and another
             shape broadcast, as torch's addition would.
@@ -150,60 +136,54 @@ def batch_norm_act(
     Differences from torch's composition: the normalised value and the sum are not rounded to 16 bits on
     their way. What the kernels do not take runs as that composition.
     """
-    name, parameter = resolve(activation, negative_slope)
-    return run(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-        name,
-        parameter,
-        residual,
-        fork,
-    )
+    norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    return run(input, norm, training, *resolve(activation, negative_slope), residual, fork)
 
 
 def run(
     input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
+    norm: Norm,
     training: bool,
-    momentum: float | None,
-    eps: float,
     activation: str,
     parameter: float,
     residual: Tensor | None,
     fork: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The kernels, or the composition; everything positional and in the operators' order."""
-    arguments = (
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-    )
-    if takes_batch_norm(*arguments) and (residual is None or takes_addend(input, residual)):
+    """The kernels, or the composition."""
+    if takes_batch_norm(input, norm, training) and (
+        residual is None or takes_addend(input, residual)
+    ):
         operators = ops()
         operator = operators.batch_norm_act_fork if fork else operators.batch_norm_act
         result: Tensor | tuple[Tensor, Tensor] = operator(
-            *arguments, activation, parameter, residual
+            input, *norm, training, activation, parameter, residual
         )
         return result
-    y = _composite.batch_norm_act(*arguments, activation, parameter, residual)
+    y = _composite.batch_norm_act(input, norm, training, activation, parameter, residual)
     return (y, y.view_as(y)) if fork else y
+
+
+def run_add(
+    input: Tensor,
+    norm: Norm,
+    input2: Tensor,
+    norm2: Norm,
+    training: bool,
+    activation: str,
+    parameter: float,
+    fork: bool = False,
+) -> Any:
+    """The kernels for two normalised tensors; None where they do not take them."""
+    if not (
+        takes_batch_norm(input, norm, training)
+        and takes_batch_norm(input2, norm2, training)
+        and input2.dtype == input.dtype
+        and takes_addend(input, input2)
+    ):
+        return None
+    operators = ops()
+    operator = operators.batch_norm_add_act_fork if fork else operators.batch_norm_add_act
+    return operator(input, *norm, input2, *norm2, training, activation, parameter)
 
 
 def batch_norm_add_act(
@@ -242,18 +222,8 @@ def batch_norm_add_act(
 
     Raises, differences from torch's composition: as for :func:`batch_norm_act`.
     """
-    name, parameter = resolve(activation, negative_slope)
-    first = (input, weight, bias, running_mean, running_var, num_batches_tracked)
-    second = (input2, weight2, bias2, running_mean2, running_var2, num_batches_tracked2)
-    compute = (
-        ops().batch_norm_add_act
-        if takes_batch_norm(*first, training, momentum, eps)
-        and takes_batch_norm(*second, training, momentum2, eps2)
-        and input2.dtype == input.dtype
-        and takes_addend(input, input2)
-        else _composite.batch_norm_add_act
-    )
-    result: Tensor = compute(
-        *first, momentum, eps, *second, momentum2, eps2, training, name, parameter
-    )
-    return result
+    norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    norm2 = Norm(weight2, bias2, running_mean2, running_var2, num_batches_tracked2, momentum2, eps2)
+    arguments = (input, norm, input2, norm2, training, *resolve(activation, negative_slope))
+    result: Tensor | None = run_add(*arguments)
+    return _composite.batch_norm_add_act(*arguments) if result is None else result

@@ -3,42 +3,17 @@ transforms, forward-mode AD, other dtypes, layouts, devices and subclasses), and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import batch_norm as torch_batch_norm
 
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, _: z,
-    "relu": lambda z, _: F.relu(z),
-    "relu6": lambda z, _: F.relu6(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
-    "elu": lambda z, alpha: F.elu(z, alpha),
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-    "tanh": lambda z, _: torch.tanh(z),
-    "silu": lambda z, _: F.silu(z),
-    "gelu": lambda z, _: F.gelu(z),
-    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "hardsigmoid": lambda z, _: F.hardsigmoid(z),
-    "mish": lambda z, _: F.mish(z),
-}
+from braze.nn._activation import ACTIVATIONS
+from braze.nn._route import Norm
 
 
-def batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
+def batch_norm(input: Tensor, norm: Norm, training: bool) -> Tensor:
     """torch's batch_norm, and what its modules do before it."""
+    weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps = norm
     factor = 0.0 if momentum is None else momentum
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -49,14 +24,8 @@ def batch_norm(
 
 def batch_norm_act(
     input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
+    norm: Norm,
     training: bool,
-    momentum: float | None,
-    eps: float,
     activation: str,
     parameter: float,
     residual: Tensor | None,
@@ -64,17 +33,7 @@ def batch_norm_act(
     """activation(batch_norm(input) + residual)."""
     if residual is not None:
         torch.broadcast_shapes(input.shape, residual.shape)  # to fail before anything is written
-    z = batch_norm(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-    )
+    z = batch_norm(input, norm, training)
     if residual is not None:
         z = z + residual
     return ACTIVATIONS[activation](z, parameter)
@@ -82,47 +41,14 @@ def batch_norm_act(
 
 def batch_norm_add_act(
     input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
+    norm: Norm,
     input2: Tensor,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    running_mean2: Tensor | None,
-    running_var2: Tensor | None,
-    num_batches_tracked2: Tensor | None,
-    momentum2: float | None,
-    eps2: float,
+    norm2: Norm,
     training: bool,
     activation: str,
     parameter: float,
 ) -> Tensor:
     """activation(batch_norm(input) + batch_norm(input2))."""
     torch.broadcast_shapes(input.shape, input2.shape)  # to fail before anything is written
-    z = batch_norm(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-    )
-    z2 = batch_norm(
-        input2,
-        weight2,
-        bias2,
-        running_mean2,
-        running_var2,
-        num_batches_tracked2,
-        training,
-        momentum2,
-        eps2,
-    )
-    return ACTIVATIONS[activation](z + z2, parameter)
+    z = batch_norm(input, norm, training)
+    return ACTIVATIONS[activation](z + batch_norm(input2, norm2, training), parameter)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from braze.nn._activation import has_hooks
 from braze.nn._batch_norm_functional import run
 from braze.nn._fold import folded_conv_bn_act
-from braze.nn._norms import arguments_of, is_batch_norm
+from braze.nn._norms import is_batch_norm, norm_of
 from braze.nn._route import WIDE, takes_addend, takes_batch_norm, transformed
 
 __all__ = ["CONVS", "conv_bn_act"]
@@ -61,14 +61,14 @@ def _without_bias(
 ) -> Any:
     output = conv._conv_forward(input, conv.weight, None)
     residual = _stored(residual, output, inplace)
-    absorbed = takes_batch_norm(*arguments_of(norm, output)) and (
+    absorbed = takes_batch_norm(output, *norm_of(norm, output)) and (
         residual is None or takes_addend(output, residual)
     )
     if absorbed:
         output = _AbsorbedBias.apply(output, conv.bias)
     else:  # torch's batch norm lets nobody change the running mean behind it
         output = output + conv.bias.view(-1, *(1,) * (conv.weight.dim() - 2))
-    result = run(*arguments_of(norm, output), activation, parameter, residual, fork)
+    result = run(output, *norm_of(norm, output), activation, parameter, residual, fork)
     running_mean = norm.running_mean if norm.training and norm.track_running_stats else None
     if absorbed and running_mean is not None:
         bias = conv.bias.detach()
@@ -109,4 +109,4 @@ def conv_bn_act(
         return _without_bias(conv, norm, input, activation, parameter, residual, inplace, fork)
     output = conv(input)
     residual = _stored(residual, output, inplace)
-    return run(*arguments_of(norm, output), activation, parameter, residual, fork)
+    return run(output, *norm_of(norm, output), activation, parameter, residual, fork)

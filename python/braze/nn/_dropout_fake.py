@@ -2,95 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 
-def _fake_state(input: Tensor) -> Tensor:
+def _state(input: Tensor, *_: Any, **__: Any) -> Tensor:
     return input.new_empty(2, dtype=torch.int64)
 
 
-@torch.library.register_fake("braze::dropout")
-def _(
-    input: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), _fake_state(input)
-
-
-@torch.library.register_fake("braze::dropout_")
-def _(
-    input: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    return _fake_state(input)
-
-
-@torch.library.register_fake("braze::dropout_apply")
-def _(
-    input: Tensor,
-    rng_state: Tensor,
-    p: float,
-    alpha: bool = False,
-    feature: bool = False,
-    gradient: bool = False,
-) -> Tensor:
+def _output(input: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(input)
 
 
-@torch.library.register_fake("braze::dropout_add")
-def _(
-    input: Tensor,
-    residual: Tensor,
-    p: float,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), _fake_state(input)
+def _output_and_state(input: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return _output(input), _state(input)
 
 
-@torch.library.register_fake("braze::act_dropout")
-def _(
-    input: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-    *,
-    generator: Generator | None = None,
-    distinct: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), _fake_state(input)
+def _of_saved(grad: Tensor, saved: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _output(saved)
 
 
-@torch.library.register_fake("braze::act_dropout_")
-def _(
-    input: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-    *,
-    generator: Generator | None = None,
-) -> Tensor:
-    return _fake_state(input)
-
-
-@torch.library.register_fake("braze::act_dropout_backward")
-def _(
-    grad: Tensor,
-    saved: Tensor,
-    rng_state: Tensor,
-    p: float,
-    activation: str,
-    parameter: float = 0.0,
-) -> Tensor:
-    return torch.empty_like(saved)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "dropout": _output_and_state,
+    "dropout_add": _output_and_state,
+    "act_dropout": _output_and_state,
+    "dropout_": _state,
+    "act_dropout_": _state,
+    "dropout_apply": _output,
+    "act_dropout_backward": _of_saved,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"braze::{_name}", _fake)

@@ -23,7 +23,7 @@ from torch.nn.functional import dropout as torch_dropout
 
 from braze._native import _C
 from braze.nn import _dropout_fake  # noqa: F401  (registers)
-from braze.nn._composite import ACTIVATIONS
+from braze.nn._activation import ACTIVATIONS, parameter_of
 from braze.nn._dropout_channels import dropout1d as dropout1d
 from braze.nn._dropout_channels import dropout2d as dropout2d
 from braze.nn._dropout_channels import dropout3d as dropout3d
@@ -120,8 +120,7 @@ def act_dropout(
     mask.
 
     Args:
-        activation: identity, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, gelu_tanh, hardswish,
-            hardsigmoid or mish.
+        activation: a name, such as relu or gelu_tanh; the error for an unknown one lists all.
         inplace: writes the result to ``input``; where a gradient is wanted, all but relu keep a copy of it.
         negative_slope: of leaky_relu.
         alpha: of elu.
@@ -133,7 +132,7 @@ def act_dropout(
         ValueError: also if there is no such activation.
     """
     check_activation(activation)
-    parameter = {"leaky_relu": negative_slope, "elu": alpha}.get(activation, 0.0)
+    parameter = parameter_of(activation, negative_slope=negative_slope, alpha=alpha)
     check_p(p)
     idle = overridden(input) or training is not True or p == 0
     operators = None if idle else kernels(input)

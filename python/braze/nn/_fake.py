@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from braze._native import _C
+
 # Rows of the arrays [rows, C] that operators hand to each other; csrc/plan/batch_norm.h.
 _STATS, _MOMENTS, _SUMS = 5, 3, 2
-_TWO_SLOPES = ("relu", "relu6", "leaky_relu", "hardsigmoid")
+_SLOPES = tuple(_C.ACTIVATION_SLOPES.values())
 
 
 def _is_dense(tensor: Tensor, channels_last: bool) -> bool:
@@ -50,33 +53,13 @@ def _mask(x: Tensor, wanted: bool) -> Tensor:
     return x.new_empty((rows * ((row + 7) // 8),), dtype=torch.uint8)
 
 
-def forward(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    input2: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    running_mean2: Tensor | None,
-    running_var2: Tensor | None,
-    num_batches_tracked2: Tensor | None,
-    momentum2: float | None,
-    eps2: float,
-    residual: Tensor | None,
-    training: bool,
-    activation: str,
-    parameter: float,
-    save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, c = _like(input), input.size(1)
+def forward(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input2, residual = arguments[7], arguments[15]
+    _, activation, _, save_mask = arguments[16:]
+    c = input.size(1)
     stats2 = _array(input, 0) if input2 is None else _array(input, _STATS, c)
-    masked = save_mask and residual is not None and activation in _TWO_SLOPES
-    return y, _array(input, _STATS, c), stats2, _mask(y, masked)
+    y, mask = apply(input, input, residual if save_mask else None, activation, 0.0)
+    return y, _array(input, _STATS, c), stats2, mask
 
 
 def backward(
@@ -91,7 +74,7 @@ def backward(
     residual: Tensor | None,
     mask: Tensor | None,
     training: bool,
-    activation: str,
+    activation: int,
     parameter: float,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -118,51 +101,23 @@ def moments(input: Tensor) -> Tensor:
     return _array(input, _MOMENTS, input.size(1))
 
 
-def combine(
-    moments: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
+def combine(moments: Tensor, input: Tensor, *norm: Any) -> Tensor:
     return _array(input, _STATS, input.size(1))
 
 
 def apply(
-    input: Tensor, stats: Tensor, residual: Tensor | None, activation: str, parameter: float
+    input: Tensor, stats: Tensor, residual: Tensor | None, activation: int, parameter: float
 ) -> tuple[Tensor, Tensor]:
     y = _like(input)
-    return y, _mask(y, residual is not None and activation in _TWO_SLOPES)
+    return y, _mask(y, residual is not None and _SLOPES[activation] == "two")
 
 
-def reduce(
-    grad: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
-    parameter: float,
-) -> Tensor:
+def reduce(grad: Tensor, input: Tensor, *_: Any) -> Tensor:
     return _array(input, _SUMS, input.size(1))
 
 
-def apply_grad(
-    grad: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-    activation: str,
-    parameter: float,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor]:
+def apply_grad(grad: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    need_residual = arguments[-1]
     return _like(input), _like(input) if need_residual else input.new_empty((0,))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from braze import _native
 from braze._native import _C
+from braze.nn._activation import NUMBERS
 from braze.nn._folded import Call, Folded, find, fold, keep, making
 
 __all__ = ["run", "takes"]
@@ -159,5 +160,6 @@ def _apart(call: Call, folded: Folded) -> Tensor:
     conv, weight, stats = call.conv, folded.plain, folded.stats
     assert weight is not None and stats is not None
     y = torch.conv2d(call.x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    result, _ = _C.batch_norm_apply(y, stats, call.residual, call.activation, call.parameter)
+    number = NUMBERS[call.activation]
+    result, _ = _C.batch_norm_apply(y, stats, call.residual, number, call.parameter)
     return result

@@ -7,27 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from braze.nn._composite import ACTIVATIONS
+from braze.nn._activation import ACTIVATIONS
 from braze.nn._folded import Call, Folded, find, fold, keep, making
 
 __all__ = ["run", "takes"]
 
 _MAX_SHAPES = 2  # of inputs for which a packed weight is kept
-
-# oneDNN's name, its scalars and its algorithm.
-_POST_OPS: dict[str, tuple[str, list[float], str]] = {
-    "identity": ("none", [], ""),
-    "relu": ("relu", [], ""),
-    "relu6": ("hardtanh", [0.0, 6.0], ""),
-    "sigmoid": ("sigmoid", [], ""),
-    "tanh": ("tanh", [], ""),
-    "silu": ("swish", [], ""),
-    "gelu": ("gelu", [], "none"),
-    "gelu_tanh": ("gelu", [], "tanh"),
-    "hardswish": ("hardswish", [], ""),
-    "hardsigmoid": ("hardsigmoid", [], ""),
-}
-_NO_POST_OP = _POST_OPS["identity"]
 
 
 def takes(dtype: torch.dtype, last: bool, adds: bool) -> bool:
@@ -57,20 +42,16 @@ def run(call: Call) -> Tensor | None:
     pointwise = torch.ops.mkldnn._convolution_pointwise
     result: Tensor
     if residual is None:
-        post = _post_op(activation, call.parameter)
-        result = pointwise.default(x, *arguments, *(post or _NO_POST_OP))
-        done = post is not None
+        row = ACTIVATIONS[activation]
+        name, scalars, algorithm = row.post_op or ("none", [], "")
+        scalars = scalars or ([call.parameter] if row.parameter else [])
+        result = pointwise.default(x, *arguments, name, scalars, algorithm)
+        done = row.post_op is not None
     else:
         unary = "relu" if activation == "relu" else None
         result = pointwise.binary(x, residual, *arguments, "add", 1.0, unary, [], None)
         done = unary is not None or activation == "identity"
     return result if done else ACTIVATIONS[activation](result, call.parameter)
-
-
-def _post_op(activation: str, parameter: float) -> tuple[str, list[float], str] | None:
-    if activation == "leaky_relu":
-        return ("leaky_relu", [parameter], "")
-    return _POST_OPS.get(activation)
 
 
 def _weight(folded: Folded, call: Call) -> Tensor:

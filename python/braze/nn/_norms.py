@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from braze.nn._activation import Activation, resolve
-from braze.nn._route import BatchNormArguments
+from braze.nn._route import Norm
 from braze.nn.batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -22,10 +22,10 @@ from braze.nn.batch_norm import (
 __all__ = [
     "NORMS",
     "REPLACED",
-    "arguments_of",
     "full_name",
     "is_batch_norm",
     "norm_activation",
+    "norm_of",
     "same_norm",
     "why_not",
 ]
@@ -134,23 +134,11 @@ def is_batch_norm(module: object) -> bool:
     )
 
 
-def _frozen_arguments(module: Any, input: Tensor) -> BatchNormArguments:
-    return (
-        input,
-        module.weight,
-        module.bias,
-        module.running_mean,
-        module.running_var,
-        None,
-        False,
-        0.0,
-        module.eps,
-    )
-
-
-def arguments_of(module: Any, input: Tensor) -> BatchNormArguments:
-    """The operators' first arguments for a batch norm. Raises what its own forward raises."""
+def norm_of(module: Any, input: Tensor) -> tuple[Norm, bool]:
+    """What a batch norm normalises with, and whether with the batch's statistics. Raises what its own forward
+    raises for this input."""
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return _frozen_arguments(module, input)
+        frozen = (module.weight, module.bias, module.running_mean, module.running_var)
+        return Norm(*frozen, None, 0.0, module.eps), False
     module._check_input_dim(input)
-    return FusedBatchNorm._arguments(module, input)  # type: ignore[arg-type]
+    return FusedBatchNorm._norm(module)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -21,18 +21,17 @@ WIDE = frozenset((torch.float32, torch.float64))
 _HALF = frozenset((torch.bfloat16, torch.float16))
 DTYPES = WIDE | _HALF
 
-# input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-BatchNormArguments = tuple[
-    Tensor,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    bool,
-    float | None,
-    float,
-]
+
+class Norm(NamedTuple):
+    """What belongs to one normalised tensor beside its elements, in the operators' order."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | None = 0.1  # None: the average over num_batches_tracked
+    eps: float = 1e-5
 
 
 def ops() -> Any:
@@ -80,18 +79,12 @@ def takes_activation(input: Tensor) -> bool:
     return input.dim() >= 2 and input.shape[1] > 0
 
 
-def takes_vectors(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-) -> bool:
+def takes_vectors(input: Tensor, norm: Norm) -> bool:
     """Whether the vectors fit ``input``; where they do not, torch has the words for it."""
     channels = input.shape[1]
     dtype = input.dtype
     wide = dtype in WIDE
-    for running, pair in enumerate(((weight, bias), (running_mean, running_var))):
+    for running, pair in enumerate((norm[:2], norm[2:4])):
         first = None
         for vector in pair:
             if vector is None:
@@ -108,7 +101,7 @@ def takes_vectors(
                 return False
             if vector.dim() != 1 or vector.shape[0] != channels or not _beside(vector, input):
                 return False
-    return (running_mean is None) == (running_var is None)
+    return (norm.running_mean is None) == (norm.running_var is None)
 
 
 def takes_addend(input: Tensor, addend: Tensor) -> bool:
@@ -128,22 +121,13 @@ def _beside(tensor: Tensor, input: Tensor) -> bool:
     return tensor.is_cpu if input.is_cpu else tensor.device == input.device
 
 
-def takes_batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> bool:
+def takes_batch_norm(input: Tensor, norm: Norm, training: bool) -> bool:
     """Whether the kernels do what torch's batch_norm would; where it raises, it should do so itself."""
     if transformed() or not takes_activation(input) or input.numel() == 0:
         return False
-    if not takes_vectors(input, weight, bias, running_mean, running_var):
+    if not takes_vectors(input, norm):
         return False
+    _, _, running_mean, _, num_batches_tracked, momentum, eps = norm
     if training is True:
         # One value per channel, and no average without a count.
         return (

@@ -9,10 +9,10 @@ import torch.nn.functional as F  # noqa: F401  (of the source that torch.jit.scr
 import torch.nn.modules.batchnorm as torch_batchnorm
 from torch import Tensor
 
-from braze.nn._activation import ActivationLike, resolve
+from braze.nn._activation import ACTIVATIONS, ActivationLike, resolve
 from braze.nn._batch_norm_functional import run
 from braze.nn._drop_in import DropIn, is_symbolic, leaf, scripted_as
-from braze.nn._route import BatchNormArguments
+from braze.nn._route import Norm
 
 __all__ = [
     "BatchNorm1d",
@@ -41,12 +41,13 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
         if is_symbolic(input):
             return leaf(self, input) if residual is None else leaf(self, input, residual)
         self._check_input_dim(input)
-        arguments = self._arguments(input)
-        result = run(*arguments, self.activation, self.activation_parameter, residual)
+        norm, training = self._norm()
+        result = run(input, norm, training, self.activation, self.activation_parameter, residual)
         assert isinstance(result, Tensor)
         return result
 
-    def _arguments(self, input: Tensor) -> BatchNormArguments:
+    def _norm(self) -> tuple[Norm, bool]:
+        """What this call normalises with, and whether with the batch's statistics."""
         # Straight from where they usually are: six times nn.Module.__getattr__ takes as long as a small kernel.
         parameters, buffers = self._parameters, self._buffers
         running_mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
@@ -62,17 +63,16 @@ class FusedBatchNorm(torch_batchnorm._BatchNorm):
         momentum = self.momentum
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        return (
-            input,
+        norm = Norm(
             parameters["weight"] if "weight" in parameters else self.weight,
             parameters["bias"] if "bias" in parameters else self.bias,
             running_mean,
             running_var,
             num_batches_tracked,
-            training,
             momentum,
             self.eps,
         )
+        return norm, training
 
 
 class BatchNorm1d(DropIn, FusedBatchNorm, torch.nn.BatchNorm1d):
@@ -165,8 +165,8 @@ class FusedBatchNormAct(FusedBatchNorm):
 def activation_repr(module: Any) -> str:
     """``activation='leaky_relu', negative_slope=0.2``."""
     text = f"activation={module.activation!r}"
-    name = {"leaky_relu": "negative_slope", "elu": "alpha"}.get(module.activation)
-    return text if name is None else f"{text}, {name}={module.activation_parameter}"
+    name = ACTIVATIONS[module.activation].parameter
+    return f"{text}, {name}={module.activation_parameter}" if name else text
 
 
 class BatchNormAct1d(FusedBatchNormAct, torch.nn.BatchNorm1d):
@@ -183,9 +183,9 @@ class BatchNormAct1d(FusedBatchNormAct, torch.nn.BatchNorm1d):
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: torch's.
-        activation: one of identity, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, gelu_tanh,
-            hardswish, hardsigmoid, mish; or None; or the torch.nn module or torch.nn.functional function of
-            one of them, whose own parameters (slope, alpha, approximate) count and whose ``inplace`` does not.
+        activation: a name, such as relu or gelu_tanh (the error for an unknown one lists all); or None; or the
+            torch.nn module or torch.nn.functional function of one of them, whose own parameters (slope, alpha,
+            approximate) count and whose ``inplace`` does not.
         negative_slope: of leaky_relu given by name or function.
 
     Shapes and dtypes: as :class:`BatchNorm1d`; ``residual`` as ``input``, another dtype is promoted and another

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: F401  (of the source that torch.jit.scr
 from torch import Tensor, nn
 
 from braze.nn import _dropout_functional as functional
+from braze.nn._activation import ACTIVATIONS
 from braze.nn._drop_in import DropIn, is_symbolic, leaf, scripted_as
 
 __all__ = [
@@ -91,8 +92,7 @@ class ActDropout(nn.modules.dropout._DropoutNd):
     """``y = dropout(activation(x), p)`` in one pass, of any shape: see ``braze.nn.functional.act_dropout``.
 
     Args:
-        activation: identity, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, gelu_tanh, hardswish,
-            hardsigmoid or mish.
+        activation: a name, such as relu or gelu_tanh; the error for an unknown one lists all.
         p: the probability to drop.
         inplace: writes the result to the input.
         negative_slope: of leaky_relu.
@@ -131,11 +131,9 @@ class ActDropout(nn.modules.dropout._DropoutNd):
         )
 
     def extra_repr(self) -> str:
-        parameter = {
-            "leaky_relu": f", negative_slope={self.negative_slope}",
-            "elu": f", alpha={self.alpha}",
-        }
-        return f"{self.activation}{parameter.get(self.activation, '')}, {super().extra_repr()}"
+        name = ACTIVATIONS[self.activation].parameter
+        parameter = f", {name}={getattr(self, name)}" if name else ""
+        return f"{self.activation}{parameter}, {super().extra_repr()}"
 
 
 class DropoutAdd(nn.modules.dropout._DropoutNd):

@@ -12,10 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from braze.nn._activation import ActivationLike, resolve
-from braze.nn._composite import ACTIVATIONS
+from braze.nn._activation import ACTIVATIONS, NUMBERS, ActivationLike, resolve
 from braze.nn._drop_in import DropIn, is_symbolic, leaf
-from braze.nn._route import ops, takes_activation, takes_addend, takes_vectors, transformed
+from braze.nn._route import Norm, ops, takes_activation, takes_addend, takes_vectors, transformed
 from braze.nn.batch_norm import FusedBatchNorm, activation_repr
 
 __all__ = ["SyncBatchNorm", "SyncBatchNormAct", "convert_sync_batchnorm"]
@@ -51,17 +50,15 @@ class _SyncBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running: tuple[Tensor | None, Tensor | None, Tensor | None],
-        momentum: float | None,
-        eps: float,
-        activation: str,
+        norm: Norm,
+        activation: int,
         parameter: float,
         group: Any,
         world_size: int,
     ) -> Tensor:
         operators = ops()
         moments = _all_gather(operators.batch_norm_moments(input), group, world_size)
-        stats = operators.batch_norm_combine(moments, input, weight, bias, *running, momentum, eps)
+        stats = operators.batch_norm_combine(moments, input, *norm)
         y: Tensor
         y, mask = operators.batch_norm_apply(input, stats, residual, activation, parameter)
         saved = residual if mask.numel() == 0 else None
@@ -97,7 +94,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             grad_weight,
             grad_bias,
             grad_residual if need_residual else None,
-            *(None,) * 7,
+            *(None,) * 5,
         )
 
 
@@ -183,28 +180,27 @@ class SyncBatchNormAct(FusedBatchNorm):
         parameter: float,
         world_size: int,
     ) -> Tensor:
-        _, weight, bias, mean, var, counter, _, momentum, eps = self._arguments(input)
+        norm, _ = self._norm()
         if (
             transformed()
             or not takes_activation(input)
-            or not takes_vectors(input, weight, bias, mean, var)
-            or (mean is None and counter is not None)
+            or not takes_vectors(input, norm)
+            or (norm.running_mean is None and norm.num_batches_tracked is not None)
         ):
             raise NotImplementedError(
                 f"SyncBatchNormAct: the statistics of a {input.dtype} {type(input).__name__} on "
-                f"{input.device} cannot be shared with {weight_dtypes(weight, mean)}. It takes dense fp32, "
-                "fp64, bf16 and fp16 tensors on the CPU and on CUDA devices, parameters and statistics in "
-                "fp32 or the input's dtype, both running statistics or neither, and no torch.func transform"
+                f"{input.device} cannot be shared with {weight_dtypes(norm.weight, norm.running_mean)}. "
+                "It takes dense fp32, fp64, bf16 and fp16 tensors on the CPU and on CUDA devices, parameters "
+                "and statistics in fp32 or the input's dtype, both running statistics or neither, "
+                "and no torch.func transform"
             )
         result: Tensor = _SyncBatchNorm.apply(
             input,
-            weight,
-            bias,
+            norm.weight,
+            norm.bias,
             residual,
-            (mean, var, counter),
-            momentum,
-            eps,
-            activation,
+            norm,
+            NUMBERS[activation],
             parameter,
             self._group(),
             world_size,

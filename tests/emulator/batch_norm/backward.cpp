@@ -24,8 +24,7 @@ bool Problem::check_backward() {
     if (two_slopes(spec.activation)) {
       const bool high = is_upper(i, c);
       // A place in the middle of either piece.
-      const double middle = spec.activation == Activation::hardsigmoid ? 0 : 1;
-      slope = derivative(spec.activation, high ? middle : -10, spec.parameter);
+      slope = derivative(spec.activation, high ? 0.5 : -10, spec.parameter);
       if (spec.mask && high) {
         static_cast<uint8_t*>(mask.data())[i / row * ((row + 7) / 8) + i % row / 8] |=
             static_cast<uint8_t>(1u << (i % row % 8));

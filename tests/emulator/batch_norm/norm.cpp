@@ -20,19 +20,6 @@ namespace {
 
 size_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// f<activation>() for a run-time activation.
-template <class F, int... kI>
-void dispatch(Activation activation, F&& f, std::integer_sequence<int, kI...>) {
-  ((static_cast<int>(activation) == kI
-        ? f(std::integral_constant<Activation, static_cast<Activation>(kI)>{})
-        : void()),
-   ...);
-}
-template <class F>
-void dispatch(Activation activation, F&& f) {
-  dispatch(activation, f, std::make_integer_sequence<int, kNumActivations>{});
-}
-
 }  // namespace
 
 Array::Array(DType dtype, int64_t count, int phase) : count_(count), dtype_(dtype) {
@@ -117,18 +104,19 @@ void Memory::check() const {
 
 double activate(Activation activation, double value, double parameter) {
   double y = 0;
-  dispatch(activation, [&](auto a) { y = braze::activate<decltype(a)::value>(value, parameter); });
+  with_activation(activation,
+                  [&](auto a) { y = braze::activate<decltype(a)::value>(value, parameter); });
   return y;
 }
 double derivative(Activation activation, double value, double parameter) {
   double d = 0;
-  dispatch(activation,
-           [&](auto a) { d = activation_derivative<decltype(a)::value>(value, parameter); });
+  with_activation(activation,
+                  [&](auto a) { d = activation_derivative<decltype(a)::value>(value, parameter); });
   return d;
 }
 bool upper(Activation activation, double value, DType type) {
   bool result = false;
-  dispatch(activation, [&](auto a) {
+  with_activation(activation, [&](auto a) {
     if constexpr (has_two_slopes(decltype(a)::value)) {
       result = type == DType::f64
                    ? derivative_is_upper<decltype(a)::value>(value)
