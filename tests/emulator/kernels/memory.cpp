@@ -66,12 +66,9 @@ void count_steps() {
     const std::vector<TensorWork> work = {tensor(c.dtype, c.state, c.phase)};
     const std::string name = c.name;
     cuda::StepLauncher launcher;
-    count("adam_" + name,
-          [&] { return launcher.step({work, 1}, view_of(adam), {}, nullptr); });
-    count("sgd_" + name,
-          [&] { return launcher.step({work, 2}, view_of(sgd), {}, nullptr); });
-    count("fold_" + name,
-          [&] { return launcher.step({work, 3}, view_of(fold), {}, nullptr); });
+    count("adam_" + name, [&] { return launcher.step({work, 1}, view_of(adam), {}, nullptr); });
+    count("sgd_" + name, [&] { return launcher.step({work, 2}, view_of(sgd), {}, nullptr); });
+    count("fold_" + name, [&] { return launcher.step({work, 3}, view_of(fold), {}, nullptr); });
   }
   std::vector<TensorWork> work = {tensor(DType::f32, DType::f32, 0)};
   work[0].step = {device_memory("step", 4), nullptr, DType::f32};

@@ -149,14 +149,16 @@ TEST(plain_steps) {
   for (const Options& options : kAdam) check<Adam>(make_specs(kUniform, false), options);
   for (const Options& options : kSgd) check<Sgd>(make_specs(kUniform, false), options);
   for (const Options& options : kRmsprop) check<Rmsprop>(make_specs(kUniform, false), options);
-  for (const bool penalty : {false, true}) check<Lion>(make_specs(kUniform, false), {.penalty = penalty});
+  for (const bool penalty : {false, true})
+    check<Lion>(make_specs(kUniform, false), {.penalty = penalty});
 }
 
 TEST(general_steps) {
   for (const Options& options : kAdam) check<Adam>(make_specs(kGeneral, true), options);
   for (const Options& options : kSgd) check<Sgd>(make_specs(kGeneral, true), options);
   for (const Options& options : kRmsprop) check<Rmsprop>(make_specs(kGeneral, true), options);
-  for (const bool penalty : {false, true}) check<Lion>(make_specs(kGeneral, true), {.penalty = penalty});
+  for (const bool penalty : {false, true})
+    check<Lion>(make_specs(kGeneral, true), {.penalty = penalty});
   check<Fold>(make_specs(kGeneral, false), {});
 }
 
