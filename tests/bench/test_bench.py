@@ -240,6 +240,7 @@ def test_this_machine_computes_the_committed_bits(name: str) -> None:
     assert main([*GOLDEN, "--only", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
 
 
+@pytest.mark.slow("all the golden cases on the emulator; the emulator's own smoke run is quick")
 def test_the_emulated_device_computes_the_committed_bits() -> None:
     emulated = pytest.importorskip("emulated")
     if (reason := emulated.why_not()) is not None:

@@ -352,6 +352,7 @@ def test_sources_are_installed() -> None:
         assert names and names <= {p.name for p in installed.glob(pattern)}
 
 
+@pytest.mark.slow("makes the build of all CUDA kernels ready")
 def test_options_are_cmakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cuda_gates
 

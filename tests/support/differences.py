@@ -51,9 +51,19 @@ DIFFERENCES: tuple[Difference, ...] = (
         "Optimizers",
         "Gradients of another dtype than the parameter's",
         "With `grad_dtype=None` they are taken, and the state has the parameter's dtype. Torch's Adam and "
-        "AdamW raise a RuntimeError, its SGD makes the momentum in the gradient's dtype.",
+        "AdamW raise a RuntimeError, its SGD and RMSprop make the momentum in the gradient's dtype.",
         "The kernels convert while they read, and a state's dtype does not depend on what came first.",
-        ("SGD/gradients_of_other_dtypes/*/most", "Adam*/gradients_of_other_dtypes/*"),
+        (
+            "SGD/gradients_of_other_dtypes/*/most",
+            "RMSprop/gradients_of_other_dtypes/*/most",
+            "Adam*/gradients_of_other_dtypes/*",
+        ),
+    ),
+    Difference(
+        "Optimizers",
+        "RMSprop's `centered` variance below zero",
+        "Where rounding takes v - a² below zero, it counts as 0; torch's square root makes a NaN of it.",
+        "A parameter that is NaN once stays it.",
     ),
     Difference(
         "Optimizers",
