@@ -12,7 +12,7 @@ Activation activation_named(std::string_view name) {
     if (kActivationNames[i] == name) return static_cast<Activation>(i);
     known.append(known.empty() ? "" : ", ").append(kActivationNames[i]);
   }
-  TORCH_CHECK_VALUE(false, "activation is '", name, "'; it must be one of ", known);
+  C10_THROW_ERROR(ValueError, c10::str("activation is '", name, "'; it must be one of ", known));
 }
 
 at::Tensor activate_by_torch(const at::Tensor& z, Activation activation,

@@ -37,6 +37,10 @@ void release(void* address) {
   State& s = state();
   const std::lock_guard lock(s.mutex);
   const auto found = s.blocks.find(address);
+  if (found == s.blocks.end()) {  // older than this allocator, given back by its address alone
+    c10::GetDefaultCPUAllocator()->raw_deleter()(address);
+    return;
+  }
   Block block = std::move(found->second);
   s.blocks.erase(found);
   if (block.of_graph && s.graphs > 0) {
