@@ -102,7 +102,7 @@ const RuleInfo& rule_named(const std::string& name) {
     if (name == info.name) return info;
     names += (names.empty() ? "'" : ", '") + std::string(info.name) + "'";
   }
-  TORCH_CHECK_VALUE(false, "algorithm must be one of ", names, ", got '", name, "'");
+  C10_THROW_ERROR(ValueError, c10::str("algorithm must be one of ", names, ", got '", name, "'"));
 }
 
 }  // namespace braze
