@@ -13,7 +13,7 @@ import torch
 from torch.nn import Parameter
 
 from . import cuda_clock, rows, table
-from .cells import CUDA_CELLS, OPTIONS, TORCH_MODES, Cell, torch_optimizers
+from .cells import CUDA_CELLS, ELEMENTS_MOVED, OPTIONS, TORCH_MODES, Cell, torch_optimizers
 from .cuda_clock import Clock, Step
 from .rows import Row, Work, goal
 
@@ -133,7 +133,7 @@ def measure(
         gb_s=moved / on_device / 1e9,
         copy_gb_s=bandwidth / 1e9,
         of_copy=moved / bandwidth / on_device,
-        fits_l2=cell.bytes * (3 if name == "SGD" else 4) < device.facts()["l2_bytes"],
+        fits_l2=cell.bytes * (ELEMENTS_MOVED[name] + 1) // 2 < device.facts()["l2_bytes"],
         goals=goals(cell, name, modes, bandwidth),
     )
     missing = [m for m in braze_modes(name) | {"braze graph": {}} if m not in modes]
