@@ -1,6 +1,7 @@
 // Activation functions and their derivatives, each written once, for CPU loops and CUDA kernels
 // alike. T is float (fp32 and 16-bit tensors) or double. NaN gives NaN; at a kink the derivative is
-// torch's. A new activation is a line of the list and a Formula.
+// torch's. A vector of either will do as well (cpu/simd.h), in formulas that select() instead of
+// branching. A new activation is a line of the list and a Formula.
 #pragma once
 #include <type_traits>
 
@@ -88,8 +89,8 @@ struct Formula;
 
 template <class T>
 struct SlopesOneAndZero {
-  static BRAZE_INLINE T upper() { return T(1); }
-  static BRAZE_INLINE T lower(T) { return T(0); }
+  static BRAZE_INLINE Element<T> upper() { return 1; }
+  static BRAZE_INLINE Element<T> lower(Element<T>) { return 0; }
 };
 
 // sigmoid(z) and its derivative. From e^-|z|, so that where one of s and 1 - s is tiny, s (1 - s)
@@ -104,68 +105,69 @@ BRAZE_INLINE Logistic<T> logistic(T z) {
   const T e = exponential(negative_magnitude(z));
   const T r = T(1) / (T(1) + e);
   const T smaller = e * r;
-  return {z < T(0) ? smaller : r, smaller * r};
+  return {select(z < T(0), smaller, r), smaller * r};
 }
 
 template <class T>
 BRAZE_INLINE T clamp(T z, T low, T high) {
-  const T raised = z < low ? low : z;
-  return raised > high ? high : raised;
+  const T raised = select(z < low, low, z);
+  return select(raised > high, high, raised);
 }
 
 template <class T>
 struct Formula<Activation::identity, T> {
-  static BRAZE_INLINE T value(T z, T) { return z; }
+  static BRAZE_INLINE T value(T z, Element<T>) { return z; }
 };
 
 template <class T>
 struct Formula<Activation::relu, T> : SlopesOneAndZero<T> {
-  static BRAZE_INLINE T value(T z, T) { return z < T(0) ? T(0) : z; }
-  static BRAZE_INLINE bool is_upper(T z) { return !(z <= T(0)); }
+  static BRAZE_INLINE T value(T z, Element<T>) { return select(z < T(0), T(0), z); }
+  static BRAZE_INLINE auto is_upper(T z) { return !(z <= T(0)); }
 };
 
 template <class T>
 struct Formula<Activation::relu6, T> : SlopesOneAndZero<T> {
-  static BRAZE_INLINE T value(T z, T) { return clamp(z, T(0), T(6)); }
-  static BRAZE_INLINE bool is_upper(T z) { return !(z <= T(0)) && !(z >= T(6)); }
+  static BRAZE_INLINE T value(T z, Element<T>) { return clamp(z, T(0), T(6)); }
+  static BRAZE_INLINE auto is_upper(T z) { return !(z <= T(0)) && !(z >= T(6)); }
 };
 
 template <class T>
 struct Formula<Activation::leaky_relu, T> : SlopesOneAndZero<T> {
-  static BRAZE_INLINE T value(T z, T parameter) { return z > T(0) ? z : z * parameter; }
-  static BRAZE_INLINE bool is_upper(T z) { return z > T(0); }
-  static BRAZE_INLINE T lower(T parameter) { return parameter; }
+  static BRAZE_INLINE T value(T z, Element<T> parameter) {
+    return select(z > T(0), z, z * T(parameter));
+  }
+  static BRAZE_INLINE auto is_upper(T z) { return z > T(0); }
+  static BRAZE_INLINE Element<T> lower(Element<T> parameter) { return parameter; }
 };
 
 template <class T>
 struct Formula<Activation::elu, T> {
-  static BRAZE_INLINE T value(T z, T parameter) {
-    const T negative = z > T(0) ? T(0) : z;
-    const T curve = parameter * exponential_minus_1(negative);
-    return z > T(0) ? z : curve;
+  static BRAZE_INLINE T value(T z, Element<T> parameter) {
+    const T curve = T(parameter) * exponential_minus_1(select(z > T(0), T(0), z));
+    return select(z > T(0), z, curve);
   }
-  static BRAZE_INLINE T derivative(T z, T parameter) {
-    const T slope = parameter * exponential(z > T(0) ? T(0) : z);
-    return z > T(0) ? T(1) : slope;
+  static BRAZE_INLINE T derivative(T z, Element<T> parameter) {
+    const T slope = T(parameter) * exponential(select(z > T(0), T(0), z));
+    return select(z > T(0), T(1), slope);
   }
 };
 
 template <class T>
 struct Formula<Activation::sigmoid, T> {
-  static BRAZE_INLINE T value(T z, T) { return logistic(z).value; }
-  static BRAZE_INLINE T derivative(T z, T) { return logistic(z).derivative; }
+  static BRAZE_INLINE T value(T z, Element<T>) { return logistic(z).value; }
+  static BRAZE_INLINE T derivative(T z, Element<T>) { return logistic(z).derivative; }
 };
 
 template <class T>
 struct Formula<Activation::tanh, T> {
-  static BRAZE_INLINE T value(T z, T) { return hyperbolic_tangent(z); }
-  static BRAZE_INLINE T derivative(T z, T) { return T(4) * logistic(T(2) * z).derivative; }
+  static BRAZE_INLINE T value(T z, Element<T>) { return hyperbolic_tangent(z); }
+  static BRAZE_INLINE T derivative(T z, Element<T>) { return T(4) * logistic(T(2) * z).derivative; }
 };
 
 template <class T>
 struct Formula<Activation::silu, T> {
-  static BRAZE_INLINE T value(T z, T) { return z * logistic(z).value; }
-  static BRAZE_INLINE T derivative(T z, T) {
+  static BRAZE_INLINE T value(T z, Element<T>) { return z * logistic(z).value; }
+  static BRAZE_INLINE T derivative(T z, Element<T>) {
     const Logistic<T> s = logistic(z);
     return fused_multiply_add(z, s.derivative, s.value);
   }
@@ -173,8 +175,8 @@ struct Formula<Activation::silu, T> {
 
 template <class T>
 struct Formula<Activation::gelu, T> {
-  static BRAZE_INLINE T value(T z, T) { return z * normal_cdf(z); }
-  static BRAZE_INLINE T derivative(T z, T) {
+  static BRAZE_INLINE T value(T z, Element<T>) { return z * normal_cdf(z); }
+  static BRAZE_INLINE T derivative(T z, Element<T>) {
     const T density = T(0.39894228040143267794) * exponential(T(-0.5) * z * z);
     return fused_multiply_add(z, density, normal_cdf(z));
   }
@@ -187,8 +189,8 @@ struct Formula<Activation::gelu_tanh, T> {
     const T root = T(1.59576912160573071176);
     return z * fused_multiply_add(root * T(0.044715) * z, z, root);
   }
-  static BRAZE_INLINE T value(T z, T) { return z * logistic(inner(z)).value; }
-  static BRAZE_INLINE T derivative(T z, T) {
+  static BRAZE_INLINE T value(T z, Element<T>) { return z * logistic(inner(z)).value; }
+  static BRAZE_INLINE T derivative(T z, Element<T>) {
     const T root = T(1.59576912160573071176);
     const T slope = fused_multiply_add(T(3) * T(0.044715) * root * z, z, root);
     const Logistic<T> s = logistic(inner(z));
@@ -198,66 +200,66 @@ struct Formula<Activation::gelu_tanh, T> {
 
 template <class T>
 struct Formula<Activation::hardswish, T> {
-  static BRAZE_INLINE T value(T z, T) { return z * (clamp(z + T(3), T(0), T(6)) / T(6)); }
-  static BRAZE_INLINE T derivative(T z, T) {
+  static BRAZE_INLINE T value(T z, Element<T>) { return z * (clamp(z + T(3), T(0), T(6)) / T(6)); }
+  static BRAZE_INLINE T derivative(T z, Element<T>) {
     const T middle = fused_multiply_add(z, T(1) / T(3), T(0.5));
-    return z <= T(-3) ? T(0) : (z < T(3) ? middle : (z >= T(3) ? T(1) : z));
+    return select(z <= T(-3), T(0), select(z < T(3), middle, select(z >= T(3), T(1), z)));
   }
 };
 
 template <class T>
 struct Formula<Activation::hardsigmoid, T> : SlopesOneAndZero<T> {
-  static BRAZE_INLINE T value(T z, T) { return clamp(z + T(3), T(0), T(6)) / T(6); }
-  static BRAZE_INLINE bool is_upper(T z) { return z > T(-3) && z < T(3); }
-  static BRAZE_INLINE T upper() { return T(1) / T(6); }
+  static BRAZE_INLINE T value(T z, Element<T>) { return clamp(z + T(3), T(0), T(6)) / T(6); }
+  static BRAZE_INLINE auto is_upper(T z) { return z > T(-3) && z < T(3); }
+  static BRAZE_INLINE Element<T> upper() { return Element<T>(1) / 6; }
 };
 
 // With n = e^2 + 2 e of e = e^z, tanh(log(1 + e)) = n / (n + 2), which is 1 in any precision here
 // from z = 20, or 40, on.
 template <class T>
 struct Formula<Activation::mish, T> {
-  static constexpr T kLimit = sizeof(T) == 8 ? T(40) : T(20);
-  static BRAZE_INLINE T value(T z, T) {
-    const T e = exponential(z > kLimit ? kLimit : z);
+  static constexpr Element<T> kLimit = sizeof(Element<T>) == 8 ? 40 : 20;
+  static BRAZE_INLINE T value(T z, Element<T>) {
+    const T e = exponential(select(z > T(kLimit), T(kLimit), z));
     const T n = e * (e + T(2));
     return z * (n / (n + T(2)));
   }
-  static BRAZE_INLINE T derivative(T z, T) {
-    const T e = exponential(z > kLimit ? kLimit : z);
+  static BRAZE_INLINE T derivative(T z, Element<T>) {
+    const T e = exponential(select(z > T(kLimit), T(kLimit), z));
     const T n = e * (e + T(2));
     const T d = n + T(2);
-    return n / d + (z > kLimit ? T(0) : z) * (T(4) * e * (e + T(1)) / (d * d));
+    return n / d + select(z > T(kLimit), T(0), z) * (T(4) * e * (e + T(1)) / (d * d));
   }
 };
 
 template <class T>
 struct Formula<Activation::hardtanh, T> : SlopesOneAndZero<T> {
-  static BRAZE_INLINE T value(T z, T) { return clamp(z, T(-1), T(1)); }
-  static BRAZE_INLINE bool is_upper(T z) { return !(z <= T(-1)) && !(z >= T(1)); }
+  static BRAZE_INLINE T value(T z, Element<T>) { return clamp(z, T(-1), T(1)); }
+  static BRAZE_INLINE auto is_upper(T z) { return !(z <= T(-1)) && !(z >= T(1)); }
 };
 
 // log(1 + e^z), and z itself above 20, as in torch.
 template <class T>
 struct Formula<Activation::softplus, T> {
-  static BRAZE_INLINE T value(T z, T) {
+  static BRAZE_INLINE T value(T z, Element<T>) {
     const T rest = logarithm_of_1_plus(exponential(negative_magnitude(z)));
-    const T curve = z < T(0) ? rest : z + rest;
-    return z > T(20) ? z : curve;
+    const T curve = select(z < T(0), rest, z + rest);
+    return select(z > T(20), z, curve);
   }
-  static BRAZE_INLINE T derivative(T z, T) {
+  static BRAZE_INLINE T derivative(T z, Element<T>) {
     const T curve = logistic(z).value;
-    return z > T(20) ? T(1) : curve;
+    return select(z > T(20), T(1), curve);
   }
 };
 
 // y = activation(z).
 template <Activation kA, class T>
-BRAZE_INLINE T activate(T z, T parameter) {
+BRAZE_INLINE T activate(T z, Element<T> parameter) {
   return Formula<kA, T>::value(z, parameter);
 }
 
 template <Activation kA, class T>
-BRAZE_INLINE bool derivative_is_upper(T z) {
+BRAZE_INLINE auto derivative_is_upper(T z) {
   return Formula<kA, T>::is_upper(z);
 }
 
@@ -281,27 +283,28 @@ BRAZE_INLINE Slopes<T> slopes_of(Activation activation, T parameter) {
 
 // dy/dz.
 template <Activation kA, class T>
-BRAZE_INLINE T activation_derivative(T z, T parameter) {
+BRAZE_INLINE T activation_derivative(T z, Element<T> parameter) {
   using F = Formula<kA, T>;
   if constexpr (is_curved(kA)) {
     return F::derivative(z, parameter);
   } else if constexpr (has_two_slopes(kA)) {
-    return F::is_upper(z) ? F::upper() : F::lower(parameter);
+    return select(F::is_upper(z), T(F::upper()), T(F::lower(parameter)));
   } else {
     return T(1);
   }
 }
 
 // d = dy * dy/dz. Where the derivative is 0, d is 0 whatever dy is.
-template <class T>
-BRAZE_INLINE T two_slope_gradient(T dy, bool upper, T upper_slope, T lower_slope) {
-  const T on_upper = upper_slope == T(0) ? T(0) : dy * upper_slope;
-  const T on_lower = lower_slope == T(0) ? T(0) : dy * lower_slope;
-  return upper ? on_upper : on_lower;
+template <class T, class Upper>
+BRAZE_INLINE T two_slope_gradient(T dy, Upper upper, Element<T> upper_slope,
+                                  Element<T> lower_slope) {
+  const T on_upper = upper_slope == 0 ? T(0) : dy * T(upper_slope);
+  const T on_lower = lower_slope == 0 ? T(0) : dy * T(lower_slope);
+  return select(upper, on_upper, on_lower);
 }
 
 template <Activation kA, class T>
-BRAZE_INLINE T activation_gradient(T dy, T z, T parameter) {
+BRAZE_INLINE T activation_gradient(T dy, T z, Element<T> parameter) {
   using F = Formula<kA, T>;
   if constexpr (is_curved(kA)) {
     return dy * F::derivative(z, parameter);

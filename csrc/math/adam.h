@@ -69,21 +69,22 @@ struct Adam : RuleDefaults {
   // p = decay p - step_size m / (sqrt(v) / sqrt(1 - b2^t) + eps).
   // One division: sqrt(v) is multiplied by the reciprocal of its correction, so that eps keeps
   // torch's meaning.
-  template <class T>
-  static BRAZE_INLINE void update(T& p, T g, T& m, T& v, T& v_max, const Args<T>& a,
+  template <class V, class T>
+  static BRAZE_INLINE void update(V& p, V g, V& m, V& v, V& v_max, const Args<T>& a,
                                   uint32_t flags) {
     g = effective_gradient(g, p, a, flags);
-    const T decayed = p * a.param_decay;
-    m = fused_multiply_add(a.beta1, m, a.one_minus_beta1 * g);
-    v = fused_multiply_add(a.beta2, v, a.one_minus_beta2 * g * g);
-    T second = v;
+    const V decayed = p * V(a.param_decay);
+    m = fused_multiply_add(V(a.beta1), m, V(a.one_minus_beta1) * g);
+    v = fused_multiply_add(V(a.beta2), v, V(a.one_minus_beta2) * g * g);
+    V second = v;
     if (flags & kAmsgrad) {
       // A NaN on either side stays, as torch.maximum keeps it.
-      v_max = v_max != v_max ? v_max : (v_max >= v ? v_max : v);
+      v_max = select(v_max != v_max, v_max, select(v_max >= v, v_max, v));
       second = v_max;
     }
-    const T denominator = fused_multiply_add(square_root(second), a.inv_sqrt_correction2, a.eps);
-    p = fused_multiply_add(-a.step_size, m / denominator, decayed);
+    const V denominator =
+        fused_multiply_add(square_root(second), V(a.inv_sqrt_correction2), V(a.eps));
+    p = fused_multiply_add(V(-a.step_size), m / denominator, decayed);
   }
 };
 

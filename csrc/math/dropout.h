@@ -75,38 +75,34 @@ BRAZE_INLINE DropoutTerms<To> round_terms(const DropoutTerms<double>& terms) {
 }
 
 // A select, not a product with 0: what is dropped is gone, NaN and inf too.
-template <class T>
-BRAZE_INLINE T drop(bool kept, T x, const DropoutTerms<T>& terms) {
-  const T scaled = fused_multiply_add(x, terms.scale, terms.shift);
-  return kept ? scaled : terms.dropped;
+template <class V, class Kept>
+BRAZE_INLINE V drop(Kept kept, V x, const DropoutTerms<Element<V>>& terms) {
+  return select(kept, fused_multiply_add(x, V(terms.scale), V(terms.shift)), V(terms.dropped));
 }
 
 // dropout(x) + residual, rounded once.
-template <class T>
-BRAZE_INLINE T drop_and_add(bool kept, T x, T residual, T scale) {
-  const T sum = fused_multiply_add(x, scale, residual);
-  return kept ? sum : residual;
+template <class V, class Kept>
+BRAZE_INLINE V drop_and_add(Kept kept, V x, V residual, Element<V> scale) {
+  return select(kept, fused_multiply_add(x, V(scale), residual), residual);
 }
 
 // dropout(activation(x)).
-template <Activation kA, class T>
-BRAZE_INLINE T activate_and_drop(bool kept, T x, T parameter, T scale) {
-  const T scaled = activate<kA>(x, parameter) * scale;
-  return kept ? scaled : T(0);
+template <Activation kA, class V, class Kept>
+BRAZE_INLINE V activate_and_drop(Kept kept, V x, Element<V> parameter, Element<V> scale) {
+  return select(kept, activate<kA>(x, parameter) * V(scale), V(0));
 }
 
 // Its gradient for x.
-template <Activation kA, class T>
-BRAZE_INLINE T activate_and_drop_grad(bool kept, T x, T grad, T parameter, T scale) {
-  const T scaled = grad * scale * activation_derivative<kA>(x, parameter);
-  return kept ? scaled : T(0);
+template <Activation kA, class V, class Kept>
+BRAZE_INLINE V activate_and_drop_grad(Kept kept, V x, V grad, Element<V> parameter,
+                                      Element<V> scale) {
+  return select(kept, grad * V(scale) * activation_derivative<kA>(x, parameter), V(0));
 }
 
 // Of ReLU, whose output says all: y > 0 means kept and x > 0.
-template <class T>
-BRAZE_INLINE T relu_and_drop_grad(T y, T grad, T scale) {
-  const T scaled = grad * scale;
-  return derivative_is_upper<Activation::relu>(y) ? scaled : T(0);
+template <class V>
+BRAZE_INLINE V relu_and_drop_grad(V y, V grad, Element<V> scale) {
+  return select(derivative_is_upper<Activation::relu>(y), grad * V(scale), V(0));
 }
 
 }  // namespace braze

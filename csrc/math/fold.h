@@ -29,8 +29,8 @@ struct Fold : RuleDefaults {
     return {.weight = o.weight, .keep = o.keep};
   }
 
-  template <class T>
-  static BRAZE_INLINE void update(T&, T g, T& sum, const Args<T>& a, uint32_t flags) {
+  template <class V, class T>
+  static BRAZE_INLINE void update(V&, V g, V& sum, const Args<T>& a, uint32_t flags) {
     sum = accumulate_gradient(sum, g, a.weight, a.keep, flags & kFirst);
   }
 };

@@ -47,13 +47,13 @@ struct Lion : RuleDefaults {
   }
 
   // c = b1 m + (1 - b1) g;  p = (1 - lr decay) p - lr sign(c);  m = b2 m + (1 - b2) g.
-  template <class T>
-  static BRAZE_INLINE void update(T& p, T g, T& m, const Args<T>& a, uint32_t flags) {
+  template <class V, class T>
+  static BRAZE_INLINE void update(V& p, V g, V& m, const Args<T>& a, uint32_t flags) {
     g = effective_gradient(g, p, a, flags);
-    const T c = fused_multiply_add(a.beta1, m, a.one_minus_beta1 * g);
-    const T sign = c > T(0) ? T(1) : (c < T(0) ? T(-1) : c);  // of 0 is 0, of NaN is NaN
-    p = fused_multiply_add(-a.lr, sign, p * a.param_decay);
-    m = fused_multiply_add(a.beta2, m, a.one_minus_beta2 * g);
+    const V c = fused_multiply_add(V(a.beta1), m, V(a.one_minus_beta1) * g);
+    const V sign = select(c > V(0), V(1), select(c < V(0), V(-1), c));  // of 0 is 0, of NaN is NaN
+    p = fused_multiply_add(V(-a.lr), sign, p * V(a.param_decay));
+    m = fused_multiply_add(V(a.beta2), m, V(a.one_minus_beta2) * g);
   }
 };
 

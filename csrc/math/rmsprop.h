@@ -58,21 +58,23 @@ struct Rmsprop : RuleDefaults {
 
   // v = alpha v + (1 - alpha) g^2;  a = alpha a + (1 - alpha) g;
   // d = g / (sqrt(centered ? v - a^2 : v) + eps);  b = mu b + d;  p = p - lr (momentum ? b : d).
-  template <class T>
-  static BRAZE_INLINE void update(T& p, T g, T& v, T& buffer, T& average, const Args<T>& a,
+  template <class V, class T>
+  static BRAZE_INLINE void update(V& p, V g, V& v, V& buffer, V& average, const Args<T>& a,
                                   uint32_t flags) {
     g = effective_gradient(g, p, a, flags);
-    v = fused_multiply_add(a.alpha, v, a.one_minus_alpha * g * g);
-    T second = v;
+    v = fused_multiply_add(V(a.alpha), v, V(a.one_minus_alpha) * g * g);
+    V second = v;
     if (flags & kCentered) {
-      average = fused_multiply_add(a.alpha, average, a.one_minus_alpha * g);
+      average = fused_multiply_add(V(a.alpha), average, V(a.one_minus_alpha) * g);
       second = v - average * average;
       // Rounding may take what is a variance below zero. A NaN stays.
-      second = second < T(0) ? T(0) : second;
+      second = select(second < V(0), V(0), second);
     }
-    T direction = g / (square_root(second) + a.eps);
-    if (flags & kMomentum) direction = buffer = fused_multiply_add(a.momentum, buffer, direction);
-    p = fused_multiply_add(-a.lr, direction, p);
+    V direction = g / (square_root(second) + V(a.eps));
+    if (flags & kMomentum) {
+      direction = buffer = fused_multiply_add(V(a.momentum), buffer, direction);
+    }
+    p = fused_multiply_add(V(-a.lr), direction, p);
   }
 };
 

@@ -2,7 +2,8 @@
 // code around them share: adam.h and its neighbours, listed in rules.h.
 // Only IEEE operations and explicit fma: the same bits everywhere, as long as the compiler
 // contracts nothing (-ffp-contract=off, -fmad=false). T is float (fp32 and 16-bit parameters) or
-// double. Flags are plain arguments: where they are constants, the compiler folds them.
+// double, V a T or a vector of them. Flags are plain arguments: where they are constants, the
+// compiler folds them.
 #pragma once
 #include <cstddef>
 #include <utility>
@@ -63,24 +64,24 @@ struct RuleDefaults {
 };
 
 // Gradient penalties: l2 adds l2 * p, l1 adds l1 * sign(p), with sign(0) = 0.
-template <class T>
-BRAZE_INLINE T add_penalty(T g, T p, T l2, T l1) {
-  const T signed_l1 = p > T(0) ? l1 : (p < T(0) ? -l1 : T(0));
+template <class V, class T>
+BRAZE_INLINE V add_penalty(V g, V p, T l2, T l1) {
+  const V signed_l1 = select(p > V(0), V(l1), select(p < V(0), V(-l1), V(0)));
   // Not just l2 * p with l2 = 0: that would turn an infinite p into NaN.
-  return (l2 != T(0) ? fused_multiply_add(l2, p, g) : g) + signed_l1;
+  return (l2 != T(0) ? fused_multiply_add(V(l2), p, g) : g) + signed_l1;
 }
 
 // The gradient as the formulas take it: scaled, signed, and with its penalties.
-template <class T, class Args>
-BRAZE_INLINE T effective_gradient(T g, T p, const Args& a, uint32_t flags) {
+template <class V, class Args>
+BRAZE_INLINE V effective_gradient(V g, V p, const Args& a, uint32_t flags) {
   g *= a.grad_scale;
   return flags & kPenalty ? add_penalty(g, p, a.l2, a.l1) : g;
 }
 
 // sum = keep * sum + weight * g; the first micro-batch overwrites.
-template <class T>
-BRAZE_INLINE T accumulate_gradient(T sum, T g, T weight, T keep, bool first) {
-  return first ? weight * g : fused_multiply_add(weight, g, keep * sum);
+template <class V>
+BRAZE_INLINE V accumulate_gradient(V sum, V g, Element<V> weight, Element<V> keep, bool first) {
+  return first ? V(weight) * g : fused_multiply_add(V(weight), g, V(keep) * sum);
 }
 
 // base^n, n >= 0 (a fraction is dropped), in double-double: within one unit in the last place, and
@@ -144,14 +145,14 @@ constexpr size_t kDeviceFieldOffset = [] {
 }();
 
 // Rule::update() with one argument for each of the rule's states, states[k].
-template <class Rule, class T, class Args, class States, size_t... k>
-BRAZE_INLINE void update_states(T& p, T g, States&& states, const Args& a, uint32_t flags,
+template <class Rule, class V, class Args, class States, size_t... k>
+BRAZE_INLINE void update_states(V& p, V g, States&& states, const Args& a, uint32_t flags,
                                 std::index_sequence<k...>) {
   Rule::update(p, g, states[k]..., a, flags);
 }
 
-template <class Rule, class T, class Args, class States>
-BRAZE_INLINE void update_element(T& p, T g, States&& states, const Args& a, uint32_t flags) {
+template <class Rule, class V, class Args, class States>
+BRAZE_INLINE void update_element(V& p, V g, States&& states, const Args& a, uint32_t flags) {
   update_states<Rule>(p, g, states, a, flags, std::make_index_sequence<Rule::kStates>{});
 }
 

@@ -64,16 +64,17 @@ struct Sgd : RuleDefaults {
 
   // b = mu b + (1 - dampening) g;  p = p - lr (nesterov ? g + mu b : b). A buffer that does not
   // exist yet starts as the gradient, undampened.
-  template <class T>
-  static BRAZE_INLINE void update(T& p, T g, T& buffer, const Args<T>& a, uint32_t flags) {
+  template <class V, class T>
+  static BRAZE_INLINE void update(V& p, V g, V& buffer, const Args<T>& a, uint32_t flags) {
     g = effective_gradient(g, p, a, flags);
-    T direction = g;
+    V direction = g;
     if (flags & kMomentum) {
-      buffer =
-          flags & kFirst ? g : fused_multiply_add(a.momentum, buffer, a.one_minus_dampening * g);
-      direction = flags & kNesterov ? fused_multiply_add(a.momentum, buffer, g) : buffer;
+      buffer = flags & kFirst
+                   ? g
+                   : fused_multiply_add(V(a.momentum), buffer, V(a.one_minus_dampening) * g);
+      direction = flags & kNesterov ? fused_multiply_add(V(a.momentum), buffer, g) : buffer;
     }
-    p = fused_multiply_add(-a.lr, direction, p);
+    p = fused_multiply_add(V(-a.lr), direction, p);
   }
 };
 

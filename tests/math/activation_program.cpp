@@ -78,9 +78,9 @@ void elementary() {
       exponents.see(n, spoil(power_of_two(n)), ldexpl(1, n), ldexpl(0x1p-24L, n));
     Worst range("reduced_range");  // in units of log(2) / 2
     exact::for_floats(128, kStride, [&](float x) {
-      const ReducedExponent e = reduce_exponent(x);
+      const auto e = reduce_exponent(x);
       range.see(x, spoil(e.r) + (spoiled == 0 ? 0 : 1), 0, logl(2) / 2);
-      reduced.see(x, spoil(e.r), x - e.n * logl(2), 0x1p-24L);
+      reduced.see(x, spoil(e.r), x - static_cast<int32_t>(e.n) * logl(2), 0x1p-24L);
     });
   }
 }

@@ -1,0 +1,440 @@
+// Vectors as values: a fixed number of lanes, in as many registers as the instruction set needs.
+// The operators and functions that math/ is written in, and what has no operator: memory, bits of
+// masks, lane by lane. Included once per instruction set, after set_begin.h.
+#pragma once
+#include "../math/arithmetic.h"
+#include "../math/convert.h"
+
+namespace braze::cpu::BRAZE_SET {
+
+constexpr size_t kRegister = BRAZE_LEVEL >= 2 ? 64 : BRAZE_LEVEL == 1 ? 32 : 16;  // bytes
+
+template <class E, int N>
+struct RegisterOf {
+  typedef E Type __attribute__((vector_size(N * sizeof(E))));
+  typedef E InMemory __attribute__((vector_size(N * sizeof(E)), aligned(1), may_alias));
+};
+template <class E, int N>
+using Register = typename RegisterOf<E, N>::Type;
+
+template <class To, class From>
+BRAZE_INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return reinterpret_cast<To>(from);
+}
+
+template <size_t kSize>
+using SignedOf = std::conditional_t<
+    kSize == 8, int64_t,
+    std::conditional_t<kSize == 4, int32_t, std::conditional_t<kSize == 2, int16_t, int8_t>>>;
+template <size_t kSize>
+using UnsignedOf = std::make_unsigned_t<SignedOf<kSize>>;
+
+// One register: what the compiler has no operator for, by instruction set.
+namespace reg {
+
+template <class R, class F>
+BRAZE_INLINE R by_lane(F&& f) {
+  R out = {};
+  for (size_t i = 0; i < sizeof(R) / sizeof(out[0]); ++i) out[i] = f(i);
+  return out;
+}
+
+template <class R>
+constexpr bool kFloats = sizeof(R{}[0]) == 4;
+
+template <class R>
+BRAZE_INLINE R fma(R a, R b, R c) {
+#if BRAZE_LEVEL >= 2
+  if constexpr (kFloats<R>)
+    return _mm512_fmadd_ps(a, b, c);
+  else
+    return _mm512_fmadd_pd(a, b, c);
+#elif BRAZE_LEVEL == 1
+  if constexpr (kFloats<R>)
+    return _mm256_fmadd_ps(a, b, c);
+  else
+    return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  if constexpr (kFloats<R>)
+    return vfmaq_f32(c, a, b);
+  else
+    return vfmaq_f64(c, a, b);
+#else
+  return by_lane<R>([&](size_t i) { return fused_multiply_add(a[i], b[i], c[i]); });
+#endif
+}
+
+template <class R>
+BRAZE_INLINE R sqrt(R a) {
+#if BRAZE_LEVEL >= 2
+  if constexpr (kFloats<R>)
+    return _mm512_maskz_sqrt_ps(0xffff, a);
+  else
+    return _mm512_maskz_sqrt_pd(0xff, a);
+#elif BRAZE_LEVEL == 1
+  if constexpr (kFloats<R>)
+    return _mm256_sqrt_ps(a);
+  else
+    return _mm256_sqrt_pd(a);
+#elif defined(__x86_64__)
+  if constexpr (kFloats<R>)
+    return _mm_sqrt_ps(a);
+  else
+    return _mm_sqrt_pd(a);
+#elif defined(__aarch64__)
+  if constexpr (kFloats<R>)
+    return vsqrtq_f32(a);
+  else
+    return vsqrtq_f64(a);
+#else
+  return by_lane<R>([&](size_t i) { return square_root(a[i]); });
+#endif
+}
+
+// The lowest 32 bits of each lane, multiplied to 64.
+template <class R>
+BRAZE_INLINE R multiply_low(R a, R b) {
+#if BRAZE_LEVEL >= 2
+  return bits_as<R>(_mm512_maskz_mul_epu32(0xff, bits_as<__m512i>(a), bits_as<__m512i>(b)));
+#elif BRAZE_LEVEL == 1
+  return bits_as<R>(_mm256_mul_epu32(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+#elif defined(__x86_64__)
+  return bits_as<R>(_mm_mul_epu32(bits_as<__m128i>(a), bits_as<__m128i>(b)));
+#elif defined(__aarch64__)
+  return vmull_u32(vmovn_u64(a), vmovn_u64(b));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// One bit per lane of a mask, whose lanes are 0 or -1.
+template <class R>
+BRAZE_INLINE uint32_t bits(R mask) {
+#if BRAZE_LEVEL >= 2
+  if constexpr (kFloats<R>)
+    return _mm512_movepi32_mask(bits_as<__m512i>(mask));
+  else
+    return _mm512_movepi64_mask(bits_as<__m512i>(mask));
+#elif BRAZE_LEVEL == 1
+  if constexpr (kFloats<R>)
+    return static_cast<uint32_t>(_mm256_movemask_ps(bits_as<__m256>(mask)));
+  else
+    return static_cast<uint32_t>(_mm256_movemask_pd(bits_as<__m256d>(mask)));
+#elif defined(__x86_64__)
+  if constexpr (kFloats<R>)
+    return static_cast<uint32_t>(_mm_movemask_ps(bits_as<__m128>(mask)));
+  else
+    return static_cast<uint32_t>(_mm_movemask_pd(bits_as<__m128d>(mask)));
+#else
+  uint32_t out = 0;
+  for (size_t i = 0; i < sizeof(R) / sizeof(mask[0]); ++i) out |= (mask[i] & 1u) << i;
+  return out;
+#endif
+}
+
+// The mask of these bits.
+template <class R>
+BRAZE_INLINE R from_bits(uint32_t bits) {
+#if BRAZE_LEVEL >= 2
+  if constexpr (kFloats<R>)
+    return bits_as<R>(_mm512_movm_epi32(static_cast<__mmask16>(bits)));
+  else
+    return bits_as<R>(_mm512_movm_epi64(static_cast<__mmask8>(bits)));
+#else
+  using E = std::remove_cvref_t<decltype(R{}[0])>;
+  const R which = [&]<size_t... i>(std::index_sequence<i...>) {
+    return R{(E{1} << i)...};
+  }(std::make_index_sequence<sizeof(R) / sizeof(E)>{});
+  return (which & static_cast<E>(bits)) == which;
+#endif
+}
+
+// Lanes [0, N) of memory as fp32 or fp64, whatever memory holds.
+template <class E, int N, class S>
+BRAZE_INLINE Register<E, N> load(const S* p) {
+  if constexpr (std::is_same_v<S, F16>) {
+    Register<float, N> wide;
+#if BRAZE_LEVEL >= 1
+    if constexpr (N == 16) {
+      wide = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    } else if constexpr (N == 8) {
+      wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    } else {
+      wide = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+#elif defined(__aarch64__)
+    if constexpr (N == 4) {
+      wide = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+    } else {
+      wide = by_lane<Register<float, N>>([&](size_t i) { return from_storage(p[i]); });
+    }
+#else
+    wide = by_lane<Register<float, N>>([&](size_t i) { return from_storage(p[i]); });
+#endif
+    return __builtin_convertvector(wide, Register<E, N>);
+  } else if constexpr (std::is_same_v<S, Bf16>) {
+    const auto narrow = *reinterpret_cast<const typename RegisterOf<uint16_t, N>::InMemory*>(p);
+    const auto wide = __builtin_convertvector(narrow, Register<uint32_t, N>) << 16;
+    return __builtin_convertvector(bits_as<Register<float, N>>(wide), Register<E, N>);
+  } else {
+    const auto value = *reinterpret_cast<const typename RegisterOf<S, N>::InMemory*>(p);
+    return __builtin_convertvector(value, Register<E, N>);
+  }
+}
+
+// The steps of bf16_from_float.
+template <int N>
+BRAZE_INLINE Register<uint16_t, N> round_to_bf16(Register<float, N> value) {
+#if BRAZE_LEVEL == 3
+  // One instruction, except that it flushes denormals and keeps NaN payloads: those go the integer
+  // way.
+  constexpr int kNanOrDenormal = 0x01 | 0x20 | 0x80;
+  if constexpr (N == 16) {
+    if (__builtin_expect(_mm512_fpclass_ps_mask(value, kNanOrDenormal) == 0, 1)) {
+      return bits_as<Register<uint16_t, N>>(_mm512_maskz_cvtneps_pbh(0xffff, value));
+    }
+  }
+#endif
+  using Bits = Register<uint32_t, N>;
+  const Bits bits = bits_as<Bits>(value);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits result = value == value ? rounded : rounded * 0 + 0x7fc0u;
+#if BRAZE_LEVEL == 1
+  if constexpr (N == 8) {  // gcc takes a detour through shuffles
+    const __m256i wide = bits_as<__m256i>(result);
+    return bits_as<Register<uint16_t, N>>(
+        _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+  }
+#endif
+  return __builtin_convertvector(result, Register<uint16_t, N>);
+}
+
+template <int N>
+BRAZE_INLINE Register<uint16_t, N> round_to_f16(Register<float, N> value) {
+  using Result = Register<uint16_t, N>;
+#if BRAZE_LEVEL >= 1
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT;
+  if constexpr (N == 16)
+    return bits_as<Result>(_mm512_maskz_cvtps_ph(0xffff, value, kNearest));
+  else if constexpr (N == 8)
+    return bits_as<Result>(_mm256_cvtps_ph(value, kNearest));
+  else
+    return bits_as<Result>(_mm_cvtsi128_si64(_mm_cvtps_ph(value, kNearest)));
+#else
+  return by_lane<Result>([&](size_t i) { return f16_from_float(value[i]); });
+#endif
+}
+
+template <class E, int N, class S>
+BRAZE_INLINE void store(Register<E, N> in, S* p) {
+  if constexpr (std::is_same_v<S, Bf16> || std::is_same_v<S, F16>) {
+    const auto value = __builtin_convertvector(in, Register<float, N>);
+    auto* const out = reinterpret_cast<typename RegisterOf<uint16_t, N>::InMemory*>(p);
+    if constexpr (std::is_same_v<S, Bf16>)
+      *out = round_to_bf16<N>(value);
+    else
+      *out = round_to_f16<N>(value);
+  } else {
+    *reinterpret_cast<typename RegisterOf<S, N>::InMemory*>(p) =
+        __builtin_convertvector(in, Register<S, N>);
+  }
+}
+
+}  // namespace reg
+
+struct Nothing {};
+
+// N lanes of E, a number: one register, or two halves.
+template <class E, int N>
+struct Lanes {
+  static constexpr bool kOne = N * sizeof(E) <= kRegister;
+  static constexpr int kLanes = N;
+  using Element = E;
+  using Half = std::conditional_t<kOne, Register<E, N>, Lanes<E, N / 2>>;
+  using Rest = std::conditional_t<kOne, Nothing, Half>;
+  using Mask = Lanes<SignedOf<sizeof(E)>, N>;
+  using Bits = Lanes<UnsignedOf<sizeof(E)>, N>;
+
+  Half lo;
+  [[no_unique_address]] Rest hi;
+
+  Lanes() = default;
+  BRAZE_INLINE Lanes(const Half& l, const Rest& h) : lo(l), hi(h) {}
+  // All lanes the same.
+  BRAZE_INLINE Lanes(E value) {
+    if constexpr (kOne) {
+      lo = [&]<size_t... i>(std::index_sequence<i...>) {
+        return Half{((void)i, value)...};
+      }(std::make_index_sequence<N>{});
+    } else {
+      lo = Half(value);
+      hi = lo;
+    }
+  }
+
+  // f of each register of the arguments.
+  template <class Result = Lanes, class F, class... In>
+  static BRAZE_INLINE Result map(F&& f, const In&... in) {
+    if constexpr (kOne) {
+      return {f(in.lo...), {}};
+    } else {
+      using Part = typename Result::Half;
+      return {Half::template map<Part>(f, in.lo...), Half::template map<Part>(f, in.hi...)};
+    }
+  }
+
+#define BRAZE_OPERATOR(op)                                                              \
+  friend BRAZE_INLINE Lanes operator op(const Lanes& a, const Lanes& b) {               \
+    return map([](const auto& x, const auto& y) BRAZE_LAMBDA { return x op y; }, a, b); \
+  }
+#define BRAZE_COMPARISON(op)                                                                  \
+  friend BRAZE_INLINE Mask operator op(const Lanes& a, const Lanes& b) {                      \
+    return map<Mask>([](const auto& x, const auto& y) BRAZE_LAMBDA { return x op y; }, a, b); \
+  }
+#define BRAZE_LAMBDA __attribute__((always_inline))
+  BRAZE_OPERATOR(+)
+  BRAZE_OPERATOR(-)
+  BRAZE_OPERATOR(*)
+  BRAZE_OPERATOR(/)
+  BRAZE_OPERATOR(&)
+  BRAZE_OPERATOR(|)
+  BRAZE_OPERATOR(^)
+  BRAZE_OPERATOR(<<)
+  BRAZE_OPERATOR(>>)
+  BRAZE_COMPARISON(<)
+  BRAZE_COMPARISON(<=)
+  BRAZE_COMPARISON(>)
+  BRAZE_COMPARISON(>=)
+  BRAZE_COMPARISON(==)
+  BRAZE_COMPARISON(!=)
+#undef BRAZE_OPERATOR
+#undef BRAZE_COMPARISON
+  friend BRAZE_INLINE Lanes operator-(const Lanes& a) {
+    return map([](const auto& x) BRAZE_LAMBDA { return -x; }, a);
+  }
+  // Of masks. Both sides are computed.
+  friend BRAZE_INLINE Lanes operator&&(const Lanes& a, const Lanes& b) { return a & b; }
+  friend BRAZE_INLINE Lanes operator!(const Lanes& a) {
+    return map([](const auto& x) BRAZE_LAMBDA { return ~x; }, a);
+  }
+  BRAZE_INLINE Lanes& operator+=(const Lanes& other) { return *this = *this + other; }
+  BRAZE_INLINE Lanes& operator*=(const Lanes& other) { return *this = *this * other; }
+
+  // Of a, or of the first n lanes of it, n >= 0; what memory has no lane for is 0.
+  template <class S>
+  static BRAZE_INLINE Lanes load(const S* p) {
+    if constexpr (kOne) {
+      return {reg::load<E, N>(p), {}};
+    } else {
+      return {Half::load(p), Half::load(p + N / 2)};
+    }
+  }
+  template <class S>
+  static BRAZE_INLINE Lanes load(const S* p, int64_t n) {
+    if (n >= N) return load(p);
+    S all[N] = {};
+    for (int64_t i = 0; i < n; ++i) all[i] = p[i];
+    return load(all);
+  }
+  template <class S>
+  BRAZE_INLINE void store(S* p) const {
+    if constexpr (kOne) {
+      reg::store<E, N>(lo, p);
+    } else {
+      lo.store(p);
+      hi.store(p + N / 2);
+    }
+  }
+  template <class S>
+  BRAZE_INLINE void store(S* p, int64_t n) const {
+    if (n >= N) return store(p);
+    S all[N];
+    store(all);
+    for (int64_t i = 0; i < n; ++i) p[i] = all[i];
+  }
+  // Of a mask: its bits, and the mask that has them.
+  BRAZE_INLINE uint32_t bits() const {
+    if constexpr (kOne) {
+      return reg::bits(lo);
+    } else {
+      return lo.bits() | hi.bits() << (N / 2);
+    }
+  }
+  static BRAZE_INLINE Lanes from_bits(uint32_t bits) {
+    if constexpr (kOne) {
+      return {reg::from_bits<Half>(bits), {}};
+    } else {
+      return {Half::from_bits(bits), Half::from_bits(bits >> (N / 2))};
+    }
+  }
+
+  friend BRAZE_INLINE Lanes select(const Mask& mask, const Lanes& a, const Lanes& b) {
+    return map([](const auto& m, const auto& x, const auto& y) BRAZE_LAMBDA { return m ? x : y; },
+               mask, a, b);
+  }
+  friend BRAZE_INLINE Lanes fused_multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
+    return map([](const auto& x, const auto& y, const auto& z)
+                   BRAZE_LAMBDA { return reg::fma(x, y, z); },
+               a, b, c);
+  }
+  friend BRAZE_INLINE Lanes square_root(const Lanes& a) {
+    return map([](const auto& x) BRAZE_LAMBDA { return reg::sqrt(x); }, a);
+  }
+  friend BRAZE_INLINE Bits bits_from_float(const Lanes& a) {
+    return map<Bits>(
+        [](const auto& x) BRAZE_LAMBDA {
+          return bits_as<Register<UnsignedOf<sizeof(E)>, sizeof(x) / sizeof(E)>>(x);
+        },
+        a);
+  }
+  friend BRAZE_INLINE Lanes<float, N> float_from_bits(const Lanes& a)
+    requires std::is_same_v<E, uint32_t>
+  {
+    return map<Lanes<float, N>>(
+        [](const auto& x)
+            BRAZE_LAMBDA { return bits_as<Register<float, sizeof(x) / sizeof(E)>>(x); },
+        a);
+  }
+  friend BRAZE_INLINE Lanes multiply_low(const Lanes& a, const Lanes& b)
+    requires std::is_same_v<E, uint64_t>
+  {
+    return map([](const auto& x, const auto& y) BRAZE_LAMBDA { return reg::multiply_low(x, y); }, a,
+               b);
+  }
+#define BRAZE_BY_LANE(name)                                      \
+  friend BRAZE_INLINE Lanes name(const Lanes& a)                 \
+    requires std::is_same_v<E, double>                           \
+  {                                                              \
+    return map(                                                  \
+        [](const auto& x) BRAZE_LAMBDA {                         \
+          return reg::by_lane<std::remove_cvref_t<decltype(x)>>( \
+              [&](size_t i) { return braze::name(x[i]); });      \
+        },                                                       \
+        a);                                                      \
+  }
+  BRAZE_BY_LANE(exponential)
+  BRAZE_BY_LANE(exponential_minus_1)
+  BRAZE_BY_LANE(logarithm_of_1_plus)
+  BRAZE_BY_LANE(normal_cdf)
+#undef BRAZE_BY_LANE
+};
+
+// Between the bits of a mask and memory, where a vector has whole bytes of them.
+template <class V>
+BRAZE_INLINE void store_bits(uint32_t bits, uint8_t* p) {
+  const auto value = static_cast<UnsignedOf<V::kLanes / 8>>(bits);
+  memcpy(p, &value, sizeof value);
+}
+template <class V>
+BRAZE_INLINE uint32_t load_bits(const uint8_t* p) {
+  UnsignedOf<V::kLanes / 8> value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
+// The vector of the loops over T.
+template <class T>
+using Vec = Lanes<T, BRAZE_LEVEL >= 2 ? 64 / sizeof(T) : 8>;
+
+}  // namespace braze::cpu::BRAZE_SET
