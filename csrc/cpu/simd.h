@@ -245,6 +245,9 @@ BRAZE_INLINE void store(Register<E, N> in, S* p) {
 
 struct Nothing {};
 
+// Instead of a count of lanes: all of a vector.
+struct Whole {};
+
 // N lanes of E, a number: one register, or two halves.
 template <class E, int N>
 struct Lanes {
@@ -338,6 +341,14 @@ struct Lanes {
     return load(all);
   }
   template <class S>
+  static BRAZE_INLINE Lanes load(const S* p, Whole) {
+    return load(p);
+  }
+  template <class S>
+  BRAZE_INLINE void store(S* p, Whole) const {
+    store(p);
+  }
+  template <class S>
   BRAZE_INLINE void store(S* p) const {
     if constexpr (kOne) {
       reg::store<E, N>(lo, p);
@@ -401,6 +412,16 @@ struct Lanes {
   {
     return map([](const auto& x, const auto& y) BRAZE_LAMBDA { return reg::multiply_low(x, y); }, a,
                b);
+  }
+  template <class T>
+  friend BRAZE_INLINE Lanes round_through(const Lanes& a)
+    requires std::is_same_v<E, double>
+  {
+    if constexpr (sizeof(T) == 8) return a;
+    else return Lanes::map([](const auto& x) BRAZE_LAMBDA {
+        using R = std::remove_cvref_t<decltype(x)>;
+        return __builtin_convertvector(__builtin_convertvector(x, Register<float, sizeof(R) / 8>), R);
+      }, a);
   }
 #define BRAZE_BY_LANE(name)                                      \
   friend BRAZE_INLINE Lanes name(const Lanes& a)                 \

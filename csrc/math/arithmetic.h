@@ -35,6 +35,12 @@ BRAZE_INLINE T select(bool condition, T a, T b) {
   return condition ? a : b;
 }
 
+// x rounded to T and back.
+template <class T>
+BRAZE_INLINE double round_through(double x) {
+  return static_cast<double>(static_cast<T>(x));
+}
+
 template <class V>
 BRAZE_INLINE V negative_magnitude(V a) {
   if constexpr (sizeof(Element<V>) == 8) {

@@ -24,13 +24,13 @@ struct ActivationShape {
   bool channels_last = false;
   DType dtype = DType::f32;
 
-  int64_t per_channel() const { return n * spatial; }
-  int64_t numel() const { return n * c * spatial; }
+  BRAZE_INLINE int64_t per_channel() const { return n * spatial; }
+  BRAZE_INLINE int64_t numel() const { return n * c * spatial; }
   // A bit mask starts a new byte with every row: one pixel of a channels-last tensor, else one
   // plane.
-  int64_t row() const { return channels_last ? c : spatial; }
-  int64_t rows() const { return channels_last ? n * spatial : n * c; }
-  int64_t mask_bytes() const { return rows() * ((row() + 7) / 8); }
+  BRAZE_INLINE int64_t row() const { return channels_last ? c : spatial; }
+  BRAZE_INLINE int64_t rows() const { return channels_last ? n * spatial : n * c; }
+  BRAZE_INLINE int64_t mask_bytes() const { return rows() * ((row() + 7) / 8); }
 };
 
 // The arithmetic type T is double for fp64 tensors, float for all others.
@@ -121,7 +121,7 @@ struct BackwardArgs {
   void* sums = nullptr;  // T[2][c], BatchNormSums by field, of input[0]: wanted for other processes
 
   // Whether apply_grad has anything to do.
-  bool writes_elements() const {
+  BRAZE_INLINE bool writes_elements() const {
     return grad[0].dx != nullptr || grad[1].dx != nullptr || grad_residual != nullptr;
   }
 };

@@ -137,9 +137,9 @@ void special_moments() {
   worst.see(4, constant.m2 >= 0 ? spoil(0) : -1, 0, 1e-12L);
   huge[17] = NAN;
   worst.see(5, std::isnan(variance_of(channel_moments(block(huge, 300, 0)))) ? 0 : 1, 0, 1e-12L);
-  worst.see(6, spoil(update_running(2, 10, 0)), 2, 1e-12L);
-  worst.see(7, spoil(update_running(2, 10, 1)), 10, 1e-12L);
-  worst.see(8, spoil(update_running(2, 10, 0.1)), 2.8L, 1e-12L);
+  worst.see(6, spoil(update_running(2.0, 10, 0)), 2, 1e-12L);
+  worst.see(7, spoil(update_running(2.0, 10, 1)), 10, 1e-12L);
+  worst.see(8, spoil(update_running(2.0, 10, 0.1)), 2.8L, 1e-12L);
 }
 
 // z and dx of a whole channel from the rounded numbers that kernels use.

@@ -1,37 +1,38 @@
-#include <algorithm>
-#include <array>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-
-#include "../math/activation.h"
-#include "../math/batch_norm.h"
-#include "../math/convert.h"
 #include "batch_norm_cpu.h"
-#include "batch_norm_geometry.h"
+
+#include "batch_norm_kernels.h"
 #include "instruction_set.h"
 #include "parallel.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace braze::cpu {
 namespace {
 
-#define BRAZE_LOOPS "batch_norm_backward.inl"
-#include "instruction_sets.inl"
-
 struct Kernels {
-  void (*reduce)(const BackwardArgs&, const Geometry&, int64_t, int64_t, double*, void*);
-  void (*finish)(const BackwardArgs&, const Geometry&, const double*, int64_t, int64_t);
-  void (*coefficients)(const CoefficientsArgs&);
-  void (*apply_grad)(const BackwardArgs&, const Tiles&, int64_t, int64_t);
+  decltype(&baseline::statistics) statistics;
+  decltype(&baseline::finish_statistics) finish_statistics;
+  decltype(&baseline::combine) combine;
+  decltype(&baseline::from_running) from_running;
+  decltype(&baseline::apply) apply;
+  decltype(&baseline::reduce) reduce;
+  decltype(&baseline::finish_reduce) finish_reduce;
+  decltype(&baseline::coefficients) coefficients;
+  decltype(&baseline::apply_grad) apply_grad;
 };
 
-#define BRAZE_KERNELS(isa) {isa::reduce, isa::finish_reduce, isa::coefficients, isa::apply_grad}
-const Kernels kKernels[] = BRAZE_FOR_EACH_ISA(BRAZE_KERNELS);
+#define BRAZE_KERNELS(isa)                                                                       \
+  {isa::statistics, isa::finish_statistics, isa::combine, isa::from_running, isa::apply,         \
+   isa::reduce,     isa::finish_reduce,     isa::coefficients, isa::apply_grad}
+const Kernels kKernels[] = BRAZE_FOR_EACH_SET(BRAZE_KERNELS);
 const Kernels& active() { return kKernels[active_instruction_set()]; }
+
+// Counts the batch and makes `momentum` the factor to use.
+void count_batch(BatchNormChannels& channels) {
+  if (channels.batches_tracked == nullptr) return;
+  ++*channels.batches_tracked;
+  if (channels.cumulative) {
+    channels.momentum = 1 / static_cast<double>(*channels.batches_tracked);
+  }
+}
 
 // Running statistics are constants: their coefficients need no sums.
 bool needs_sums(const BackwardArgs& a) {
@@ -77,10 +78,39 @@ void reduce_and_keep(const BackwardArgs& args, void* workspace, int threads, voi
       threads_for(args.shape.numel(), units, threads), units,
       [&](int64_t begin, int64_t end) { kernels.reduce(args, g, begin, end, parts, kept); },
       args.shape.c,
-      [&](int64_t begin, int64_t end) { kernels.finish(args, g, parts, begin, end); });
+      [&](int64_t begin, int64_t end) { kernels.finish_reduce(args, g, parts, begin, end); });
 }
 
 }  // namespace
+
+size_t batch_norm_workspace(const ActivationShape& shape) { return parts_bytes(Geometry(shape)); }
+
+void statistics(const StatisticsArgs& args, void* workspace, int threads) {
+  StatisticsArgs a = args;
+  if (a.moments == nullptr) count_batch(a.channels);
+  const Geometry g(a.shape);
+  const Kernels& kernels = active();
+  double* parts = static_cast<double*>(workspace);
+  in_parallel(
+      threads_for(a.shape.numel(), g.units(), threads), g.units(),
+      [&](int64_t begin, int64_t end) { kernels.statistics(a, g, begin, end, parts); }, a.shape.c,
+      [&](int64_t begin, int64_t end) { kernels.finish_statistics(a, g, parts, begin, end); });
+}
+
+void combine(const CombineArgs& args) {
+  CombineArgs a = args;
+  count_batch(a.channels);
+  active().combine(a);
+}
+
+void from_running(const FromRunningArgs& args) { active().from_running(args); }
+
+void apply(const ApplyArgs& args, int threads) {
+  const Tiles tiles(args.shape);
+  const Kernels& kernels = active();
+  in_parallel(threads_for(args.shape.numel(), tiles.count, threads), tiles.count,
+              [&](int64_t begin, int64_t end) { kernels.apply(args, tiles, begin, end); });
+}
 
 void reduce(const BackwardArgs& args, void* workspace, int threads) {
   reduce_and_keep(args, workspace, threads, nullptr);
@@ -96,7 +126,7 @@ void backward(const BackwardArgs& args, void* workspace, int threads) {
 void coefficients(const CoefficientsArgs& args) { active().coefficients(args); }
 
 void apply_grad(const BackwardArgs& args, int threads) {
-  const Tiles tiles(args.shape, true);
+  const Tiles tiles(args.shape);
   const Kernels& kernels = active();
   in_parallel(threads_for(args.shape.numel(), tiles.count, threads), tiles.count,
               [&](int64_t begin, int64_t end) { kernels.apply_grad(args, tiles, begin, end); });

@@ -1,0 +1,302 @@
+#include "../set_begin.h"
+//
+#include "../activation_loops.h"
+#include "../batch_norm_channels.h"
+#include "../batch_norm_kernels.h"
+
+namespace braze::cpu::BRAZE_SET {
+namespace {
+
+// ------------------------------------------------------------------ statistics
+
+#if BRAZE_LEVEL != 3  // avx512's serve
+
+constexpr int kMomentRows = 8;  // rows whose sums are formed in registers
+
+template <int kCount, class S, class T>
+void add_moments(const S* x, int64_t stride, int64_t columns, const Spread& to, const T* shift,
+                 T* sum, T* square) {
+  each_vector<T>(columns, [=](int64_t j, auto n) {
+    const Vec<T> near = Vec<T>::load(shift + to.at(j), n);
+    Vec<T> s = 0, q = 0;
+    unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
+      add_moment(Vec<T>::load(x + r * stride + j, n), near, s, q);
+    });
+    (Vec<T>::load(sum + j, n) + s).store(sum + j, n);
+    (Vec<T>::load(square + j, n) + q).store(square + j, n);
+  });
+}
+
+// The sums of one block, by column and by channel.
+template <class T>
+struct BlockMoments {
+  alignas(64) double shifts[kMatrixColumns], sums[kMatrixColumns], squares[kMatrixColumns];
+  alignas(64) T near[kMatrixColumns], shift[kMatrixColumns];
+  alignas(64) T sum[kMatrixColumns], square[kMatrixColumns];
+};
+
+// Numbers near the means of the matrix's channels.
+template <class S, class T>
+void shifts_of(const S* x, const Geometry& g, int64_t width, int64_t pixels, T* shift) {
+  if (g.shape.channels_last) {
+    pixels = std::min<int64_t>(pixels, 8);
+    each_vector<T>(width, [&](int64_t j, auto n) {
+      Vec<T> sum = 0;
+      for (int64_t p = 0; p < pixels; ++p) sum += Vec<T>::load(x + p * g.shape.c + j, n);
+      make_shift(sum, Vec<T>(static_cast<T>(pixels))).store(shift + j, n);
+    });
+    return;
+  }
+  const int64_t count = std::min<int64_t>(g.shape.spatial, 16);
+  for (int64_t c = 0; c < width; ++c) {
+    const T sum = static_cast<T>(sum_of(x + c * g.shape.spatial, count));
+    shift[c] = make_shift(sum, static_cast<T>(count));
+  }
+}
+
+// In double: for values whose squares are beyond fp32.
+template <class S, class T>
+void sum_exactly(const S* x, const Geometry& g, const Matrix& m, int64_t width,
+                 BlockMoments<T>& out) {
+  for (int64_t c = 0; c < width; ++c) out.shifts[c] = out.sums[c] = out.squares[c] = 0;
+  for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
+    for (int64_t j = 0; j < (r < m.rows ? m.columns : m.tail); ++j) {
+      const int64_t c = g.one_channel ? 0 : g.span > 1 ? j / g.span : j % width;
+      const double value = from_storage(x[r * m.stride + j]);
+      add_moment(value, 0.0, out.sums[c], out.squares[c]);
+    }
+  }
+}
+
+template <class S, class T>
+void sum_block(const S* x, const Geometry& g, int64_t column, int64_t b, int64_t width,
+               BlockMoments<T>& out) {
+  Matrix m = g.matrix(column, b);
+  const int64_t columns = std::max(m.columns, m.tail), images = g.images(b);
+  const Spread to = {g.fold, g.span, g.one_channel};
+  shifts_of(x + m.offset, g, width, g.block_count(b), out.near);
+  each_vector<double>(width, [&](int64_t c, auto n) {
+    Doubles::load(out.near + c, n).store(out.shifts + c, n);
+  });
+  const T* shift = spread(out.near, width, to, out.shift);
+  std::fill_n(out.sum, columns, T(0));
+  std::fill_n(out.square, columns, T(0));
+  const S* image = x;
+  for (int64_t i = 0; i < images; ++i, image += g.image_stride()) {
+    rows_at_once<kMomentRows>(m, [&](auto count, int64_t e, int64_t stride, int64_t n) {
+      add_moments<decltype(count)::value>(image + e, stride, n, to, shift, out.sum, out.square);
+    });
+  }
+  fold_columns(out.sum, columns, width, g.span, out.sums);
+  fold_columns(out.square, columns, width, g.span, out.squares);
+  Doubles overflow = 0;
+  each_vector<double>(width, [&](int64_t c, auto n) {
+    const Doubles square = Doubles::load(out.squares + c, n);
+    overflow += square - square;
+  });
+  if ((overflow == Doubles(0)).bits() == (1u << kWidth<double>) - 1) return;
+  for (int64_t c = 0; c < width; ++c) out.shifts[c] = out.sums[c] = out.squares[c] = 0;
+  for (int64_t i = 0; i < images; ++i) sum_exactly(x + i * g.image_stride() + m.offset, g, m, width, out);
+}
+
+template <class S>
+void statistics_of(const StatisticsArgs& a, const Geometry& g, int64_t begin, int64_t end,
+                   double* parts) {
+  BlockMoments<Arithmetic<S>> block;
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t part = u / g.slabs, column = u % g.slabs;
+    const int64_t first = g.first_channel(column), width = g.last_channel(column) - first;
+    double* const shift = parts + (part * kPartRows + kPartShift) * g.row() + first;
+    double* const sum = parts + (part * kPartRows + kPartSum) * g.row() + first;
+    double* const square = parts + (part * kPartRows + kPartSquare) * g.row() + first;
+    double count = 0;
+    for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
+      sum_block(static_cast<const S*>(a.x), g, column, b, width, block);
+      const double own = static_cast<double>(g.block_count(b));
+      each_vector<double>(width, [&](int64_t j, auto n) {
+        MomentsOf<Doubles> all = {Doubles::load(shift + j, n), count, Doubles::load(sum + j, n),
+                                  Doubles::load(square + j, n)};
+        merge_moments(all, {Doubles::load(block.shifts + j, n), own,
+                            Doubles::load(block.sums + j, n), Doubles::load(block.squares + j, n)});
+        all.shift.store(shift + j, n);
+        all.sum.store(sum + j, n);
+        all.square.store(square + j, n);
+      });
+      count += own;
+    }
+  }
+}
+
+}  // namespace
+
+void statistics(const StatisticsArgs& a, const Geometry& g, int64_t begin, int64_t end,
+                double* parts) {
+  with_dtype(a.shape.dtype,
+             [&](auto element) { statistics_of<decltype(element)>(a, g, begin, end, parts); });
+}
+
+void finish_statistics(const StatisticsArgs& a, const Geometry& g, const double* parts, int64_t begin,
+            int64_t end) {
+  with_arithmetic(a.shape.dtype, [&](auto number) {
+    finish_statistics_of<decltype(number)>(a, g, parts, begin, end);
+  });
+}
+
+void combine(const CombineArgs& a) {
+  with_arithmetic(a.shape.dtype, [&](auto number) { combine_of<decltype(number)>(a); });
+}
+
+void from_running(const FromRunningArgs& a) {
+  with_arithmetic(a.shape.dtype, [&](auto number) { from_running_of<decltype(number)>(a); });
+}
+
+namespace {
+#endif
+
+// ----------------------------------------------------------------------- apply
+
+// What is known of a call when it is compiled. Every hot case is a line of with_case.
+struct ApplyCase {
+  Activation activation = Activation::identity;
+  bool two = false;   // a second normalised input
+  bool mask = false;
+};
+
+template <class S>
+struct Rows {
+  const S *x, *x2, *residual;
+  S* y;
+};
+
+template <class S>
+Rows<S> rows_at(const ApplyArgs& a, int64_t e) {
+  return {moved<S>(a.input[0].x, e), moved<S>(a.input[1].x, e), moved<S>(a.residual, e),
+          static_cast<S*>(a.y) + e};
+}
+
+// z of n elements from j, whose constants are from column c.
+template <class S, class T, class N>
+BRAZE_INLINE Vec<T> joined(const Rows<S>& rows, bool two, int64_t j, int64_t c, N n,
+                           const Constants<T>* k) {
+  Vec<T> z = k[0].z(Vec<T>::load(rows.x + j, n), c, n);
+  if (two) {
+    z += k[1].z(Vec<T>::load(rows.x2 + j, n), c, n);
+  } else if (rows.residual != nullptr) {
+    z += Vec<T>::load(rows.residual + j, n);
+  }
+  return z;
+}
+
+// What no hot case serves: any arguments, any number of elements.
+template <class S, class T>
+[[gnu::noinline]] void apply_any(const ApplyArgs& a, int64_t e, int64_t n, uint8_t* bits,
+                                 int64_t column, const Spread& to, const Constants<T>* k) {
+  const ActivationLoops<T>& loops = activations.of<T>();
+  const int act = static_cast<int>(a.activation);
+  alignas(64) T z[kPiece];
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    const int64_t count = std::min(kPiece, n - begin);
+    const int64_t whole = whole_vectors<T>(count);
+    const Rows<S> rows = rows_at<S>(a, e + begin);
+    for (int64_t j = 0; j < count; j += kWidth<T>) {
+      joined(rows, rows.x2 != nullptr, j, to.at(column + begin + j), count - j, k).store(z + j);
+    }
+    if (bits != nullptr) {
+      uint8_t own[kPiece / 8];
+      loops.upper[act](z, whole, own);
+      if (count % 8 != 0) own[count / 8] &= static_cast<uint8_t>((1 << count % 8) - 1);
+      std::memcpy(bits + begin / 8, own, static_cast<size_t>((count + 7) / 8));
+    }
+    if (a.activation != Activation::identity) {
+      loops.value[act](z, whole, static_cast<T>(a.parameter));
+    }
+    for (int64_t j = 0; j < count; j += kWidth<T>) {
+      Vec<T>::load(z + j).store(rows.y + j, count - j);
+    }
+  }
+}
+
+template <class S, ApplyCase kCase>
+void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
+               const Constants<Arithmetic<S>>* k) {
+  using T = Arithmetic<S>;
+  rows_at_once<1>(m, [&](auto, int64_t e, int64_t, int64_t columns) {
+    const Rows<S> rows = rows_at<S>(a, e);
+    JoinedBits joined_bits;
+    uint8_t* const bits = kCase.mask ? joined_bits.to_write(a.shape, a.mask, e, columns) : nullptr;
+    int64_t j = 0;
+    for (; j + kWidth<T> <= columns; j += kWidth<T>) {
+      const Vec<T> z = joined(rows, kCase.two, j, to.at(j), Whole{}, k);
+      if constexpr (kCase.mask) {
+        store_bits<Vec<T>>(derivative_is_upper<kCase.activation>(z).bits(), bits + j / 8);
+      }
+      activate<kCase.activation>(z, T(0)).store(rows.y + j);
+    }
+    if (j < columns) {
+      apply_any<S>(a, e + j, columns - j, kCase.mask ? bits + j / 8 : nullptr, j, to, k);
+    }
+    if constexpr (kCase.mask) joined_bits.written(a.shape, a.mask, e, columns);
+  });
+}
+
+template <class S>
+void apply_cold(const ApplyArgs& a, const Matrix& m, const Spread& to,
+                const Constants<Arithmetic<S>>* k) {
+  rows_at_once<1>(m, [&](auto, int64_t e, int64_t, int64_t columns) {
+    JoinedBits joined_bits;
+    uint8_t* const bits =
+        a.mask != nullptr ? joined_bits.to_write(a.shape, a.mask, e, columns) : nullptr;
+    apply_any<S>(a, e, columns, bits, 0, to, k);
+    if (bits != nullptr) joined_bits.written(a.shape, a.mask, e, columns);
+  });
+}
+
+template <class S>
+auto* apply_loop(const ApplyArgs& a) {
+  using A = Activation;
+  const bool two = a.input[1].x != nullptr, mask = a.mask != nullptr;
+  [[maybe_unused]] const auto is = [&](A act, bool is_two, bool is_masked) {
+    return a.activation == act && two == is_two && mask == is_masked;
+  };
+#if BRAZE_LEVEL > 0
+  if (is(A::relu, false, false)) return apply_hot<S, {A::relu}>;
+  if (is(A::identity, false, false)) return apply_hot<S, {A::identity}>;
+  if (is(A::relu, false, true)) return apply_hot<S, {A::relu, false, true}>;
+  if (is(A::relu, true, false)) return apply_hot<S, {A::relu, true}>;
+  if (is(A::relu6, false, false)) return apply_hot<S, {A::relu6}>;
+  if (is(A::hardswish, false, false)) return apply_hot<S, {A::hardswish}>;
+  if constexpr (sizeof(S) < 8) {
+    if (is(A::silu, false, false)) return apply_hot<S, {A::silu}>;
+  }
+#endif
+  return apply_cold<S>;
+}
+
+template <class S>
+void apply_of(const ApplyArgs& a, const Tiles& tiles, int64_t begin, int64_t end) {
+  using T = Arithmetic<S>;
+  const int64_t c = a.shape.c;
+  const auto loop = apply_loop<S>(a);
+  const Spread to = {tiles.fold, tiles.span, tiles.one_channel};
+  alignas(64) T columns[6][kMatrixColumns];
+  Constants<T> k[2];
+  const auto set = [&](int64_t first, int64_t width) {
+    for (int i = 0; i < 2; ++i) k[i].set(a.input[i].stats, c, first, width, to, columns + 3 * i);
+  };
+  for_each_matrix(tiles, begin, end, set, [&](const Matrix& m) { loop(a, m, to, k); });
+}
+
+}  // namespace
+
+void apply(const ApplyArgs& a, const Tiles& tiles, int64_t begin, int64_t end) {
+#if BRAZE_LEVEL == 3
+  if (a.shape.dtype != DType::bf16) return avx512::apply(a, tiles, begin, end);
+  apply_of<Bf16>(a, tiles, begin, end);
+#else
+  with_dtype(a.shape.dtype,
+             [&](auto element) { apply_of<decltype(element)>(a, tiles, begin, end); });
+#endif
+}
+
+}  // namespace braze::cpu::BRAZE_SET
+#include "../set_end.h"
