@@ -18,7 +18,8 @@ Doubles load_vector(const void* in, DType dtype, int64_t c, N n, double missing)
 template <class N>
 void store_vector(const Doubles& value, int64_t c, N n, void* out, DType dtype) {
   if (out == nullptr) return;
-  with_dtype(dtype, [&](auto element) { value.store(static_cast<decltype(element)*>(out) + c, n); });
+  with_dtype(dtype,
+             [&](auto element) { value.store(static_cast<decltype(element)*>(out) + c, n); });
 }
 
 // Row `row` of an array T[rows][c].
@@ -35,9 +36,9 @@ void store_row(const Doubles& value, void* array, int64_t row, int64_t c, int64_
 template <class T, class N>
 void store_stats(const BatchNormChannels& channels, int64_t c, int64_t j, N n, const Doubles& mean,
                  const Doubles& variance, void* stats) {
-  const auto s = make_stats_in_double<T>(mean, variance, channels.eps,
-                                         load_vector(channels.weight, channels.param_dtype, j, n, 1),
-                                         load_vector(channels.bias, channels.param_dtype, j, n, 0));
+  const auto s = make_stats_in_double<T>(
+      mean, variance, channels.eps, load_vector(channels.weight, channels.param_dtype, j, n, 1),
+      load_vector(channels.bias, channels.param_dtype, j, n, 0));
   store_row<T>(s.mean, stats, kMean, c, j, n);
   store_row<T>(s.mean_low, stats, kMeanLow, c, j, n);
   store_row<T>(s.invstd, stats, kInvstd, c, j, n);
@@ -69,10 +70,10 @@ void finish_statistics_of(const StatisticsArgs& a, const Geometry& g, const doub
     MomentsOf<Doubles> all = {};
     for (int64_t p = 0; p < g.parts; ++p) {
       const double* part = parts + p * kPartRows * g.row() + j;
-      merge_moments(all, {Doubles::load(part + kPartShift * g.row(), n),
-                          static_cast<double>(g.part_count(p)),
-                          Doubles::load(part + kPartSum * g.row(), n),
-                          Doubles::load(part + kPartSquare * g.row(), n)});
+      merge_moments(
+          all, {Doubles::load(part + kPartShift * g.row(), n), static_cast<double>(g.part_count(p)),
+                Doubles::load(part + kPartSum * g.row(), n),
+                Doubles::load(part + kPartSquare * g.row(), n)});
     }
     const ChannelMomentsOf<Doubles> merged = channel_moments(all);
     if (a.moments == nullptr) {
@@ -156,10 +157,9 @@ void finish_reduce_of(const BackwardArgs& a, const Geometry& g, const double* pa
       }
       if (out.coefficients == nullptr) continue;
       const BatchNormCoefficients<Doubles> frozen = {load_row<T>(stats, kScale, c, j, n), 0, 0};
-      store_coefficients<T>(a.batch_statistics
-                                ? training_coefficients<T>(sums, a.count, stats, c, j, n)
-                                : frozen,
-                            c, j, n, out.coefficients);
+      store_coefficients<T>(
+          a.batch_statistics ? training_coefficients<T>(sums, a.count, stats, c, j, n) : frozen, c,
+          j, n, out.coefficients);
     }
   });
 }

@@ -19,8 +19,8 @@ struct Kernels {
   decltype(&baseline::apply_grad) apply_grad;
 };
 
-#define BRAZE_KERNELS(isa)                                                                       \
-  {isa::statistics, isa::finish_statistics, isa::combine, isa::from_running, isa::apply,         \
+#define BRAZE_KERNELS(isa)                                                                    \
+  {isa::statistics, isa::finish_statistics, isa::combine,      isa::from_running, isa::apply, \
    isa::reduce,     isa::finish_reduce,     isa::coefficients, isa::apply_grad}
 const Kernels kKernels[] = BRAZE_FOR_EACH_SET(BRAZE_KERNELS);
 const Kernels& active() { return kKernels[active_instruction_set()]; }

@@ -10,7 +10,7 @@ constexpr int64_t kPieceElements = 8192;              // of a block of planes th
 constexpr int64_t kMinTile = 4096, kMaxTile = 16384;  // elements of an element-wise pass's tile
 constexpr int64_t kUnits = 32;                        // enough to keep many threads busy
 constexpr int64_t kSmallPlane = 256;    // elements of a plane that is better not cut up
-constexpr int64_t kPlaneColumns = 64;   // of a plane that is, for sums
+constexpr int64_t kMediumPlane = 2048;  // of one that several images make a good tile of
 constexpr int64_t kFewImages = 4;       // with fewer, constants of small planes do not pay
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -58,10 +58,9 @@ Geometry::Geometry(const ActivationShape& s) : shape(s) {
     blocks = divide_up(shape.n, block);
   } else {
     one_channel = true;
-    span = kPlaneColumns;
     slabs = shape.c;
     pieces = divide_up(shape.spatial, kPieceElements);
-    piece = round_up(divide_up(shape.spatial, pieces), kPlaneColumns);
+    piece = round_up(divide_up(shape.spatial, pieces), 64);
     pieces = divide_up(shape.spatial, piece);
     block = pieces > 1 ? 1 : std::max(kPieceElements / shape.spatial, int64_t{1});
     block = std::min(block, shape.n);
@@ -85,10 +84,8 @@ Matrix Geometry::matrix(int64_t column, int64_t b) const {
   const int64_t image = b / pieces * block, begin = b % pieces * piece;
   m.offset = (image * shape.c + c) * shape.spatial + begin;
   if (one_channel) {
-    const int64_t elements = std::min(piece, shape.spatial - begin);
-    m.stride = m.columns = kPlaneColumns;
-    m.rows = elements / kPlaneColumns;
-    m.tail = elements % kPlaneColumns;
+    m.rows = 1;
+    m.columns = std::min(piece, shape.spatial - begin);
   } else {
     m.stride = shape.c * shape.spatial;
     m.rows = std::min(block, shape.n - image);
@@ -130,6 +127,11 @@ Tiles::Tiles(const ActivationShape& s) : shape(s) {
     span = shape.spatial;
     channels = planes_in_row(shape);
     rows = std::clamp(elements / (channels * span), int64_t{1}, shape.n);
+  } else if (shape.spatial <= kMediumPlane && shape.n >= kFewImages) {
+    one_channel = true;
+    channels = pieces = 1;
+    piece = shape.spatial;
+    rows = std::clamp(elements / shape.spatial, int64_t{1}, shape.n);
   } else {
     one_channel = true;
     pieces = divide_up(shape.spatial, elements);

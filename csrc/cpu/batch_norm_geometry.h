@@ -48,6 +48,8 @@ struct Geometry {
   // A block is images() matrices, image_stride() elements apart.
   Matrix matrix(int64_t column, int64_t b) const;
   int64_t images(int64_t b) const;
+  // Neighbours among the sums of a channel.
+  BRAZE_INLINE int64_t column_span() const { return one_channel ? kMatrixColumns : span; }
   BRAZE_INLINE int64_t image_stride() const { return shape.c * shape.spatial; }
   // Values of one channel in a block, and in a part.
   int64_t block_count(int64_t b) const;
@@ -67,10 +69,10 @@ size_t parts_bytes(const Geometry& g);
 // image, or a piece of one.
 struct Tiles {
   ActivationShape shape;
-  int64_t fold = 1;         // pixels side by side in a row
-  int64_t rows = 0;         // rows of pixels, or images
-  int64_t channels = 0;     // planes: of a tile
-  int64_t span = 1;         // columns of a channel that are neighbours
+  int64_t fold = 1;          // pixels side by side in a row
+  int64_t rows = 0;          // rows of pixels, or images
+  int64_t channels = 0;      // planes: of a tile
+  int64_t span = 1;          // columns of a channel that are neighbours
   bool one_channel = false;  // a matrix is one plane, or a piece of it
   int64_t piece = 0, pieces = 1;
   int64_t count = 0;

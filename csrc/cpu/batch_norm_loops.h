@@ -11,27 +11,20 @@ namespace {
 template <class T>
 constexpr int64_t kWidth = Vec<T>::kLanes;
 
-// body(count, first element, stride, columns) for all of a matrix, `count` rows at once, a constant:
-// so that constants stay in registers; far apart, because the hardware prefetches long streams, not
-// many short ones.
+// body(count, first element, stride, columns) for all of a matrix, `count` rows at once, a
+// constant: so that constants stay in registers; far apart, because the hardware prefetches long
+// streams, not many short ones.
 template <int kCount, class Body>
 BRAZE_INLINE void rows_at_once(const Matrix& m, const Body& body) {
   const int64_t part = m.rows / kCount;
   for (int64_t r = 0; r < part; ++r) {
-    body(std::integral_constant<int, kCount>{}, m.offset + r * m.stride, part * m.stride, m.columns);
+    body(std::integral_constant<int, kCount>{}, m.offset + r * m.stride, part * m.stride,
+         m.columns);
   }
   for (int64_t r = part * kCount; r < m.rows + (m.tail > 0); ++r) {
     body(std::integral_constant<int, 1>{}, m.offset + r * m.stride, m.stride,
          r < m.rows ? m.columns : m.tail);
   }
-}
-
-// body(constant) for 0 ... kCount - 1.
-template <int kCount, class Body>
-BRAZE_INLINE void unrolled(const Body& body) {
-  [&]<int... r>(std::integer_sequence<int, r...>) BRAZE_LAMBDA {
-    (body(std::integral_constant<int, r>{}), ...);
-  }(std::make_integer_sequence<int, kCount>{});
 }
 
 // body(j, n) for columns [0, n), a vector at a time; the last, which may have fewer lanes, gets n.
@@ -42,21 +35,25 @@ BRAZE_INLINE void each_vector(int64_t n, const Body& body) {
   if (j < n) body(j, n - j);
 }
 
-// What columns a channel has: `pixels` copies of all channels, each of `span` neighbours; or, of one
-// channel, all.
+// What columns a channel has: `pixels` copies of all channels, each of `span` neighbours; or, of
+// one channel, all.
 struct Spread {
   int64_t pixels = 1, span = 1;
   bool one_channel = false;
+  bool in_pairs = false;  // the order of pairs of vectors, as far as there are whole ones
 
-  // What has the constants of column j: those of one channel are a single vector.
-  BRAZE_INLINE int64_t at(int64_t j) const { return one_channel ? 0 : j; }
+  // What has the constants of column j: those of one channel are a single pair.
+  BRAZE_INLINE int64_t at(int64_t j) const { return j & -int64_t{!one_channel}; }
 };
 
 // Numbers of `width` channels, by column. The result is `in` or `out`.
 template <class T>
-const T* spread(const T* in, int64_t width, const Spread& to, T* out) {
-  if (to.one_channel) {
-    Vec<T>(*in).store(out);
+const T* spread_channels(const T* in, int64_t width, Spread to, T* out) {
+  if (to.in_pairs) {
+    to.in_pairs = false;
+    const T* plain = spread_channels(in, width, to, out);
+    if (plain == in) std::memcpy(out, in, static_cast<size_t>(width) * sizeof(T));
+    reorder_pairs<true>(out, width * to.pixels * to.span);
     return out;
   }
   if (to.pixels == 1 && to.span == 1) return in;
@@ -75,13 +72,22 @@ const T* spread(const T* in, int64_t width, const Spread& to, T* out) {
   return out;
 }
 
+template <class T>
+BRAZE_INLINE const T* spread(const T* in, int64_t width, const Spread& to, T* out) {
+  if (!to.one_channel) return spread_channels(in, width, to, out);
+  const Vec<T> value = *in;
+  value.store(out);
+  value.store(out + kWidth<T>);
+  return out;
+}
+
 // The constants of an input, by column.
 template <class T>
 struct Constants {
   const T *mean = nullptr, *scale = nullptr, *shift = nullptr;
 
-  void set(const void* stats, int64_t c, int64_t first, int64_t width, const Spread& to,
-           T (*columns)[kMatrixColumns]) {
+  BRAZE_INLINE void set(const void* stats, int64_t c, int64_t first, int64_t width,
+                        const Spread& to, T (*columns)[kMatrixColumns]) {
     if (stats == nullptr) return;
     const T* s = static_cast<const T*>(stats) + first;
     mean = spread(s + kMean * c, width, to, columns[0]);
@@ -92,6 +98,27 @@ struct Constants {
   BRAZE_INLINE Vec<T> z(Vec<T> x, int64_t c, N n) const {
     return normalize(x, Vec<T>::load(mean + c, n), Vec<T>::load(scale + c, n),
                      Vec<T>::load(shift + c, n));
+  }
+};
+
+// Numbers of the columns of a group, in registers.
+template <int kVecs, class T>
+BRAZE_INLINE void load_columns(const T* p, Vec<T> (&out)[kVecs]) {
+  unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { out[v] = Vec<T>::load(p + v * kWidth<T>); });
+}
+
+// The constants of a group.
+template <int kVecs, class T>
+struct GroupConstants {
+  Vec<T> mean[kVecs], scale[kVecs], shift[kVecs];
+
+  BRAZE_INLINE GroupConstants(const Constants<T>& k, int64_t c) {
+    load_columns(k.mean + c, mean);
+    load_columns(k.scale + c, scale);
+    load_columns(k.shift + c, shift);
+  }
+  BRAZE_INLINE Vec<T> z(const Vec<T>& x, int v) const {
+    return normalize(x, mean[v], scale[v], shift[v]);
   }
 };
 
@@ -108,6 +135,12 @@ double sum_of(const S* in, int64_t n) {
   (Vec<double>::load(lanes) + Vec<double>::load(lanes + 8)).store(pairs);
   return ((pairs[0] + pairs[4]) + (pairs[2] + pairs[6])) +
          ((pairs[1] + pairs[5]) + (pairs[3] + pairs[7]));
+}
+
+// sums += more
+template <class T, class N>
+BRAZE_INLINE void add_to(T* sums, const Vec<T>& more, N n) {
+  (Vec<T>::load(sums, n) + more).store(sums, n);
 }
 
 // The sums of `columns` columns by channel.
@@ -130,6 +163,18 @@ BRAZE_INLINE int64_t mask_byte(const ActivationShape& shape, int64_t e) {
   return row % 8 == 0 ? e / 8 : e / row * ((row + 7) / 8) + e % row / 8;
 }
 
+// For loops over more arrays than the hardware looks ahead in.
+template <class S>
+BRAZE_INLINE void prefetch_ahead(const S* p) {
+  constexpr int kAhead = 512;  // bytes
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+}
+
+// A plane that is cut up has this many sums: every so-manyth element is in one.
+constexpr int64_t kPlaneSums = 32;
+template <class T>
+constexpr int kPlaneVecs = kPlaneSums / kWidth<T>;
+
 // `elements` after p, if there is a p.
 template <class S>
 BRAZE_INLINE const S* moved(const void* p, int64_t elements) {
@@ -137,10 +182,28 @@ BRAZE_INLINE const S* moved(const void* p, int64_t elements) {
 }
 
 // A piece of what no hot case serves, between memory and the loops of activation_loops.h.
-constexpr int64_t kPiece = 128;
+constexpr int64_t kPiece = 512;
 template <class T>
 BRAZE_INLINE int64_t whole_vectors(int64_t n) {
   return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+}
+
+// Up to 8 bytes as a number, and back.
+BRAZE_INLINE uint64_t load_bytes(const uint8_t* p, int64_t n) {
+  uint64_t word = 0;
+  if (n >= 8) {
+    std::memcpy(&word, p, 8);
+  } else {
+    for (int64_t i = 0; i < n; ++i) word |= uint64_t{p[i]} << (8 * i);
+  }
+  return word;
+}
+BRAZE_INLINE void store_bytes(uint64_t word, uint8_t* p, int64_t n) {
+  if (n >= 8) {
+    std::memcpy(p, &word, 8);
+  } else {
+    for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(word >> (8 * i));
+  }
 }
 
 // Rows of a mask begin with a byte: where a row of a matrix has several, loops see their bits one
@@ -151,24 +214,30 @@ class JoinedBits {
   // which comes written().
   const uint8_t* of(const ActivationShape& shape, const uint8_t* mask, int64_t e, int64_t n) {
     if (!is_joined(shape, e, n)) return mask + mask_byte(shape, e);
-    std::memset(buffer_, 0, sizeof buffer_);
-    each_byte(shape, e, n, [&](int64_t at, uint8_t* two, int64_t shift, int64_t) {
-      uint16_t both;
-      std::memcpy(&both, two, sizeof both);
-      both = static_cast<uint16_t>(both | mask[at] << shift);
-      std::memcpy(two, &both, sizeof both);
+    uint64_t word = 0;
+    uint64_t* to = words_;
+    each_word(shape, e, n, [&](int64_t byte, int64_t bit, int64_t count) BRAZE_LAMBDA {
+      const uint64_t bits = load_bytes(mask + byte, (count + 7) / 8);
+      word |= bits << bit;
+      if (bit + count < 64) return;
+      *to++ = word;
+      word = bit == 0 ? 0 : bits >> (64 - bit);
     });
-    return buffer_;
+    *to = word;
+    return reinterpret_cast<const uint8_t*>(words_);
   }
   uint8_t* to_write(const ActivationShape& shape, uint8_t* mask, int64_t e, int64_t n) {
-    return is_joined(shape, e, n) ? buffer_ : mask + mask_byte(shape, e);
+    return is_joined(shape, e, n) ? reinterpret_cast<uint8_t*>(words_) : mask + mask_byte(shape, e);
   }
   void written(const ActivationShape& shape, uint8_t* mask, int64_t e, int64_t n) {
     if (!is_joined(shape, e, n)) return;
-    each_byte(shape, e, n, [&](int64_t at, const uint8_t* two, int64_t shift, int64_t count) {
-      uint16_t both;
-      std::memcpy(&both, two, sizeof both);
-      mask[at] = static_cast<uint8_t>(both >> shift & ((1 << count) - 1));
+    const uint64_t* from = words_;
+    each_word(shape, e, n, [&](int64_t byte, int64_t bit, int64_t count) BRAZE_LAMBDA {
+      uint64_t bits = *from >> bit;
+      if (bit + count >= 64) ++from;
+      if (bit + count > 64) bits |= *from << (64 - bit);
+      if (count < 64) bits &= (uint64_t{1} << count) - 1;
+      store_bytes(bits, mask + byte, (count + 7) / 8);
     });
   }
 
@@ -177,36 +246,46 @@ class JoinedBits {
     const int64_t row = shape.row();
     return row % 8 != 0 && e % row + n > row;
   }
-  // body(byte of the mask, the two bytes of the buffer that have it, from which bit, how many bits).
+  // body(byte of the mask, bit of a word, how many bits) for up to 64 bits of a row at a time.
   template <class Body>
-  BRAZE_INLINE void each_byte(const ActivationShape& shape, int64_t e, int64_t n,
-                              const Body& body) {
+  static BRAZE_INLINE void each_word(const ActivationShape& shape, int64_t e, int64_t n,
+                                     const Body& body) {
     const int64_t row = shape.row();
-    int64_t byte = mask_byte(shape, e);
-    for (int64_t begin = 0; begin < n; begin += row) {
-      for (int64_t j = 0; j < row; j += 8) {
-        body(byte++, buffer_ + (begin + j) / 8, (begin + j) % 8, std::min(row - j, int64_t{8}));
+    int64_t first = mask_byte(shape, e), bit = 0;
+    for (int64_t begin = 0; begin < n; begin += row, first += (row + 7) / 8) {
+      for (int64_t j = 0; j < row; j += 64) {
+        const int64_t count = std::min(row - j, int64_t{64});
+        body(first + j / 8, bit, count);
+        bit = (bit + count) % 64;
       }
     }
   }
 
-  uint8_t buffer_[kMatrixColumns / 8 + 8];
+  uint64_t words_[kMatrixColumns / 64 + 1];
 };
 
 // set(first channel, how many) and body(matrix) for all of tiles [begin, end). Backwards: what was
-// written last may still be in a cache.
+// written last may still be in a cache. slab_of_pixels: no pixel's matrix has more channels.
 template <class Set, class Body>
-void for_each_matrix(const Tiles& tiles, int64_t begin, int64_t end, const Set& set,
-                     const Body& body) {
-  const bool pixels = tiles.shape.channels_last;
-  if (pixels) set(0, tiles.shape.c);
+void for_each_matrix(const Tiles& tiles, int64_t begin, int64_t end, int64_t slab_of_pixels,
+                     const Set& set, const Body& body) {
+  const int64_t c = tiles.shape.c, slab = std::min(c, slab_of_pixels);
+  if (tiles.shape.channels_last) {
+    for (int64_t first = 0; first < c; first += slab) {
+      const int64_t width = std::min(slab, c - first);
+      set(first, width);
+      for (int64_t tile = end; tile > begin;) {
+        Matrix m = tiles.matrix(--tile);
+        m.offset += first;
+        m.columns = tiles.fold * width;
+        body(m);
+      }
+    }
+    return;
+  }
   int64_t have = -1;
   for (int64_t tile = end; tile > begin;) {
     Matrix m = tiles.matrix(--tile);
-    if (pixels) {
-      body(m);
-      continue;
-    }
     const int64_t first = tiles.first_channel(tile), count = tiles.channels_of(first);
     if (!tiles.one_channel) {
       if (first != have) set(first, count);

@@ -1,7 +1,7 @@
 // The instruction sets that kernels are compiled for, each in a namespace of its name.
 // BRAZE_IN_SETS(declarations) declares what each has, and BRAZE_IN_BF16_SET what avx512_bf16 has:
-// some of its own, the rest avx512's. BRAZE_FOR_EACH_SET(what) lists what(namespace) in the order of
-// active_instruction_set().
+// some of its own, the rest avx512's. BRAZE_FOR_EACH_SET(what) lists what(namespace) in the order
+// of active_instruction_set().
 #pragma once
 
 #define BRAZE_IN_BASELINE(...) \

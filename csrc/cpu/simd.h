@@ -92,6 +92,51 @@ BRAZE_INLINE R sqrt(R a) {
 #endif
 }
 
+// a > b ? a : b and a < b ? a : b, lane by lane.
+template <class R>
+BRAZE_INLINE R larger(R a, R b) {
+#if BRAZE_LEVEL >= 2
+  if constexpr (kFloats<R>)
+    return _mm512_maskz_max_ps(0xffff, a, b);
+  else
+    return _mm512_maskz_max_pd(0xff, a, b);
+#elif BRAZE_LEVEL == 1
+  if constexpr (kFloats<R>)
+    return _mm256_max_ps(a, b);
+  else
+    return _mm256_max_pd(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+template <class R>
+BRAZE_INLINE R smaller(R a, R b) {
+#if BRAZE_LEVEL >= 2
+  if constexpr (kFloats<R>)
+    return _mm512_maskz_min_ps(0xffff, a, b);
+  else
+    return _mm512_maskz_min_pd(0xff, a, b);
+#elif BRAZE_LEVEL == 1
+  if constexpr (kFloats<R>)
+    return _mm256_min_ps(a, b);
+  else
+    return _mm256_min_pd(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The even lanes of a and then those of b, or the odd ones; and back.
+template <int kOdd, class R, int... i>
+BRAZE_INLINE R every_other(R a, R b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (2 * i + kOdd)...);
+}
+template <int kHigh, class R, int... i>
+BRAZE_INLINE R interleaved(R a, R b, std::integer_sequence<int, i...>) {
+  constexpr int kLanes = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i / 2 + i % 2 * kLanes + kHigh * kLanes / 2)...);
+}
+
 // The lowest 32 bits of each lane, multiplied to 64.
 template <class R>
 BRAZE_INLINE R multiply_low(R a, R b) {
@@ -384,10 +429,21 @@ struct Lanes {
     return map([](const auto& m, const auto& x, const auto& y) BRAZE_LAMBDA { return m ? x : y; },
                mask, a, b);
   }
+  template <class M>  // M: Mask, of lanes as wide
+  friend BRAZE_INLINE Lanes select_bits(const M& mask, const Lanes& a, const Lanes& b) {
+    return map([](const auto& m, const auto& x, const auto& y) BRAZE_LAMBDA { return m ? x : y; },
+               mask, a, b);
+  }
   friend BRAZE_INLINE Lanes fused_multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
     return map([](const auto& x, const auto& y, const auto& z)
                    BRAZE_LAMBDA { return reg::fma(x, y, z); },
                a, b, c);
+  }
+  friend BRAZE_INLINE Lanes larger(const Lanes& a, const Lanes& b) {
+    return map([](const auto& x, const auto& y) BRAZE_LAMBDA { return reg::larger(x, y); }, a, b);
+  }
+  friend BRAZE_INLINE Lanes smaller(const Lanes& a, const Lanes& b) {
+    return map([](const auto& x, const auto& y) BRAZE_LAMBDA { return reg::smaller(x, y); }, a, b);
   }
   friend BRAZE_INLINE Lanes square_root(const Lanes& a) {
     return map([](const auto& x) BRAZE_LAMBDA { return reg::sqrt(x); }, a);
@@ -417,11 +473,16 @@ struct Lanes {
   friend BRAZE_INLINE Lanes round_through(const Lanes& a)
     requires std::is_same_v<E, double>
   {
-    if constexpr (sizeof(T) == 8) return a;
-    else return Lanes::map([](const auto& x) BRAZE_LAMBDA {
-        using R = std::remove_cvref_t<decltype(x)>;
-        return __builtin_convertvector(__builtin_convertvector(x, Register<float, sizeof(R) / 8>), R);
-      }, a);
+    if constexpr (sizeof(T) == 8)
+      return a;
+    else
+      return Lanes::map(
+          [](const auto& x) BRAZE_LAMBDA {
+            using R = std::remove_cvref_t<decltype(x)>;
+            return __builtin_convertvector(
+                __builtin_convertvector(x, Register<float, sizeof(R) / 8>), R);
+          },
+          a);
   }
 #define BRAZE_BY_LANE(name)                                      \
   friend BRAZE_INLINE Lanes name(const Lanes& a)                 \
@@ -440,6 +501,65 @@ struct Lanes {
   BRAZE_BY_LANE(normal_cdf)
 #undef BRAZE_BY_LANE
 };
+
+// body(constant) for 0 ... kCount - 1.
+template <int kCount, class Body>
+BRAZE_INLINE void unrolled(const Body& body) {
+  [&]<int... r>(std::integer_sequence<int, r...>) BRAZE_LAMBDA {
+    (body(std::integral_constant<int, r>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// Neighbours of bf16 can be read and written as pairs of vectors, of the elements with even and
+// with odd index: so that no lane has to move.
+template <class S>
+constexpr bool kInPairs = BRAZE_LEVEL > 0 && std::is_same_v<S, Bf16>;
+
+// What belongs to the lanes of such pairs, from the order of memory, and back. In place.
+template <bool kTo, class T>
+void reorder_pairs(T* p, int64_t count) {
+  using V = Lanes<T, kRegister / sizeof(T)>;
+  constexpr auto kAll = std::make_integer_sequence<int, V::kLanes>{};
+  for (; count >= 2 * V::kLanes; count -= 2 * V::kLanes, p += 2 * V::kLanes) {
+    const auto a = V::load(p).lo, b = V::load(p + V::kLanes).lo;
+    V(kTo ? reg::every_other<0>(a, b, kAll) : reg::interleaved<0>(a, b, kAll), {}).store(p);
+    V(kTo ? reg::every_other<1>(a, b, kAll) : reg::interleaved<1>(a, b, kAll), {})
+        .store(p + V::kLanes);
+  }
+}
+
+template <bool kPairs, int kCount, class V, class S>
+BRAZE_INLINE void load_group(const S* p, V (&out)[kCount]) {
+  if constexpr (!kPairs) {
+    unrolled<kCount>([&](auto v) BRAZE_LAMBDA { out[v] = V::load(p + v * V::kLanes); });
+  } else {
+    unrolled<kCount / 2>([&](auto v) BRAZE_LAMBDA {
+      const auto pairs = V::Bits::load(reinterpret_cast<const uint32_t*>(p + 2 * v * V::kLanes));
+      out[2 * v] = float_from_bits(pairs << 16);
+      out[2 * v + 1] = float_from_bits(pairs & 0xffff0000u);
+    });
+  }
+}
+
+// In the upper half of a word; the lower is arbitrary.
+template <class V>
+BRAZE_INLINE typename V::Bits rounded_to_bf16(const V& value) {
+  using Bits = typename V::Bits;
+  const Bits bits = bits_from_float(value);
+  return select_bits(value == value, bits + 0x7fffu + ((bits >> 16) & 1u), Bits(0x7fc00000u));
+}
+
+template <bool kPairs, int kCount, class V, class S>
+BRAZE_INLINE void store_group(const V (&in)[kCount], S* p) {
+  if constexpr (!kPairs) {
+    unrolled<kCount>([&](auto v) BRAZE_LAMBDA { in[v].store(p + v * V::kLanes); });
+  } else {
+    unrolled<kCount / 2>([&](auto v) BRAZE_LAMBDA {
+      ((rounded_to_bf16(in[2 * v]) >> 16) | (rounded_to_bf16(in[2 * v + 1]) & 0xffff0000u))
+          .store(reinterpret_cast<uint32_t*>(p + 2 * v * V::kLanes));
+    });
+  }
+}
 
 // Between the bits of a mask and memory, where a vector has whole bytes of them.
 template <class V>

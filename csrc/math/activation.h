@@ -110,8 +110,7 @@ BRAZE_INLINE Logistic<T> logistic(T z) {
 
 template <class T>
 BRAZE_INLINE T clamp(T z, T low, T high) {
-  const T raised = select(z < low, low, z);
-  return select(raised > high, high, raised);
+  return smaller(high, larger(low, z));
 }
 
 template <class T>
@@ -121,7 +120,7 @@ struct Formula<Activation::identity, T> {
 
 template <class T>
 struct Formula<Activation::relu, T> : SlopesOneAndZero<T> {
-  static BRAZE_INLINE T value(T z, Element<T>) { return select(z < T(0), T(0), z); }
+  static BRAZE_INLINE T value(T z, Element<T>) { return larger(T(0), z); }
   static BRAZE_INLINE auto is_upper(T z) { return !(z <= T(0)); }
 };
 
@@ -143,11 +142,11 @@ struct Formula<Activation::leaky_relu, T> : SlopesOneAndZero<T> {
 template <class T>
 struct Formula<Activation::elu, T> {
   static BRAZE_INLINE T value(T z, Element<T> parameter) {
-    const T curve = T(parameter) * exponential_minus_1(select(z > T(0), T(0), z));
+    const T curve = T(parameter) * exponential_minus_1(smaller(T(0), z));
     return select(z > T(0), z, curve);
   }
   static BRAZE_INLINE T derivative(T z, Element<T> parameter) {
-    const T slope = T(parameter) * exponential(select(z > T(0), T(0), z));
+    const T slope = T(parameter) * exponential(smaller(T(0), z));
     return select(z > T(0), T(1), slope);
   }
 };
@@ -220,12 +219,12 @@ template <class T>
 struct Formula<Activation::mish, T> {
   static constexpr Element<T> kLimit = sizeof(Element<T>) == 8 ? 40 : 20;
   static BRAZE_INLINE T value(T z, Element<T>) {
-    const T e = exponential(select(z > T(kLimit), T(kLimit), z));
+    const T e = exponential(smaller(T(kLimit), z));
     const T n = e * (e + T(2));
     return z * (n / (n + T(2)));
   }
   static BRAZE_INLINE T derivative(T z, Element<T>) {
-    const T e = exponential(select(z > T(kLimit), T(kLimit), z));
+    const T e = exponential(smaller(T(kLimit), z));
     const T n = e * (e + T(2));
     const T d = n + T(2);
     return n / d + select(z > T(kLimit), T(0), z) * (T(4) * e * (e + T(1)) / (d * d));

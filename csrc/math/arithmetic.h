@@ -35,6 +35,16 @@ BRAZE_INLINE T select(bool condition, T a, T b) {
   return condition ? a : b;
 }
 
+// a > b ? a : b and a < b ? a : b: b if either is NaN.
+template <class T>
+BRAZE_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+BRAZE_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
 // x rounded to T and back.
 template <class T>
 BRAZE_INLINE double round_through(double x) {
@@ -92,7 +102,7 @@ BRAZE_INLINE V small_exponential_minus_1(V r) {
 // e^x within 1.5 units in the last place, for x <= 40; underflow gives denormals and 0.
 template <class V>
 BRAZE_INLINE V exponential(V x) {
-  const auto e = reduce_exponent(select(x < V(-104.0f), V(-104.0f), x));
+  const auto e = reduce_exponent(larger(V(-104.0f), x));
   // Two factors: 2^n alone may be below the normal numbers.
   return (V(1.0f) + small_exponential_minus_1(e.r)) * power_of_two(e.n + 64u) * V(0x1p-64f);
 }
@@ -101,7 +111,7 @@ BRAZE_INLINE double exponential(double x) { return ::exp(x); }
 // e^x - 1 for x <= 88, without cancellation.
 template <class V>
 BRAZE_INLINE V exponential_minus_1(V x) {
-  const auto e = reduce_exponent(select(x < V(-20.0f), V(-20.0f), x));
+  const auto e = reduce_exponent(larger(V(-20.0f), x));
   const V scale = power_of_two(e.n);
   return fused_multiply_add(scale, small_exponential_minus_1(e.r), scale - V(1.0f));
 }
@@ -127,7 +137,7 @@ BRAZE_INLINE V normal_cdf(V x) {
   const V p = polynomial(t * t, 0x1.4ae4c6p-14f, -0x1.a485e8p-11f, 0x1.5419f4p-8f, -0x1.b7fbb4p-6f,
                          0x1.ce2d2p-4f, -0x1.81273ep-2f, 0x1.20dd74p0f);
   const V q =
-      polynomial(select(t > V(4.0f), V(4.0f), t), -0x1.6bd85p-16f, 0x1.cec656p-12f, -0x1.138cd8p-8f,
+      polynomial(smaller(V(4.0f), t), -0x1.6bd85p-16f, 0x1.cec656p-12f, -0x1.138cd8p-8f,
                  0x1.9d0318p-6f, -0x1.bc151ep-4f, -0x1.443566p-1f, -0x1.212c0ep0f, 0x1.8a5962p-13f);
   const V tail = select(t > V(4.0f), V(0.0f), V(0.5f) * exponential(q));
   const V upper = select(t < V(1.0f), fused_multiply_add(V(-0.5f), t * p, V(0.5f)), tail);

@@ -162,8 +162,7 @@ BRAZE_INLINE BatchNormSumsOf<V> make_sums(V grad, V grad_rounded_input,
 
 // The gradient of the weight; that of the bias is sums.grad.
 template <class V>
-BRAZE_INLINE V weight_gradient(const BatchNormSumsOf<V>& sums,
-                               std::type_identity_t<V> invstd) {
+BRAZE_INLINE V weight_gradient(const BatchNormSumsOf<V>& sums, std::type_identity_t<V> invstd) {
   return sums.grad_input * invstd;
 }
 
@@ -181,8 +180,8 @@ BRAZE_INLINE BatchNormCoefficients<V> make_coefficients_in_double(const BatchNor
 template <class T>
 BRAZE_INLINE BatchNormCoefficients<T> make_coefficients(const BatchNormSums& sums, double count,
                                                         const BatchNormStats<T>& stats) {
-  const auto k = make_coefficients_in_double<double>(sums, count, stats.scale, stats.invstd,
-                                                     stats.mean_low);
+  const auto k =
+      make_coefficients_in_double<double>(sums, count, stats.scale, stats.invstd, stats.mean_low);
   return {stats.scale, static_cast<T>(k.on_input), static_cast<T>(k.constant)};
 }
 

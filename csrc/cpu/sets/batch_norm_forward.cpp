@@ -13,18 +13,57 @@ namespace {
 
 constexpr int kMomentRows = 8;  // rows whose sums are formed in registers
 
-template <int kCount, class S, class T>
-void add_moments(const S* x, int64_t stride, int64_t columns, const Spread& to, const T* shift,
-                 T* sum, T* square) {
-  each_vector<T>(columns, [=](int64_t j, auto n) {
-    const Vec<T> near = Vec<T>::load(shift + to.at(j), n);
-    Vec<T> s = 0, q = 0;
-    unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
-      add_moment(Vec<T>::load(x + r * stride + j, n), near, s, q);
+// kPlane: all columns are one channel's, and have kPlaneSums sums.
+template <int kCount, bool kPlane, class S, class T>
+void add_moments(const S* x, int64_t stride, int64_t columns, const T* shift, T* sum, T* square) {
+  constexpr bool kPairs = kInPairs<S>;
+  constexpr int kVecs = kPlane ? kPlaneVecs<T> : kPairs ? 2 : 1, kStep = kVecs * kWidth<T>;
+  Vec<T> near[kVecs], s[kVecs], q[kVecs];
+  const auto load = [&](int64_t j, bool carry) BRAZE_LAMBDA {
+    unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
+      const int64_t at = (kPlane ? 0 : j) + v * kWidth<T>;
+      near[v] = Vec<T>::load(kPlane ? shift : shift + at);
+      s[v] = carry ? Vec<T>::load(sum + at) : Vec<T>(0);
+      q[v] = carry ? Vec<T>::load(square + at) : Vec<T>(0);
     });
-    (Vec<T>::load(sum + j, n) + s).store(sum + j, n);
-    (Vec<T>::load(square + j, n) + q).store(square + j, n);
-  });
+  };
+  int64_t j = 0;
+  if constexpr (kPlane) {
+    if constexpr (kPairs)
+      reorder_pairs<true>(sum, kPlaneSums), reorder_pairs<true>(square, kPlaneSums);
+    load(0, true);
+  }
+  for (; j + kStep <= columns; j += kStep) {
+    if constexpr (!kPlane) load(j, false);
+    unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
+      Vec<T> value[kVecs];
+      load_group<kPairs>(x + r * stride + j, value);
+      unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { add_moment(value[v], near[v], s[v], q[v]); });
+    });
+    if constexpr (kPlane) continue;
+    unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
+      add_to(sum + j + v * kWidth<T>, s[v], Whole{});
+      add_to(square + j + v * kWidth<T>, q[v], Whole{});
+    });
+  }
+  if constexpr (kPlane) {
+    unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
+      s[v].store(sum + v * kWidth<T>);
+      q[v].store(square + v * kWidth<T>);
+    });
+    if constexpr (kPairs)
+      reorder_pairs<false>(sum, kPlaneSums), reorder_pairs<false>(square, kPlaneSums);
+  }
+  for (; j < columns; j += kWidth<T>) {
+    const int64_t n = columns - j, at = kPlane ? j % kPlaneSums : j;
+    Vec<T> more = 0, more_square = 0;
+    for (int r = 0; r < kCount; ++r) {
+      add_moment(Vec<T>::load(x + r * stride + j, n), Vec<T>::load(kPlane ? shift : shift + j, n),
+                 more, more_square);
+    }
+    add_to(sum + at, more, n);
+    add_to(square + at, more_square, n);
+  }
 }
 
 // The sums of one block, by column and by channel.
@@ -72,31 +111,39 @@ template <class S, class T>
 void sum_block(const S* x, const Geometry& g, int64_t column, int64_t b, int64_t width,
                BlockMoments<T>& out) {
   Matrix m = g.matrix(column, b);
-  const int64_t columns = std::max(m.columns, m.tail), images = g.images(b);
-  const Spread to = {g.fold, g.span, g.one_channel};
+  const int64_t columns = g.one_channel ? kPlaneSums : std::max(m.columns, m.tail);
+  const int64_t images = g.images(b);
+  const Spread to = {g.fold, g.span, g.one_channel, kInPairs<S>};
   shifts_of(x + m.offset, g, width, g.block_count(b), out.near);
-  each_vector<double>(width, [&](int64_t c, auto n) {
-    Doubles::load(out.near + c, n).store(out.shifts + c, n);
-  });
+  each_vector<double>(
+      width, [&](int64_t c, auto n) { Doubles::load(out.near + c, n).store(out.shifts + c, n); });
   const T* shift = spread(out.near, width, to, out.shift);
   std::fill_n(out.sum, columns, T(0));
   std::fill_n(out.square, columns, T(0));
   const S* image = x;
   for (int64_t i = 0; i < images; ++i, image += g.image_stride()) {
+    if (g.one_channel) {
+      add_moments<1, true>(image + m.offset, 0, m.columns, shift, out.sum, out.square);
+      continue;
+    }
     rows_at_once<kMomentRows>(m, [&](auto count, int64_t e, int64_t stride, int64_t n) {
-      add_moments<decltype(count)::value>(image + e, stride, n, to, shift, out.sum, out.square);
+      add_moments<decltype(count)::value, false>(image + e, stride, n, shift, out.sum, out.square);
     });
   }
-  fold_columns(out.sum, columns, width, g.span, out.sums);
-  fold_columns(out.square, columns, width, g.span, out.squares);
+  for (T* sums : {out.sum, out.square}) {
+    if (kInPairs<S> && !g.one_channel) reorder_pairs<false>(sums, columns);
+  }
+  fold_columns(out.sum, columns, width, g.column_span(), out.sums);
+  fold_columns(out.square, columns, width, g.column_span(), out.squares);
   Doubles overflow = 0;
   each_vector<double>(width, [&](int64_t c, auto n) {
     const Doubles square = Doubles::load(out.squares + c, n);
     overflow += square - square;
   });
-  if ((overflow == Doubles(0)).bits() == (1u << kWidth<double>) - 1) return;
+  if ((overflow == Doubles(0)).bits() == (1u << kWidth<double>)-1) return;
   for (int64_t c = 0; c < width; ++c) out.shifts[c] = out.sums[c] = out.squares[c] = 0;
-  for (int64_t i = 0; i < images; ++i) sum_exactly(x + i * g.image_stride() + m.offset, g, m, width, out);
+  for (int64_t i = 0; i < images; ++i)
+    sum_exactly(x + i * g.image_stride() + m.offset, g, m, width, out);
 }
 
 template <class S>
@@ -135,8 +182,8 @@ void statistics(const StatisticsArgs& a, const Geometry& g, int64_t begin, int64
              [&](auto element) { statistics_of<decltype(element)>(a, g, begin, end, parts); });
 }
 
-void finish_statistics(const StatisticsArgs& a, const Geometry& g, const double* parts, int64_t begin,
-            int64_t end) {
+void finish_statistics(const StatisticsArgs& a, const Geometry& g, const double* parts,
+                       int64_t begin, int64_t end) {
   with_arithmetic(a.shape.dtype, [&](auto number) {
     finish_statistics_of<decltype(number)>(a, g, parts, begin, end);
   });
@@ -155,10 +202,10 @@ namespace {
 
 // ----------------------------------------------------------------------- apply
 
-// What is known of a call when it is compiled. Every hot case is a line of with_case.
+// What is known of a call when it is compiled. Every hot case is a line of apply_loop.
 struct ApplyCase {
   Activation activation = Activation::identity;
-  bool two = false;   // a second normalised input
+  bool two = false;  // a second normalised input
   bool mask = false;
 };
 
@@ -174,7 +221,23 @@ Rows<S> rows_at(const ApplyArgs& a, int64_t e) {
           static_cast<S*>(a.y) + e};
 }
 
-// z of n elements from j, whose constants are from column c.
+// z of a group from j.
+template <bool kPairs, bool kTwo, int kVecs, class S, class T>
+BRAZE_INLINE void joined(const Rows<S>& rows, int64_t j, const GroupConstants<kVecs, T>& k,
+                         const GroupConstants<kVecs, T>& k2, Vec<T> (&z)[kVecs]) {
+  const auto normalize = [&](const GroupConstants<kVecs, T>& by, Vec<T>(&x)[kVecs]) BRAZE_LAMBDA {
+    unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { x[v] = by.z(x[v], v); });
+  };
+  load_group<kPairs>(rows.x + j, z);
+  normalize(k, z);
+  if (!kTwo && rows.residual == nullptr) return;
+  Vec<T> added[kVecs];
+  load_group<kPairs>((kTwo ? rows.x2 : rows.residual) + j, added);
+  if constexpr (kTwo) normalize(k2, added);
+  unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { z[v] += added[v]; });
+}
+
+// The same of n elements.
 template <class S, class T, class N>
 BRAZE_INLINE Vec<T> joined(const Rows<S>& rows, bool two, int64_t j, int64_t c, N n,
                            const Constants<T>* k) {
@@ -198,9 +261,9 @@ template <class S, class T>
     const int64_t count = std::min(kPiece, n - begin);
     const int64_t whole = whole_vectors<T>(count);
     const Rows<S> rows = rows_at<S>(a, e + begin);
-    for (int64_t j = 0; j < count; j += kWidth<T>) {
-      joined(rows, rows.x2 != nullptr, j, to.at(column + begin + j), count - j, k).store(z + j);
-    }
+    each_vector<T>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
+      joined(rows, rows.x2 != nullptr, j, to.at(column + begin + j), left, k).store(z + j);
+    });
     if (bits != nullptr) {
       uint8_t own[kPiece / 8];
       loops.upper[act](z, whole, own);
@@ -210,32 +273,55 @@ template <class S, class T>
     if (a.activation != Activation::identity) {
       loops.value[act](z, whole, static_cast<T>(a.parameter));
     }
-    for (int64_t j = 0; j < count; j += kWidth<T>) {
-      Vec<T>::load(z + j).store(rows.y + j, count - j);
-    }
+    each_vector<T>(count, [&](int64_t j, auto left)
+                              BRAZE_LAMBDA { Vec<T>::load(z + j).store(rows.y + j, left); });
   }
 }
 
+constexpr int kApplyRows = 4;  // rows at once
+
 template <class S, ApplyCase kCase>
 void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
-               const Constants<Arithmetic<S>>* k) {
+               const Constants<Arithmetic<S>>* constants) {
   using T = Arithmetic<S>;
-  rows_at_once<1>(m, [&](auto, int64_t e, int64_t, int64_t columns) {
+  constexpr bool kPairs = kInPairs<S> && !kCase.mask;
+  constexpr int kVecs = kPairs ? 2 : 1;
+  const Constants<T> k[2] = {constants[0], constants[1]};
+  const int64_t column = to.at(-1);
+  rows_at_once<kApplyRows>(m, [&](auto count, int64_t e, int64_t stride, int64_t columns) {
+    constexpr int kCount = decltype(count)::value;
     const Rows<S> rows = rows_at<S>(a, e);
-    JoinedBits joined_bits;
-    uint8_t* const bits = kCase.mask ? joined_bits.to_write(a.shape, a.mask, e, columns) : nullptr;
-    int64_t j = 0;
-    for (; j + kWidth<T> <= columns; j += kWidth<T>) {
-      const Vec<T> z = joined(rows, kCase.two, j, to.at(j), Whole{}, k);
-      if constexpr (kCase.mask) {
-        store_bits<Vec<T>>(derivative_is_upper<kCase.activation>(z).bits(), bits + j / 8);
+    JoinedBits joined_bits[kCount];
+    uint8_t* bits[kCount] = {};
+    if constexpr (kCase.mask) {
+      for (int r = 0; r < kCount; ++r) {
+        bits[r] = joined_bits[r].to_write(a.shape, a.mask, e + r * stride, columns);
       }
-      activate<kCase.activation>(z, T(0)).store(rows.y + j);
     }
-    if (j < columns) {
-      apply_any<S>(a, e + j, columns - j, kCase.mask ? bits + j / 8 : nullptr, j, to, k);
+    int64_t j = 0;
+    for (; j + kVecs * kWidth<T> <= columns; j += kVecs * kWidth<T>) {
+      const GroupConstants<kVecs, T> own(k[0], j & column), own2(k[kCase.two], j & column);
+      unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
+        const int64_t at = r * stride + j;
+        Vec<T> z[kVecs];
+        joined<kPairs, kCase.two>(rows, at, own, own2, z);
+        if constexpr (kCase.mask) {
+          store_bits<Vec<T>>(derivative_is_upper<kCase.activation>(z[0]).bits(), bits[r] + j / 8);
+        }
+        unrolled<kVecs>([&](auto v)
+                            BRAZE_LAMBDA { z[v] = activate<kCase.activation>(z[v], T(0)); });
+        store_group<kPairs>(z, rows.y + at);
+      });
     }
-    if constexpr (kCase.mask) joined_bits.written(a.shape, a.mask, e, columns);
+    for (int r = 0; r < kCount; ++r) {
+      if (j < columns) {
+        apply_any<S>(a, e + r * stride + j, columns - j, kCase.mask ? bits[r] + j / 8 : nullptr, j,
+                     to, constants);
+      }
+      if constexpr (kCase.mask) {
+        joined_bits[r].written(a.shape, a.mask, e + r * stride, columns);
+      }
+    }
   });
 }
 
@@ -277,13 +363,15 @@ void apply_of(const ApplyArgs& a, const Tiles& tiles, int64_t begin, int64_t end
   using T = Arithmetic<S>;
   const int64_t c = a.shape.c;
   const auto loop = apply_loop<S>(a);
-  const Spread to = {tiles.fold, tiles.span, tiles.one_channel};
+  const bool in_pairs = kInPairs<S> && loop != &apply_cold<S> && a.mask == nullptr;
+  const Spread to = {tiles.fold, tiles.span, tiles.one_channel, in_pairs};
   alignas(64) T columns[6][kMatrixColumns];
   Constants<T> k[2];
   const auto set = [&](int64_t first, int64_t width) {
     for (int i = 0; i < 2; ++i) k[i].set(a.input[i].stats, c, first, width, to, columns + 3 * i);
   };
-  for_each_matrix(tiles, begin, end, set, [&](const Matrix& m) { loop(a, m, to, k); });
+  for_each_matrix(tiles, begin, end, in_pairs ? kMatrixColumns : c, set,
+                  [&](const Matrix& m) { loop(a, m, to, k); });
 }
 
 }  // namespace
