@@ -1,5 +1,5 @@
 // The Python module braze._C. The only file that includes pybind11.
-#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/instruction_set.h"
 #include "ops/batch_norm.h"
@@ -30,6 +30,18 @@ void enable_gc(PyHeapTypeObject* heap_type) {
 }
 
 }  // namespace
+
+namespace braze {
+
+void throw_python_error() { throw python_error(); }
+
+const at::Tensor* tensor_in(PyObject* object) {
+  return THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
+}
+
+PyObject* to_python(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
+
+}  // namespace braze
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "braze's compiled CPU operators";

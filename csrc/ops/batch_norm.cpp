@@ -2,13 +2,11 @@
 // the steps of plan/batch_norm.h in their order.
 #include "batch_norm.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "batch_norm_check.h"
 #include "dense.h"
 #include "launch.h"
-#include "new_like.h"
 #include "tensor_work.h"
 
 namespace braze {
@@ -64,8 +62,7 @@ ForwardResult batch_norm_act_forward(const at::Tensor& input, BRAZE_NORM_PARAMET
   const at::Tensor added = residual ? checked_like(op, "residual", *residual, x) : at::Tensor();
   const bool masked = save_mask && mask_serves(act, added.defined());
   const at::Tensor y = new_like(x);
-  const at::Tensor mask = masked ? at::empty({shape.mask_bytes()}, x.options().dtype(c10::kByte))
-                                 : no_tensor(x, c10::kByte);
+  const at::Tensor mask = new_mask(x, shape, masked);
 
   make_stats_of(first, shape, training);
   if (second) make_stats_of(*second, shape, training);
@@ -79,7 +76,7 @@ ForwardResult batch_norm_act_forward(const at::Tensor& input, BRAZE_NORM_PARAMET
   args.y = y.mutable_data_ptr();
   if (masked) args.mask = mask.mutable_data_ptr<uint8_t>();
   launch(x, args);
-  return {y, first.stats, second ? second->stats : no_tensor(x, arithmetic_type(x)), mask};
+  return {y, first.stats, second ? second->stats : new_array(x, {0}), mask};
 }
 
 BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTensor& grad2,
@@ -123,10 +120,10 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
   BackwardResult result;
   const auto array_like = [&](bool wanted, const OptionalTensor& parameter_of) {
     const c10::ScalarType dtype = parameter_of ? parameter_of->scalar_type() : arithmetic_type(x);
-    return wanted ? at::empty({c}, x.options().dtype(dtype)) : no_tensor(x, dtype);
+    return new_array(x, {wanted ? c : 0}, dtype);
   };
   const auto like_x = [&](bool wanted) {
-    return wanted ? new_like(x) : no_tensor(x, x.scalar_type());
+    return wanted ? new_like(x) : new_array(x, {0}, x.scalar_type());
   };
   result = {
       like_x(want_x),       array_like(want_weight, weight),   array_like(want_bias, weight),
@@ -187,11 +184,11 @@ TORCH_LIBRARY_FRAGMENT(braze, m) {
 }
 
 // One implementation: the checks, then the kernels of the tensors' device.
-static void implement(torch::Library& m) {
+static void implement_batch_norm(torch::Library& m) {
   m.impl("batch_norm_act_forward", batch_norm_act_forward);
   m.impl("batch_norm_act_backward", batch_norm_act_backward);
 }
-TORCH_LIBRARY_IMPL(braze, CPU, m) { implement(m); }
-TORCH_LIBRARY_IMPL(braze, CUDA, m) { implement(m); }
+TORCH_LIBRARY_IMPL(braze, CPU, m) { implement_batch_norm(m); }
+TORCH_LIBRARY_IMPL(braze, CUDA, m) { implement_batch_norm(m); }
 
 }  // namespace braze

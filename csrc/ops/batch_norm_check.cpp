@@ -1,7 +1,5 @@
 #include "batch_norm_check.h"
 
-#include <ATen/ops/empty.h>
-
 #include "tensor_work.h"
 
 namespace braze {
@@ -143,11 +141,11 @@ const void* checked_array(const char* op, const char* name, const at::Tensor& te
 }
 
 at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes) {
-  return at::empty(sizes, like.options().dtype(arithmetic_type(like)).memory_format(c10::nullopt));
+  return new_array(like, sizes, arithmetic_type(like));
 }
 
-at::Tensor no_tensor(const at::Tensor& like, c10::ScalarType dtype) {
-  return at::empty({0}, like.options().dtype(dtype));
+at::Tensor new_mask(const at::Tensor& like, const ActivationShape& shape, bool wanted) {
+  return new_array(like, {wanted ? shape.mask_bytes() : 0}, c10::kByte);
 }
 
 Activation checked_activation(int64_t number) {

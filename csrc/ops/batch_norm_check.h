@@ -2,6 +2,7 @@
 #pragma once
 #include "batch_norm.h"
 #include "dense.h"
+#include "new_like.h"
 
 namespace braze {
 
@@ -42,8 +43,10 @@ c10::ScalarType arithmetic_type(const at::Tensor& tensor);
 const void* checked_array(const char* op, const char* name, const at::Tensor& tensor,
                           const at::Tensor& like, at::IntArrayRef sizes);
 
+// Of the arithmetic type.
 at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes);
-at::Tensor no_tensor(const at::Tensor& like, c10::ScalarType dtype);
+// A new mask of a forward, or an empty one.
+at::Tensor new_mask(const at::Tensor& like, const ActivationShape& shape, bool wanted);
 
 // One bit per element is saved where the derivative has two values and z is not x's alone.
 inline bool mask_serves(Activation activation, bool has_residual) {

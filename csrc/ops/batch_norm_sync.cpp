@@ -1,12 +1,10 @@
 // The steps of batch normalisation as operators of their own: statistics over several processes are
 // moments -> all_gather -> combine -> apply, and backward reduce -> all_reduce -> apply_grad.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "batch_norm_check.h"
 #include "dense.h"
 #include "launch.h"
-#include "new_like.h"
 
 namespace braze {
 namespace {
@@ -83,9 +81,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
   if (added.defined()) args.residual = added.const_data_ptr();
   const at::Tensor y = new_like(x);
   const bool masked = mask_serves(args.activation, added.defined());
-  const at::Tensor mask = masked
-                              ? at::empty({args.shape.mask_bytes()}, x.options().dtype(c10::kByte))
-                              : no_tensor(x, c10::kByte);
+  const at::Tensor mask = new_mask(x, args.shape, masked);
   args.y = y.mutable_data_ptr();
   if (masked) args.mask = mask.mutable_data_ptr<uint8_t>();
   launch(x, args);
@@ -123,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply_grad(
   const at::Tensor coefficients = new_array(x, {kCoefficientRows, args.shape.c});
   from.coefficients = args.grad[0].coefficients = coefficients.mutable_data_ptr();
   at::Tensor dx = new_like(x);
-  at::Tensor grad_residual = need_residual ? new_like(x) : no_tensor(x, x.scalar_type());
+  at::Tensor grad_residual = need_residual ? new_like(x) : new_array(x, {0}, x.scalar_type());
   args.grad[0].dx = dx.mutable_data_ptr();
   if (need_residual) args.grad_residual = grad_residual.mutable_data_ptr();
   launch(x, from);
@@ -149,14 +145,14 @@ TORCH_LIBRARY_FRAGMENT(braze, m) {
       "-> (Tensor, Tensor)");
 }
 
-static void implement(torch::Library& m) {
+static void implement_batch_norm_steps(torch::Library& m) {
   m.impl("batch_norm_moments", batch_norm_moments);
   m.impl("batch_norm_combine", batch_norm_combine);
   m.impl("batch_norm_apply", batch_norm_apply);
   m.impl("batch_norm_reduce", batch_norm_reduce);
   m.impl("batch_norm_apply_grad", batch_norm_apply_grad);
 }
-TORCH_LIBRARY_IMPL(braze, CPU, m) { implement(m); }
-TORCH_LIBRARY_IMPL(braze, CUDA, m) { implement(m); }
+TORCH_LIBRARY_IMPL(braze, CPU, m) { implement_batch_norm_steps(m); }
+TORCH_LIBRARY_IMPL(braze, CUDA, m) { implement_batch_norm_steps(m); }
 
 }  // namespace braze

@@ -1,8 +1,8 @@
 #include "dense.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
+#include "new_like.h"
 #include "tensor_work.h"
 
 namespace braze {
@@ -75,7 +75,7 @@ int allowed_threads() { return at::in_parallel_region() ? 1 : at::get_num_thread
 
 at::Tensor in_order_of(const at::Tensor& tensor, const at::Tensor& like) {
   if (tensor.scalar_type() == like.scalar_type() && same_order(tensor, like)) return tensor;
-  at::Tensor copy = at::empty_like(like);
+  at::Tensor copy = new_like(like);
   copy.copy_(tensor);
   return copy;
 }

@@ -2,8 +2,6 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -35,7 +33,7 @@ void check_state(const at::Tensor& like, const at::Tensor& state, const char* op
 // The tensor itself, or a copy in the order of its strides if they leave gaps or overlap.
 at::Tensor dense(const at::Tensor& tensor) {
   if (tensor.is_non_overlapping_and_dense()) return tensor;
-  at::Tensor copy = at::empty_like(tensor);
+  at::Tensor copy = new_like(tensor);
   copy.copy_(tensor);
   return copy;
 }
@@ -57,7 +55,7 @@ void set_pointers(DropoutArgs& args, const at::Tensor& x, const at::Tensor* seco
 }
 
 at::Tensor new_state(const at::Tensor& like, DropoutArgs& args) {
-  at::Tensor state = at::empty({2}, like.options().dtype(at::kLong));
+  at::Tensor state = new_array(like, {2}, at::kLong);
   args.used = state.mutable_data_ptr<int64_t>();
   return state;
 }
@@ -95,7 +93,7 @@ at::Tensor lay_out(const at::Tensor& input, bool feature, DropoutArgs& args) {
 // some.
 at::Tensor ordered(const at::Tensor& out, const at::Tensor& input, bool feature) {
   if (!feature || same_order(out, input)) return out;
-  at::Tensor result = at::empty_like(input);
+  at::Tensor result = new_like(input);
   if (same_order(out, result)) return out;
   result.copy_(out);
   return result;
@@ -309,7 +307,7 @@ TORCH_LIBRARY_FRAGMENT(braze, m) {
 namespace braze {
 namespace {
 
-void implement(torch::Library& m) {
+void implement_dropout(torch::Library& m) {
   m.impl("dropout", dropout_impl);
   m.impl("dropout_", dropout_inplace_impl);
   m.impl("dropout_apply", dropout_apply_impl);
@@ -322,5 +320,5 @@ void implement(torch::Library& m) {
 }  // namespace
 }  // namespace braze
 
-TORCH_LIBRARY_IMPL(braze, CPU, m) { braze::implement(m); }
-TORCH_LIBRARY_IMPL(braze, CUDA, m) { braze::implement(m); }
+TORCH_LIBRARY_IMPL(braze, CPU, m) { braze::implement_dropout(m); }
+TORCH_LIBRARY_IMPL(braze, CUDA, m) { braze::implement_dropout(m); }

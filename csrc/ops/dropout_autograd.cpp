@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_make_dual.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/FunctionRef.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -49,200 +50,116 @@ at::Tensor in_order(const at::Tensor& grad, const std::vector<int64_t>& order) {
 // What a backward needs to know beyond tensors.
 struct Saved {
   double p;
-  bool alpha, feature;
-  std::vector<int64_t> order;
+  bool alpha = false, feature = false;
+  Activation activation = Activation::identity;
+  double parameter = 0;
+  bool added = false;  // a residual
+  std::vector<int64_t> order = {};
 
   // As one list of numbers.
   void save(AutogradContext* ctx) const {
-    std::vector<double> numbers = {p, static_cast<double>(alpha), static_cast<double>(feature)};
+    std::vector<double> numbers = {p,
+                                   static_cast<double>(alpha),
+                                   static_cast<double>(feature),
+                                   static_cast<double>(activation),
+                                   parameter,
+                                   static_cast<double>(added)};
     numbers.insert(numbers.end(), order.begin(), order.end());
     ctx->saved_data["call"] = std::move(numbers);
   }
   static Saved load(AutogradContext* ctx) {
     const std::vector<double> n = ctx->saved_data["call"].toDoubleVector();
-    return {n[0], n[1] != 0, n[2] != 0, {n.begin() + 3, n.end()}};
+    return {n[0],
+            n[1] != 0,
+            n[2] != 0,
+            static_cast<Activation>(n[3]),
+            n[4],
+            n[5] != 0,
+            {n.begin() + 6, n.end()}};
   }
 };
 
-at::Tensor scale_grad(AutogradContext* ctx, const at::Tensor& grad) {
-  const Saved saved = Saved::load(ctx);
-  // A mask per channel does not depend on the order.
-  const at::Tensor ordered = saved.feature ? grad : in_order(grad, saved.order);
-  return dropout_apply(ordered, ctx->get_saved_variables()[0], saved.p, saved.alpha, saved.feature,
-                       true);
-}
+// An operator without its autograd.
+struct Operation {
+  c10::function_ref<DropoutResult()> run;
+  Saved saved;
+  bool in_place = false;
+  // For an activation: what its derivative is computed from. Undefined: the output.
+  OptionalTensor from = std::nullopt;
+};
 
-void save_scale(AutogradContext* ctx, const at::Tensor& output, const at::Tensor& state, double p,
-                bool alpha, bool feature) {
-  Saved{p, alpha, feature, order_in_memory(output)}.save(ctx);
-  ctx->save_for_backward({state});
-}
-
+// Every operator's, as each is linear in the gradient: that of output = d input + residual. The
+// seed and offset are no output: an input that is a view allows one only.
 struct Dropout : Function<Dropout> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, double p, bool alpha,
-                               bool feature, const OptionalGenerator& generator,
-                               const OptionalTensor& distinct) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input,
+                            const OptionalTensor& residual, const Operation& op,
+                            at::Tensor* state) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, state] = dropout(input, p, alpha, feature, generator, distinct);
-    save_scale(ctx, output, state, p, alpha, feature);
-    ctx->mark_non_differentiable({state});
+    at::Tensor output;
+    std::tie(output, *state) = op.run();
+    Saved saved = op.saved;
+    saved.added = residual.has_value();
+    if (op.from.has_value()) {
+      ctx->save_for_backward({op.from->defined() ? *op.from : output, *state});
+    } else {
+      // A tensor with gaps was copied, in the order that empty_like gives the copy.
+      const bool dense = output.is_non_overlapping_and_dense();
+      saved.order = order_in_memory(dense ? output : at::empty_like(output));
+      ctx->save_for_backward({*state});
+    }
+    saved.save(ctx);
+    if (op.in_place) ctx->mark_dirty({input});
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(4);
+    const at::Tensor& grad = grads[0];
+    if (!grad.defined()) return result;
+    const Saved call = Saved::load(ctx);
+    if (ctx->needs_input_grad(0)) {
+      const variable_list saved = ctx->get_saved_variables();
+      if (saved.size() == 2) {
+        result[0] = act_dropout_backward(grad, saved[0], saved[1], call.p, name_of(call.activation),
+                                         call.parameter);
+      } else {
+        // A mask per channel does not depend on the order.
+        const at::Tensor ordered = call.feature ? grad : in_order(grad, call.order);
+        result[0] = dropout_apply(ordered, saved[0], call.p, call.alpha, call.feature, true);
+      }
+    }
+    if (call.added) result[1] = grad;
+    return result;
+  }
+};
+
+DropoutResult differentiable(const at::Tensor& input, const Operation& op,
+                             const OptionalTensor& residual = std::nullopt) {
+  if (needs_grad(input) || (residual.has_value() && needs_grad(*residual))) {
+    at::Tensor state;
+    const at::Tensor output = Dropout::apply(input, residual, op, &state);
     return {output, state};
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (grads[0].defined()) result[0] = scale_grad(ctx, grads[0]);
-    return result;
-  }
-};
-
-// `used` becomes the seed and offset: an input that is a view allows one output only.
-struct DropoutInPlace : Function<DropoutInPlace> {
-  static at::Tensor forward(AutogradContext* ctx, at::Tensor input, double p, bool alpha,
-                            bool feature, const OptionalGenerator& generator, at::Tensor* used) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const at::Tensor state = *used = dropout_(input, p, alpha, feature, generator);
-    // A tensor with gaps was copied, in the order that empty_like gives the copy.
-    save_scale(ctx, input.is_non_overlapping_and_dense() ? input : at::empty_like(input), state, p,
-               alpha, feature);
-    ctx->mark_dirty({input});
-    return input;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (grads[0].defined()) result[0] = scale_grad(ctx, grads[0]);
-    return result;
-  }
-};
-
-struct DropoutApply : Function<DropoutApply> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input,
-                               const at::Tensor& state, double p, bool alpha, bool feature,
-                               bool gradient) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    at::Tensor output = dropout_apply(input, state, p, alpha, feature, gradient);
-    save_scale(ctx, output, state, p, alpha, feature);
-    return {output};
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (grads[0].defined()) result[0] = scale_grad(ctx, grads[0]);
-    return result;
-  }
-};
-
-struct DropoutAdd : Function<DropoutAdd> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input,
-                               const at::Tensor& residual, double p,
-                               const OptionalGenerator& generator, const OptionalTensor& distinct) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, state] = dropout_add(input, residual, p, generator, distinct);
-    save_scale(ctx, output, state, p, false, false);
-    ctx->mark_non_differentiable({state});
-    return {output, state};
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(5);
-    if (!grads[0].defined()) return result;
-    if (ctx->needs_input_grad(0)) result[0] = scale_grad(ctx, grads[0]);
-    result[1] = grads[0];
-    return result;
-  }
-};
-
-bool output_says_all(std::string_view activation) { return activation == "relu"; }
-
-struct ActDropout : Function<ActDropout> {
-  using Packed = std::tuple<double, std::string, double>;
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, double p,
-                               std::string_view activation, double parameter,
-                               const OptionalGenerator& generator, const OptionalTensor& distinct) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, state] = act_dropout(input, p, activation, parameter, generator, distinct);
-    save(ctx, output_says_all(activation) ? output : input, state, p, activation, parameter);
-    ctx->mark_non_differentiable({state});
-    return {output, state};
-  }
-  static void save(AutogradContext* ctx, const at::Tensor& saved, const at::Tensor& state, double p,
-                   std::string_view activation, double parameter) {
-    ctx->save_for_backward({saved, state});
-    ctx->saved_data["call"] = Packed(p, std::string(activation), parameter);
-  }
-  static at::Tensor grad_of(AutogradContext* ctx, const at::Tensor& grad) {
-    const variable_list saved = ctx->get_saved_variables();
-    const auto [p, activation, parameter] = ctx->saved_data["call"].to<Packed>();
-    return act_dropout_backward(grad, saved[0], saved[1], p, activation, parameter);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (grads[0].defined()) result[0] = grad_of(ctx, grads[0]);
-    return result;
-  }
-};
-
-// before: a copy of the input, with its history; none if the output is saved.
-struct ActDropoutInPlace : Function<ActDropoutInPlace> {
-  static at::Tensor forward(AutogradContext* ctx, at::Tensor input, const OptionalTensor& before,
-                            double p, std::string_view activation, double parameter,
-                            const OptionalGenerator& generator, at::Tensor* used) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const at::Tensor state = *used = act_dropout_(input, p, activation, parameter, generator);
-    ActDropout::save(ctx, before.has_value() ? *before : input, state, p, activation, parameter);
-    ctx->mark_dirty({input});
-    return input;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(7);
-    if (grads[0].defined()) result[0] = ActDropout::grad_of(ctx, grads[0]);
-    return result;
-  }
-};
-
-// Linear in grad; `saved` is a constant.
-struct ActDropoutBackward : Function<ActDropoutBackward> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& grad,
-                               const at::Tensor& saved, const at::Tensor& state, double p,
-                               std::string_view activation, double parameter) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    ActDropout::save(ctx, saved, state, p, activation, parameter);
-    return {act_dropout_backward(grad, saved, state, p, activation, parameter)};
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (grads[0].defined()) result[0] = ActDropout::grad_of(ctx, grads[0]);
-    return result;
-  }
-};
-
-DropoutResult pair(const variable_list& outputs) { return {outputs[0], outputs[1]}; }
-
-// What the in-place operators of torch check and do beside autograd.
-void check_inplace(const at::Tensor& input) {
-  torch::autograd::check_inplace(input, needs_grad(input));
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  DropoutResult result = op.run();
+  if (op.in_place) torch::autograd::increment_version(input);
+  return result;
 }
 
 DropoutResult dropout_autograd(const at::Tensor& input, double p, bool alpha, bool feature,
                                OptionalGenerator generator, const OptionalTensor& distinct) {
-  if (needs_grad(input)) {
-    return pair(Dropout::apply(input, p, alpha, feature, generator, distinct));
-  }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return dropout(input, p, alpha, feature, generator, distinct);
+  const auto run = [&] { return dropout(input, p, alpha, feature, generator, distinct); };
+  return differentiable(input, {run, {p, alpha, feature}});
 }
 
 at::Tensor dropout_inplace_autograd(at::Tensor& input, double p, bool alpha, bool feature,
                                     OptionalGenerator generator) {
-  check_inplace(input);
-  at::Tensor state;
-  if (needs_grad(input)) {
-    DropoutInPlace::apply(input, p, alpha, feature, generator, &state);
-    return state;
-  }
-  {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    state = dropout_(input, p, alpha, feature, generator);
-  }
-  torch::autograd::increment_version(input);
-  return state;
+  // What the in-place operators of torch check beside autograd.
+  torch::autograd::check_inplace(input, needs_grad(input));
+  const auto run = [&] {
+    return DropoutResult(input, dropout_(input, p, alpha, feature, generator));
+  };
+  return std::get<1>(differentiable(input, {run, {p, alpha, feature}, true}));
 }
 
 // `linear` of a gradient that has a tangent: forward over reverse.
@@ -260,46 +177,45 @@ at::Tensor dropout_apply_autograd(const at::Tensor& input, const at::Tensor& sta
       return dropout_apply(feature ? part : in_order(part, order), state, p, alpha, feature, true);
     });
   }
-  if (needs_grad(input)) return DropoutApply::apply(input, state, p, alpha, feature, gradient)[0];
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return dropout_apply(input, state, p, alpha, feature, gradient);
+  const auto run = [&] {
+    return DropoutResult(dropout_apply(input, state, p, alpha, feature, gradient), state);
+  };
+  return std::get<0>(differentiable(input, {run, {p, alpha, feature}}));
 }
 
 DropoutResult dropout_add_autograd(const at::Tensor& input, const at::Tensor& residual, double p,
                                    OptionalGenerator generator, const OptionalTensor& distinct) {
-  if (needs_grad(input) || needs_grad(residual)) {
-    return pair(DropoutAdd::apply(input, residual, p, generator, distinct));
-  }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return dropout_add(input, residual, p, generator, distinct);
+  const auto run = [&] { return dropout_add(input, residual, p, generator, distinct); };
+  return differentiable(input, {run, {p}}, residual);
 }
 
-DropoutResult act_dropout_autograd(const at::Tensor& input, double p, std::string_view activation,
+bool output_says_all(Activation activation) { return activation == Activation::relu; }
+
+Saved saved_for(double p, Activation activation, double parameter) {
+  return {.p = p, .activation = activation, .parameter = parameter};
+}
+
+DropoutResult act_dropout_autograd(const at::Tensor& input, double p, std::string_view name,
                                    double parameter, OptionalGenerator generator,
                                    const OptionalTensor& distinct) {
-  if (needs_grad(input)) {
-    return pair(ActDropout::apply(input, p, activation, parameter, generator, distinct));
-  }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return act_dropout(input, p, activation, parameter, generator, distinct);
+  const Activation activation = activation_named(name);
+  const auto run = [&] { return act_dropout(input, p, name, parameter, generator, distinct); };
+  return differentiable(input, {run, saved_for(p, activation, parameter), false,
+                                output_says_all(activation) ? at::Tensor() : input});
 }
 
-at::Tensor act_dropout_inplace_autograd(at::Tensor& input, double p, std::string_view activation,
+at::Tensor act_dropout_inplace_autograd(at::Tensor& input, double p, std::string_view name,
                                         double parameter, OptionalGenerator generator) {
-  check_inplace(input);
-  at::Tensor state;
-  if (needs_grad(input)) {
-    OptionalTensor before;
-    if (!output_says_all(activation)) before = input.clone();
-    ActDropoutInPlace::apply(input, before, p, activation, parameter, generator, &state);
-    return state;
-  }
-  {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    state = act_dropout_(input, p, activation, parameter, generator);
-  }
-  torch::autograd::increment_version(input);
-  return state;
+  const bool differentiates = needs_grad(input);
+  torch::autograd::check_inplace(input, differentiates);
+  const Activation activation = activation_named(name);
+  const auto run = [&] {
+    return DropoutResult(input, act_dropout_(input, p, name, parameter, generator));
+  };
+  // A copy of the input, with its history.
+  const bool copies = differentiates && !output_says_all(activation);
+  return std::get<1>(differentiable(input, {run, saved_for(p, activation, parameter), true,
+                                            copies ? input.clone() : at::Tensor()}));
 }
 
 at::Tensor act_dropout_backward_autograd(const at::Tensor& grad, const at::Tensor& saved,
@@ -317,11 +233,12 @@ at::Tensor act_dropout_backward_autograd(const at::Tensor& grad, const at::Tenso
         dropout_apply(in_order(grad, order_in_memory(copy)), state, p, false, false, true);
     return gradient_by_torch(dropped, saved, activation, parameter);
   }
-  if (needs_grad(grad)) {
-    return ActDropoutBackward::apply(grad, saved.detach(), state, p, name, parameter)[0];
-  }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return act_dropout_backward(grad, saved, state, p, name, parameter);
+  // Linear in grad; `saved` is a constant.
+  const auto run = [&] {
+    return DropoutResult(act_dropout_backward(grad, saved, state, p, name, parameter), state);
+  };
+  return std::get<0>(differentiable(grad, {run, saved_for(p, activation, parameter), false,
+                                           needs_grad(grad) ? saved.detach() : saved}));
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // The CPU's column of the launch table. Threads are torch's.
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/ops/empty.h>
 
 #include <mutex>
 
@@ -8,20 +7,21 @@
 #include "../cpu/dropout_cpu.h"
 #include "dense.h"
 #include "launch.h"
+#include "new_like.h"
 
 namespace braze {
 namespace {
 
-at::Tensor workspace(const ActivationShape& shape) {
+at::Tensor workspace(const at::Tensor& like, const ActivationShape& shape) {
   const auto bytes = static_cast<int64_t>(cpu::batch_norm_workspace(shape));
-  return at::empty({bytes}, at::TensorOptions().dtype(c10::kByte));
+  return new_array(like, {bytes}, c10::kByte);
 }
 
 }  // namespace
 
 template <>
-void launch_on_cpu(int, const at::Tensor&, const StatisticsArgs& args) {
-  cpu::statistics(args, workspace(args.shape).mutable_data_ptr(), allowed_threads());
+void launch_on_cpu(int, const at::Tensor& like, const StatisticsArgs& args) {
+  cpu::statistics(args, workspace(like, args.shape).mutable_data_ptr(), allowed_threads());
 }
 template <>
 void launch_on_cpu(int, const at::Tensor&, const CombineArgs& args) {
@@ -36,12 +36,12 @@ void launch_on_cpu(int, const at::Tensor&, const ApplyArgs& args) {
   if (args.shape.numel() != 0) cpu::apply(args, allowed_threads());
 }
 template <>
-void launch_on_cpu(int, const at::Tensor&, const BackwardArgs& args) {
-  cpu::backward(args, workspace(args.shape).mutable_data_ptr(), allowed_threads());
+void launch_on_cpu(int, const at::Tensor& like, const BackwardArgs& args) {
+  cpu::backward(args, workspace(like, args.shape).mutable_data_ptr(), allowed_threads());
 }
 template <>
-void launch_on_cpu(int, const at::Tensor&, const ReduceArgs& args) {
-  cpu::reduce(args, workspace(args.shape).mutable_data_ptr(), allowed_threads());
+void launch_on_cpu(int, const at::Tensor& like, const ReduceArgs& args) {
+  cpu::reduce(args, workspace(like, args.shape).mutable_data_ptr(), allowed_threads());
 }
 template <>
 void launch_on_cpu(int, const at::Tensor&, const CoefficientsArgs& args) {

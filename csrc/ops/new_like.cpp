@@ -1,6 +1,7 @@
 #include "new_like.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -107,6 +108,10 @@ at::Tensor new_like(const at::Tensor& like) {
   return at::detail::empty_strided_generic(like.sizes(), like.strides(), allocator,
                                            c10::DispatchKeySet(c10::DispatchKey::CPU),
                                            like.scalar_type());
+}
+
+at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype) {
+  return at::empty(sizes, like.options().dtype(dtype).memory_format(c10::nullopt));
 }
 
 }  // namespace braze

@@ -4,11 +4,14 @@
 
 namespace braze {
 
-// An uninitialised tensor in the order of `like`, a dense one.
+// An uninitialised tensor in the order that torch's empty_like gives it.
 //
 // malloc gives large blocks back to the system and takes fresh ones, and the first write to a fresh
 // page takes 3-7x as long as to one in use. Results above 1 MiB get the memory of earlier
 // ones, of which up to 512 MiB are kept for this process.
 at::Tensor new_like(const at::Tensor& like);
+
+// An uninitialised contiguous tensor of these sizes on the device of `like`.
+at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype);
 
 }  // namespace braze

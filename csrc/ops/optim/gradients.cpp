@@ -1,6 +1,5 @@
 #include "gradients.h"
 
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 
@@ -35,22 +34,22 @@ void prefetch(const Parameters& parameters, size_t i) {
     __builtin_prefetch(impl + 128);
   };
   each(i + kObject, [](const SeenTensor& entry) {
-    __builtin_prefetch(entry.object);  // a hint: null and stale addresses are harmless
+    __builtin_prefetch(entry.tensor);  // a hint: null and stale addresses are harmless
   });
   each(i + kImpl, [&](const SeenTensor& entry) {
-    if (entry.object != nullptr) fetch_impl(entry.tensor().unsafeGetTensorImpl());
+    if (entry.tensor != nullptr) fetch_impl(entry.tensor->unsafeGetTensorImpl());
   });
   each(i + kStorage, [](const SeenTensor& entry) {
-    if (entry.object == nullptr) return;
-    const at::TensorImpl* impl = entry.tensor().unsafeGetTensorImpl();
+    if (entry.tensor == nullptr) return;
+    const at::TensorImpl* impl = entry.tensor->unsafeGetTensorImpl();
     __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
   });
   if (i + kStorage < slots.size()) {
-    const at::Tensor& param = slots[i + kStorage].param.tensor();
+    const at::Tensor& param = *slots[i + kStorage].param.tensor;
     __builtin_prefetch(param.unsafeGetTensorImpl()->autograd_meta());
   }
   if (i + kGradient < slots.size()) {
-    const at::Tensor& param = slots[i + kGradient].param.tensor();
+    const at::Tensor& param = *slots[i + kGradient].param.tensor;
     fetch_impl(param.unsafeGetTensorImpl()->grad().unsafeGetTensorImpl());
   }
 }
@@ -71,7 +70,7 @@ void check_gradient(const Parameters& parameters, const WrittenMemory& written, 
 Gradients::Found Gradients::find(const Parameters& parameters, size_t i) const {
   prefetch(parameters, i);
   const Slot& slot = parameters.slots[i];
-  const at::Tensor& param = slot.param.tensor();
+  const at::Tensor& param = *slot.param.tensor;
   const at::TensorImpl* impl = param.unsafeGetTensorImpl();
   const at::Tensor& grad = impl->grad();
   if (slot.obstacle == nullptr && !parameters.unchanged(slot)) return {&grad, changed};
@@ -130,7 +129,7 @@ bool Gradients::look_up(const Parameters& parameters, const std::function<bool()
 // it.
 std::string Gradients::check_unusual(const Parameters& parameters, Active& active,
                                      const at::Tensor& grad) {
-  const at::Tensor& param = active.slot->param.tensor();
+  const at::Tensor& param = *active.slot->param.tensor;
   const std::string& owner = parameters.owner;
   const auto name = [&] { return parameters.name_of(*active.slot); };
   if (grad.layout() != c10::kStrided) return "sparse";
@@ -200,7 +199,7 @@ std::string Gradients::choose(Parameters& parameters, const WrittenMemory& writt
       }
       continue;
     }
-    const at::Tensor& param = slot.param.tensor();
+    const at::Tensor& param = *slot.param.tensor;
     if (slot.obstacle != nullptr) {
       const bool cuda = std::string(slot.obstacle) == "cuda";
       return cuda ? param.device().str() : slot.obstacle;

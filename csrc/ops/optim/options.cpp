@@ -1,7 +1,5 @@
 #include "options.h"
 
-#include <ATen/Functions.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <cstring>
@@ -31,7 +29,7 @@ class Parser {
         memcpy(to, &value, sizeof(value));
         continue;
       }
-      PyObject** tensor = nullptr;
+      const at::Tensor** tensor = nullptr;
       if (field.may_be_on_device()) tensor = &options.tensors[tensors++];
       const double value = field.kind == Field::sign
                                ? (flag(key) ? -1.0 : 1.0)
@@ -58,7 +56,7 @@ class Parser {
     return truth == 1;
   }
 
-  double number(const Field& field, PyObject* key, PyObject** tensor, bool wanted) {
+  double number(const Field& field, PyObject* key, const at::Tensor** tensor, bool wanted) {
     PyObject* found = dict_get(group_, key);
     if (found == nullptr && field.kind == Field::optional_number) return 0;
     if (found == nullptr) {
@@ -77,19 +75,18 @@ class Parser {
 
   // From a Python number or a one-element tensor; a tensor's value may change without its identity.
   // NaN, and the tensor in `tensor`, for one that a kernel is to read.
-  double to_double(PyObject* value, const char* name, PyObject** tensor, bool wanted) {
+  double to_double(PyObject* value, const char* name, const at::Tensor** tensor, bool wanted) {
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    if (THPVariable_Check(value)) {
-      const at::Tensor& scalar = THPVariable_Unpack(value);
-      TORCH_CHECK_VALUE(scalar.numel() == 1, describe(name),
+    if (const at::Tensor* scalar = tensor_in(value)) {
+      TORCH_CHECK_VALUE(scalar->numel() == 1, describe(name),
                         " must be a number or a tensor of one element, got a tensor of shape ",
-                        scalar.sizes());
+                        scalar->sizes());
       reusable = false;
-      if (tensor != nullptr && is_device_scalar(scalar, wanted)) {
-        *tensor = value;
+      if (tensor != nullptr && is_device_scalar(*scalar, wanted)) {
+        *tensor = scalar;
         return std::numeric_limits<double>::quiet_NaN();
       }
-      return scalar.item().toDouble();
+      return scalar->item().toDouble();
     }
     const double number = PyFloat_AsDouble(value);
     if (number == -1.0 && PyErr_Occurred()) {
@@ -134,9 +131,9 @@ GroupOptions with_values(const GroupOptions& options, const RuleInfo& rule) {
   size_t tensors = 0;
   for (const Field& field : rule.fields) {
     if (!field.may_be_on_device()) continue;
-    PyObject* tensor = options.tensors[tensors++];
+    const at::Tensor* tensor = options.tensors[tensors++];
     if (tensor == nullptr) continue;
-    const double value = THPVariable_Unpack(tensor).item().toDouble();
+    const double value = tensor->item().toDouble();
     memcpy(result.values + field.offset, &value, sizeof(value));
   }
   return result;

@@ -21,7 +21,7 @@ struct GroupOptions : GroupNeeds {
   alignas(double) char values[kMaxOptionBytes] = {};  // the rule's Options
   // Tensors in device memory, which only kernels read, in the order of the fields that may be
   // there; borrowed, null where the number is known. In `values` they are NaN.
-  std::array<PyObject*, kMaxDeviceFields> tensors = {};
+  std::array<const at::Tensor*, kMaxDeviceFields> tensors = {};
   bool any_tensor = false;
 };
 

@@ -22,16 +22,16 @@ void WrittenMemory::collect(const Parameters& parameters) {
   clear();
   for (const Slot& slot : parameters.slots) {
     if (slot.obstacle != nullptr) continue;
-    const auto add = [&](PyObject* object, PyObject* key) {
-      if (object == nullptr) return;
-      footprints_.push_back(footprint(THPVariable_Unpack(object)));
+    const auto add = [&](const SeenTensor& entry, PyObject* key) {
+      if (entry.tensor == nullptr) return;
+      footprints_.push_back(footprint(*entry.tensor));
       regions_.push_back({&slot, key});
     };
-    add(slot.param.object, nullptr);
+    add(slot.param, nullptr);
     const std::vector<PyObject*>& state_keys = parameters.rule.state_keys;
-    for (size_t k = 0; k < state_keys.size(); ++k) add(slot.state[k].object, state_keys[k]);
-    add(slot.step.object, keys().step);
-    add(slot.sum.object, keys().grad_sum);
+    for (size_t k = 0; k < state_keys.size(); ++k) add(slot.state[k], state_keys[k]);
+    add(slot.step, keys().step);
+    add(slot.sum, keys().grad_sum);
   }
   const OverlapPair pair = find_overlap(footprints_);
   if (pair.first >= 0) {

@@ -20,12 +20,13 @@ std::string Parameters::name_of(const Slot& slot) const {
 }
 
 void Parameters::read_state(Slot& slot, SeenTensor& entry, PyObject* object, PyObject* key) {
-  if (entry.object == object) return;
+  const at::Tensor* found = tensor_in(object);
   const char* name = PyUnicode_AsUTF8(key);
-  TORCH_CHECK_TYPE(THPVariable_Check(object), owner, ": state['", name, "'] of ", name_of(slot),
+  TORCH_CHECK_TYPE(found != nullptr, owner, ": state['", name, "'] of ", name_of(slot),
                    " must be a tensor, got ", Py_TYPE(object)->tp_name);
-  const at::Tensor& param = slot.param.tensor();
-  const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (found == entry.tensor) return;
+  const at::Tensor& param = *slot.param.tensor;
+  const at::Tensor& tensor = *found;
   if (tensor.is_conj() || tensor.is_neg()) {
     slot.obstacle = "subclass";
     return;
@@ -48,7 +49,7 @@ void Parameters::read_state(Slot& slot, SeenTensor& entry, PyObject* object, PyO
                      owner, ": state['step'] of ", name_of(slot),
                      " must be a one-element tensor of float32 or float64, got ", dtype,
                      " of shape ", tensor.sizes());
-    seen_.record(entry, object, nullptr);
+    seen_.record(entry, tensor, nullptr);
     return;
   }
   TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), owner, ": state['", name, "'] of ",
@@ -65,7 +66,7 @@ void Parameters::read_state(Slot& slot, SeenTensor& entry, PyObject* object, PyO
                     tensor.strides(), ") share memory with each other; clone it");
   // Same dimensions as the parameter's: compare with those, they are in the cache.
   const bool alike = tensor.strides() == param.strides();
-  seen_.record(entry, object, alike ? &slot.param.dims : nullptr);
+  seen_.record(entry, tensor, alike ? &slot.param.dims : nullptr);
   slot.linear = slot.linear && same_order(param, tensor);
 }
 
@@ -82,9 +83,10 @@ void Parameters::read_states(Slot& slot) {
 }
 
 void Parameters::build_slot(Slot& slot, PyObject* state) {
-  TORCH_CHECK_TYPE(THPVariable_Check(slot.param.object), owner, ": ", name_of(slot),
-                   " must be a tensor, got ", Py_TYPE(slot.param.object)->tp_name);
-  const at::Tensor& param = slot.param.tensor();
+  slot.param.tensor = tensor_in(slot.object);
+  TORCH_CHECK_TYPE(slot.param.tensor != nullptr, owner, ": ", name_of(slot),
+                   " must be a tensor, got ", Py_TYPE(slot.object)->tp_name);
+  const at::Tensor& param = *slot.param.tensor;
   if (param.is_meta()) {
     slot.obstacle = "meta";
   } else if (param.key_set().has(c10::DispatchKey::Python)) {
@@ -101,7 +103,7 @@ void Parameters::build_slot(Slot& slot, PyObject* state) {
   if (slot.obstacle != nullptr) return;
   slot.device = device_of(param);
   any_on_cpu = any_on_cpu || slot.device == 0;
-  seen_.record(slot.param, slot.param.object, nullptr);
+  seen_.record(slot.param, param, nullptr);
   slot.real = *real_dtype(param.scalar_type());
   slot.numel = param.numel() * (param.is_complex() ? 2 : 1);
   slot.linear = param.is_non_overlapping_and_dense();
@@ -110,7 +112,7 @@ void Parameters::build_slot(Slot& slot, PyObject* state) {
                     param.strides(), ") share memory with each other, so a step ",
                     "would update them more than once; pass a contiguous tensor, for example ",
                     "param.clone()");
-  PyObject* inner = dict_get(state, slot.param.object);
+  PyObject* inner = dict_get(state, slot.object);
   if (inner == nullptr) return;
   TORCH_CHECK_TYPE(PyDict_Check(inner), owner, ": state of ", name_of(slot),
                    " must be a dict, got ", Py_TYPE(inner)->tp_name);
@@ -130,7 +132,7 @@ void Parameters::build(PyObject* its_groups, PyObject* state) {
       PyObject* params = dict_get(PyList_GET_ITEM(groups, g), keys().params);
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
         Slot& slot = slots.emplace_back();
-        slot.param.object = PyList_GET_ITEM(params, i);
+        slot.object = PyList_GET_ITEM(params, i);
         slot.group = static_cast<int32_t>(g);
         slot.index = static_cast<int32_t>(i);
         build_slot(slot, state);
@@ -183,8 +185,8 @@ bool Parameters::counts_on_device(const Slot& slot) const {
   const DevicePlace& place = devices[static_cast<size_t>(slot.device)];
   if (place.backend == nullptr || !rule.counts_steps) return false;
   const bool wanted = options(slot).on_device;
-  if (slot.step.object == nullptr) return wanted;
-  return place.backend->holds_scalar(slot.step.tensor(), wanted);
+  if (slot.step.tensor == nullptr) return wanted;
+  return place.backend->holds_scalar(*slot.step.tensor, wanted);
 }
 
 }  // namespace braze

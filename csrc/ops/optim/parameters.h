@@ -15,6 +15,7 @@ namespace braze {
 struct Slot {
   SeenTensor param;
   SeenTensor state[kMaxStates], step, sum;
+  PyObject* object = nullptr;      // the parameter itself; owned by Parameters
   PyObject* state_dict = nullptr;  // its inner state dict, or null; owned by Parameters
   int64_t numel = 0;               // real elements
   int32_t group = 0, index = 0;    // param_groups[group]['params'][index]
@@ -24,7 +25,7 @@ struct Slot {
   bool linear = false;     // dense, and so is all of its state, in the same order
   bool in_window = false;  // states[0] already holds gradients of the open accumulation window
 
-  bool has_sum() const { return sum.object != nullptr; }
+  bool has_sum() const { return sum.tensor != nullptr; }
 };
 
 class Parameters {

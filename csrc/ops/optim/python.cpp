@@ -1,7 +1,6 @@
 #include "python.h"
 
 #include <c10/util/Exception.h>
-#include <torch/csrc/Exceptions.h>
 
 namespace braze {
 namespace {
@@ -39,8 +38,6 @@ bool walk(PyObject* groups, PyObject* state, Visit visit) {
 }
 
 }  // namespace
-
-void throw_python_error() { throw python_error(); }
 
 PyObject* dict_get(PyObject* dict, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(dict, key);

@@ -1,6 +1,7 @@
 // Python's objects in C++: references, dict keys, and the identity of every object in an
 // optimizer's param_groups and state. The GIL must be held.
 #pragma once
+#include <ATen/core/Tensor.h>
 #include <Python.h>
 
 #include <string>
@@ -36,8 +37,14 @@ class Objects {
   std::vector<PyObject*> objects_;
 };
 
-// Raises the pending Python exception as a C++ one that pybind11 hands back unchanged.
+// Raises the pending Python exception as a C++ one that pybind11 hands back unchanged. This and the
+// next two are in bindings.cpp: torch's Python headers take longer to compile than all of this.
 [[noreturn]] void throw_python_error();
+// The tensor inside a Python object, or null if that is none. It stays where it is while the object
+// lives.
+const at::Tensor* tensor_in(PyObject* object);
+// A new reference, or null with an exception set.
+PyObject* to_python(const at::Tensor& tensor);
 
 // dict[key] or null; borrowed.
 PyObject* dict_get(PyObject* dict, PyObject* key);

@@ -1,8 +1,6 @@
 // What a tensor looked like when it was last recorded, and whether it still does.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <Python.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <vector>
 
@@ -13,26 +11,22 @@ struct Dims {
   int32_t offset = 0, ndim = 0;
 };
 
-// A tensor as it was recorded. Others own the object.
+// A tensor as it was recorded. Others own the Python object that it is in.
 struct SeenTensor {
-  PyObject* object = nullptr;
+  const at::Tensor* tensor = nullptr;
   const void* data = nullptr;     // of element 0
   const void* storage = nullptr;  // start of the storage's memory
   Dims dims;
   c10::ScalarType dtype = c10::ScalarType::Undefined;
   c10::DispatchKeySet keys;  // a lazy conjugation shows nowhere else
-
-  const at::Tensor& tensor() const { return THPVariable_Unpack(object); }
-  const at::Tensor* tensor_or_null() const { return object == nullptr ? nullptr : &tensor(); }
 };
 
 // The dimensions of many recorded tensors, side by side.
 class SeenTensors {
  public:
   // known: dimensions that the tensor has, and that are recorded already; or null.
-  void record(SeenTensor& entry, PyObject* object, const Dims* known) {
-    const at::Tensor& tensor = THPVariable_Unpack(object);
-    entry.object = object;
+  void record(SeenTensor& entry, const at::Tensor& tensor, const Dims* known) {
+    entry.tensor = &tensor;
     entry.data = tensor.const_data_ptr();
     entry.storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl()->data();
     entry.dtype = tensor.scalar_type();
@@ -48,8 +42,8 @@ class SeenTensors {
 
   // In the header, like same_dims(): every step asks this of every tensor.
   bool unchanged(const SeenTensor& entry) const {
-    if (entry.object == nullptr) return true;
-    const at::Tensor& tensor = entry.tensor();
+    if (entry.tensor == nullptr) return true;
+    const at::Tensor& tensor = *entry.tensor;
     const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
     if (!same_dims(entry.dims, tensor) || impl->key_set() != entry.keys ||
         c10::typeMetaToScalarType(impl->dtype()) != entry.dtype) {

@@ -1,7 +1,9 @@
 #include "states.h"
 
-#include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/DefaultDtype.h>
 #include <torch/csrc/utils/object_ptr.h>
 
@@ -27,7 +29,7 @@ c10::ScalarType sum_dtype(const at::Tensor& param) {
 
 at::Tensor new_count(const Parameters& parameters, const Slot& slot) {
   if (parameters.counts_on_device(slot)) {
-    return at::zeros({}, slot.param.tensor().options().dtype(c10::kFloat));
+    return at::zeros({}, slot.param.tensor->options().dtype(c10::kFloat));
   }
   const bool wide = c10::get_default_dtype_as_scalartype() == c10::ScalarType::Double;
   return at::zeros({}, wide ? c10::ScalarType::Double : c10::ScalarType::Float);
@@ -36,7 +38,7 @@ at::Tensor new_count(const Parameters& parameters, const Slot& slot) {
 PyObject* state_dict_of(Slot& slot, PyObject* state) {
   if (slot.state_dict == nullptr) {
     THPObjectPtr inner(PyDict_New());
-    if (inner.get() == nullptr || PyObject_SetItem(state, slot.param.object, inner.get()) < 0) {
+    if (inner.get() == nullptr || PyObject_SetItem(state, slot.object, inner.get()) < 0) {
       throw_python_error();
     }
     slot.state_dict = inner.get();
@@ -47,7 +49,7 @@ PyObject* state_dict_of(Slot& slot, PyObject* state) {
 }  // namespace
 
 bool sums_in_state(const Parameters& parameters, const Slot& slot, const Destination& destination) {
-  const c10::ScalarType dtype = slot.state[0].object ? slot.state[0].dtype : slot.param.dtype;
+  const c10::ScalarType dtype = slot.state[0].tensor ? slot.state[0].dtype : slot.param.dtype;
   const DType real = *real_dtype(dtype);
   return destination.into_state && parameters.rule.sum_in_state != nullptr &&
          (parameters.options(slot).states & 1) != 0 && !slot.has_sum() &&
@@ -62,19 +64,19 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
   const at::NoGradGuard no_grad;
   for (Active& a : active) {
     Slot& slot = *a.slot;
-    const at::Tensor& param = slot.param.tensor();
+    const at::Tensor& param = *slot.param.tensor;
     const auto add = [&](PyObject* key, at::Tensor tensor) {
       missing.push_back({&a, key, std::move(tensor)});
       allocated = true;
     };
     const bool in_state = destination.fold && sums_in_state(parameters, slot, destination);
     if (!rule.first_overwrites || !destination.fold || in_state) {
-      if (rule.counts_steps && slot.step.object == nullptr) {
+      if (rule.counts_steps && slot.step.tensor == nullptr) {
         add(keys().step, new_count(parameters, slot));
       }
       const uint32_t states = parameters.options(slot).states;
       for (size_t k = 0; k < rule.state_keys.size(); ++k) {
-        if (slot.state[k].object != nullptr || !(states >> k & 1)) continue;
+        if (slot.state[k].tensor != nullptr || !(states >> k & 1)) continue;
         add(rule.state_keys[k],
             rule.first_overwrites ? at::empty_like(param) : at::zeros_like(param));
         a.first = a.first || rule.first_overwrites;
@@ -96,7 +98,7 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
   for (Missing& entry : missing) {
     Slot& slot = *entry.active->slot;
     PyObject* inner = state_dict_of(slot, state);
-    THPObjectPtr object(THPVariable_Wrap(entry.tensor));
+    THPObjectPtr object(to_python(entry.tensor));
     if (object.get() == nullptr || PyDict_SetItem(inner, entry.key, object.get()) < 0) {
       throw_python_error();
     }
@@ -118,7 +120,7 @@ bool States::undo(PyObject* state, const std::function<bool(int32_t)>& in_use) {
     if (PyDict_DelItem(slot->state_dict, key) < 0) PyErr_Clear();
     if (PyDict_GET_SIZE(slot->state_dict) != 0) continue;
     slot->state_dict = nullptr;
-    if (PyObject_DelItem(state, slot->param.object) < 0) PyErr_Clear();
+    if (PyObject_DelItem(state, slot->object) < 0) PyErr_Clear();
   }
   created_.clear();
   return any;
@@ -139,8 +141,8 @@ void States::leave_window(Parameters& parameters, PyObject* state) {
     if (!slot.has_sum() && !slot.in_window) continue;
     any = true;
     if (slot.has_sum()) {
-      spare_sums_[parameters.index_of(slot)] = slot.sum.tensor();
-      slot.sum.object = nullptr;  // its dimensions stay, for the next window
+      spare_sums_[parameters.index_of(slot)] = *slot.sum.tensor;
+      slot.sum.tensor = nullptr;  // its dimensions stay, for the next window
       if (PyDict_DelItem(slot.state_dict, keys().grad_sum) < 0) throw_python_error();
     }
     if (slot.in_window) {
@@ -148,7 +150,7 @@ void States::leave_window(Parameters& parameters, PyObject* state) {
       if (PyDict_DelItem(slot.state_dict, keys().in_window) < 0) throw_python_error();
     }
     if (PyDict_GET_SIZE(slot.state_dict) == 0) {
-      if (PyObject_DelItem(state, slot.param.object) < 0) throw_python_error();
+      if (PyObject_DelItem(state, slot.object) < 0) throw_python_error();
       slot.state_dict = nullptr;
     }
   }

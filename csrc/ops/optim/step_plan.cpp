@@ -1,7 +1,6 @@
 // One call, from gradients to launches. Everything that can fail comes before the first write.
 #include "step_plan.h"
 
-#include <ATen/Functions.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
@@ -115,7 +114,7 @@ bool StepPlan::resolve_loss_scale(StepScalars& scalars, bool window) const {
       if (!deferred) break;
       // A state that is overwritten starts with the first step that is not skipped.
       const bool starts = rule.first_overwrites && (parameters_.options(*a.slot).states & 1) != 0 &&
-                          a.slot->state[0].object == nullptr;
+                          a.slot->state[0].tensor == nullptr;
       deferred = !work.on_cpu() && !starts &&
                  (!rule.counts_steps || parameters_.counts_on_device(*a.slot));
     }
@@ -236,7 +235,7 @@ std::string StepPlan::fold(PyObject* groups, PyObject* state, double weight, boo
     if (sums_in_state(parameters_, *a.slot, destination) && !a.slot->in_window) {
       entering.push_back(a.slot);
     }
-    a.slot->param.tensor().unsafeGetTensorImpl()->mutable_grad().reset();
+    a.slot->param.tensor->unsafeGetTensorImpl()->mutable_grad().reset();
   }
   states_.enter_window(parameters_, state, entering);
   return "";

@@ -1,6 +1,5 @@
 #include "work.h"
 
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -27,7 +26,7 @@ void write_count(const SeenTensor& entry, double value) {
 }
 
 Operand operand_of(const SeenTensor& entry) {
-  if (entry.object == nullptr) return {};
+  if (entry.tensor == nullptr) return {};
   return {const_cast<void*>(entry.data), nullptr, *real_dtype(entry.dtype)};
 }
 
@@ -38,9 +37,8 @@ void DeviceWork::release() {
   held_.clear();
 }
 
-DeviceScalar DeviceWork::scalar_for(const at::Tensor& param, PyObject* option) {
-  if (option == nullptr) return {};
-  const at::Tensor* tensor = &THPVariable_Unpack(option);
+DeviceScalar DeviceWork::scalar_for(const at::Tensor& param, const at::Tensor* tensor) {
+  if (tensor == nullptr) return {};
   if (tensor->device() != param.device() || tensor->is_complex() ||
       !real_dtype(tensor->scalar_type())) {
     held_.push_back(tensor->to(param.device(), c10::kDouble, /*non_blocking=*/true));
@@ -86,7 +84,7 @@ void DeviceWork::choose_hypers(const Parameters& parameters, const StepScalars& 
       if (made_on_device_) {
         std::array<DeviceScalar, kMaxDeviceFields> fields;
         for (size_t j = 0; j < fields.size(); ++j) {
-          fields[j] = scalar_for(slot.param.tensor(), options.tensors[j]);
+          fields[j] = scalar_for(*slot.param.tensor, options.tensors[j]);
         }
         table_->add(options.values, inputs, fields.data());
       } else {
@@ -188,9 +186,9 @@ void DeviceWork::fill_tensor(const Parameters& parameters, TensorWork& work, con
     return;
   }
   std::vector<NamedOperand> operands = {
-      {&slot.param.tensor(), &work.param}, {a.grad, &work.grad}, {sum.tensor_or_null(), &work.sum}};
+      {slot.param.tensor, &work.param}, {a.grad, &work.grad}, {sum.tensor, &work.sum}};
   for (size_t k = 0; k < kMaxStates; ++k) {
-    operands.push_back({states[k]->tensor_or_null(), &work.state[k]});
+    operands.push_back({states[k]->tensor, &work.state[k]});
   }
   lay_out(work, operands, layouts_);
 }
@@ -215,7 +213,7 @@ void DeviceWork::launch(const Parameters& parameters, const Destination& destina
   const Hypers hypers = destination.fold ? view_of(folds_) : table_->view();
   if (on_cpu()) return launch_on_cpu(hypers);
   if (!step_) step_ = place_.backend->make_step(place_.index, parameters.owner);
-  const c10::Device device = active.front().slot->param.tensor().device();
+  const c10::Device device = active.front().slot->param.tensor->device();
   const auto here = [&](const at::Tensor* tensor) -> const at::Tensor* {
     if (tensor == nullptr || tensor->device() == device) return tensor;
     held_.push_back(tensor->to(device, tensor->scalar_type(), /*non_blocking=*/true));
@@ -228,7 +226,7 @@ void DeviceWork::launch(const Parameters& parameters, const Destination& destina
 void DeviceWork::count_step() const {
   for (const Active& a : active) {
     if (a.counted) write_count(a.slot->step, a.step);
-    a.slot->param.tensor().unsafeGetTensorImpl()->bump_version();
+    a.slot->param.tensor->unsafeGetTensorImpl()->bump_version();
   }
 }
 

@@ -80,7 +80,7 @@ class DeviceWork {
     std::vector<TensorKey> tensors;
     bool operator==(const WorkKey&) const = default;
   };
-  DeviceScalar scalar_for(const at::Tensor& param, PyObject* option);
+  DeviceScalar scalar_for(const at::Tensor& param, const at::Tensor* tensor);
   void fill_tensor(const Parameters& parameters, TensorWork& work, const Active& a,
                    const Destination& destination);
   void launch_on_cpu(const Hypers& hypers);
