@@ -11,4 +11,11 @@ namespace braze {
 // ones, of which up to 512 MiB are kept for this process.
 at::Tensor new_like(const at::Tensor& like);
 
+// Off: results get fresh memory, and nothing is kept.
+void set_memory_reuse(bool on);
+bool memory_reuse();
+// Bytes that are kept now and no tensor uses.
+size_t memory_kept();
+void empty_memory_cache();
+
 }  // namespace braze

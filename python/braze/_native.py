@@ -139,4 +139,5 @@ def cuda_missing() -> str:
 
 _C = load()
 choose_instruction_set(_C)
+_C.set_memory_reuse(os.environ.get("BRAZE_REUSE_MEMORY", "") != "0")
 CUDA_FILE, _CUDA_REASON = load_cuda(_C)
