@@ -26,7 +26,7 @@ from .model_cells import (
     waiting,
 )
 from .rows import Hopeless, Row, Work, goal
-from .timing import interleave, on_fresh_pages
+from .timing import interleave, without_reuse
 
 # What is compared; the second is braze.
 PAIRS = (
@@ -35,7 +35,7 @@ PAIRS = (
     ("eager NCHW", "braze NCHW"),
     ("compile NHWC", "braze NHWC"),
     ("compile NCHW", "braze NCHW"),
-    ("eager NHWC", "braze NHWC fresh"),
+    ("eager NHWC", "braze NHWC no reuse"),
 )
 SAME_LAYOUT = (PAIRS[0], PAIRS[2])
 
@@ -84,7 +84,6 @@ def _time(
     torch.manual_seed(0)
     source = models.load(cell.model)
     torch.compiler.reset()
-    memory.empty_cache()
     calls: dict[str, Call] = {}
     figures: dict[str, dict[str, float]] = row["contenders"]
     reference: Tensor | None = None
@@ -94,6 +93,7 @@ def _time(
             call = waiting(task.call(cell, contender, model), cell.device)
             compile_s = settle(call) if contender.who == "compile" else None
             torch.manual_seed(0)
+            memory.empty_cache()
             result = call()
         except Exception as error:
             row["failed"][contender.name] = _reason(error)
@@ -106,10 +106,9 @@ def _time(
         if compile_s is not None:
             figures[contender.name]["compile_s"] = compile_s
         calls[contender.name] = call
-    ours = f"braze {wanted[0].layout}"
-    if memory.kept() and ours in calls:
-        calls[f"{ours} fresh"] = on_fresh_pages(calls[ours])
-        figures[f"{ours} fresh"] = {}
+        if memory.kept() and contender == Contender("braze", wanted[0].layout):
+            calls[f"{contender.name} no reuse"] = without_reuse(call)
+            figures[f"{contender.name} no reuse"] = {}
     for name, times in interleave(calls, seconds).items():
         figures[name].update(min_ms=times.minimum * 1e3, median_ms=times.median * 1e3)
 
@@ -156,7 +155,7 @@ def measure(
     row["ok"] = not (row["needs_more_memory"] or broken)
 
 
-COLUMNS = "contender:<18 min_ms:10.1f median_ms:10.1f difference:12.0e compile_s:11.1f peak_mb:9.1f"
+COLUMNS = "contender:<20 min_ms:10.1f median_ms:10.1f difference:12.0e compile_s:11.1f peak_mb:9.1f"
 
 
 def lines(row: Row) -> str:
@@ -167,7 +166,7 @@ def lines(row: Row) -> str:
             text.append(table.line({"contender": name, **figures}, COLUMNS))
         for ratio in row["ratios"]:
             pair = f"  {ratio['other']} / {ratio['braze']}"
-            text.append(f"{pair:36}{ratio['ratio_min']:6.2f}  median{ratio['ratio_median']:6.2f}")
+            text.append(f"{pair:38}{ratio['ratio_min']:6.2f}  median{ratio['ratio_median']:6.2f}")
         text += [f"  {name} needs MORE MEMORY than eager" for name in row["needs_more_memory"]]
     text += [f"  {name} left out: {reason}" for name, reason in row.get("failed", {}).items()]
     if "note" in row:
@@ -197,8 +196,8 @@ def add_arguments(task: Task, parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Ratios of minima and of medians, above 1 where braze is faster. difference: of the first result from "
         "the first contender's, relative, of equal weights and images (dropout draws other masks, and bf16 "
-        "rounds). fresh: where results get the memory of earlier ones, the same model "
-        "without it. compile_s: what torch.compile's first calls took beyond a settled one."
+        "rounds). no reuse: where results get the memory of earlier ones, the same model without. compile_s: "
+        "what torch.compile's first calls took beyond a settled one."
     )
     add = parser.add_argument
     add("--model", help="one model: torchvision's name, or timm:NAME (default: some, with goals)")
