@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import re
 import shlex
 import shutil
@@ -33,6 +34,8 @@ Figures = dict[str, dict[str, float]]
 
 def why_not() -> str:
     """Why nothing can be counted here, or ""."""
+    if platform.machine() != "x86_64":
+        return f"AVX2 is x86-64's, this is {platform.machine()}"
     missing = [tool for tool in ("valgrind", "c++", "cmake") if shutil.which(tool) is None]
     return f"{', '.join(missing)} not installed" if missing else ""
 
@@ -43,22 +46,21 @@ def compiler() -> str:
 
 
 def compile_driver(build: Path = BUILD) -> Path:
-    """The driver, with the objects of csrc/cpu and csrc/plan as CMake has them compiled."""
+    """The driver, with what CMake has compiled of all that knows no torch: not csrc/ops and bindings.cpp."""
     environ = tools_first()
     defines = ["CMAKE_EXPORT_COMPILE_COMMANDS=ON", "BRAZE_CUDA=OFF"]
     defines += [f"Python_EXECUTABLE={sys.executable}"]
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
     _run([*configure, *(f"-D{define}" for define in defines)], environ)
-    commands = {
-        Path(c["file"]).relative_to(ROOT).as_posix(): c
-        for c in json.loads((build / "compile_commands.json").read_text())
-    }
-    used = {f: c for f, c in commands.items() if f.startswith(("csrc/cpu/", "csrc/plan/"))}
-    objects = [str(Path(build, c["output"]).relative_to(build)) for c in used.values()]
+    torchs = (f"{ROOT}/csrc/ops/", f"{ROOT}/csrc/bindings.cpp")
+    commands = json.loads((build / "compile_commands.json").read_text())
+    used = [c for c in commands if not c["file"].startswith(torchs)]
+    objects = [str(Path(build, c["output"]).relative_to(build)) for c in used]
     _run(["cmake", "--build", str(build), "--target", *objects], environ)
-    like = shlex.split(used["csrc/cpu/instruction_set.cpp"]["command"])
+    like = next(c for c in used if c["file"].endswith("/cpu/instruction_set.cpp"))
+    words = shlex.split(like["command"])
+    flags = words[: words.index("-o")]
     program = build / "cpu_kernels"
-    flags = like[: like.index("-o")]
     command = [*flags, f"-I{ROOT / 'csrc'}", str(DRIVER), *(str(build / o) for o in objects)]
     _run([*command, "-o", str(program)])
     return program
