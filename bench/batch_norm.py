@@ -3,8 +3,9 @@
 Time of a training forward, and of a backward, of BatchNormAct2d against torch's BatchNorm2d and in-place
 activation, over the shapes of the 53 batch norms, interleaved; ratios of minima and of medians, above 1 where
 braze is faster. floor = 3 (forward) or 5 (backward) passes, 4 and 6 with a residual, / stream bandwidth; what
-stays in the caches can be below it. On CUDA: medians of the time on the device, L2 flushed before each call;
-floor = passes / speed of a copy.
+stays in the caches can be below it. no reuse: braze in malloc's memory, as torch's results are; beyond 32 MB
+that is fresh pages. On CUDA: medians of the time on the device, L2 flushed before each call; floor = passes /
+speed of a copy.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .batch_norm_cases import (
     summed,
 )
 from .rows import Row, Work
-from .timing import interleave, ratios, stream_bandwidth
+from .timing import interleave, ratios, stream_bandwidth, without_reuse
 
 # Ratio of the sums over all layers at N = 8 with 2 threads; no layer may be slower than torch.
 GOALS = {
@@ -57,7 +58,9 @@ def cases(activations: Iterable[str], batch: int, join: bool) -> list[Case]:
 def measure(
     case: Case, layer: Layer, direction: str, seconds: float, bandwidth: float
 ) -> dict[str, Any]:
-    times = interleave(contenders(case, layer, direction, "cpu"), seconds)
+    calls = contenders(case, layer, direction, "cpu")
+    calls["no reuse"] = without_reuse(calls["braze"])
+    times = interleave(calls, seconds)
     return {
         "case": case.name,
         "direction": direction,
@@ -72,7 +75,7 @@ def measure(
 
 def total(case: Case, direction: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The sum over the network's layers, and its goal."""
-    keys = ("torch_us", "braze_us", "torch_median_us", "braze_median_us", "floor_us")
+    keys = ("torch_us", "braze_us", "no_reuse_us", "torch_median_us", "braze_median_us", "floor_us")
     sums = summed(rows, *keys)
     judged = case.activation == "relu" and not case.join
     return {
@@ -81,6 +84,7 @@ def total(case: Case, direction: str, rows: list[dict[str, Any]]) -> dict[str, A
         "layers": sums["count"],
         "torch_us": sums["torch_us"],
         "braze_us": sums["braze_us"],
+        "no_reuse_us": sums["no_reuse_us"],
         "ratio_min": sums["torch_us"] / sums["braze_us"],
         "ratio_median": sums["torch_median_us"] / sums["braze_median_us"],
         "worst_layer": min(row["ratio_min"] for row in rows),
@@ -90,8 +94,8 @@ def total(case: Case, direction: str, rows: list[dict[str, Any]]) -> dict[str, A
 
 
 COLUMNS = (
-    "layer:<16 count:>6 torch_us:11.1f braze_us:11.1f ratio_min:11.2f ratio_median:13.2f floor_us:10.1f "
-    "worst_layer:12.2f goal:6.1f"
+    "layer:<16 count:>6 torch_us:11.1f braze_us:11.1f no_reuse_us:12.1f ratio_min:11.2f ratio_median:13.2f "
+    "floor_us:10.1f worst_layer:12.2f goal:6.1f"
 )
 
 

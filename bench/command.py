@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -51,7 +52,9 @@ def main(argv: list[str] | None, package: str, commands: Mapping[str, str]) -> i
         prog=f"python -m {package}", description=importlib.import_module(package).__doc__
     )
     parser.add_commands(package, commands)
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
+    arguments.command_line = [sys.executable, "-m", package, *argv]
     try:
         code: int = arguments.run(arguments)
     except argparse.ArgumentError as error:

@@ -1,7 +1,7 @@
 """Dropout against torch's, alone and fused, forward and with its backward pass, on the CPU or on CUDA.
 
-Interleaved; ratios above 1 mean braze is faster. floor = the bytes that must move / stream bandwidth (CUDA:
-speed of a copy).
+Interleaved; ratios above 1 mean braze is faster. no reuse: braze in malloc's memory, as torch's results are;
+beyond 32 MB that is fresh pages. floor = the bytes that must move / stream bandwidth (CUDA: speed of a copy).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as theirs
 from . import cuda_clock, rows, table
 from .cuda_clock import Cuda
 from .rows import Row, Work, goal
-from .timing import interleave, ratios, stream_bandwidth
+from .timing import interleave, ratios, stream_bandwidth, without_reuse
 
 Call = Callable[[Tensor], Tensor]
 
@@ -116,7 +116,9 @@ def measure(cell: Cell, device: Cuda | None, bandwidth: float, seconds: float, r
     """One row."""
     floor = row["floor_us"] = cell.bytes_moved / bandwidth * 1e6
     if device is None:
-        row.update(ratios(interleave(cell.calls("cpu"), seconds)))
+        calls = cell.calls("cpu")
+        calls["no reuse"] = without_reuse(calls["braze"])
+        row.update(ratios(interleave(calls, seconds)))
         row["goal"] = OPERATIONS[cell.operation].goals[cell.both]
         return
     times = cuda_clock.measure(device, cell.calls("cuda"), seconds)
@@ -138,8 +140,8 @@ def measure(cell: Cell, device: Cuda | None, bandwidth: float, seconds: float, r
 
 
 COLUMNS = (
-    "name:<38 torch_us:11.1f braze_us:11.1f ratio_min:11.2f ratio_median:13.2f goal:6.0f floor_us:10.1f "
-    "gb_s:8.0f of_copy:9.2f"
+    "name:<38 torch_us:11.1f braze_us:11.1f no_reuse_us:12.1f ratio_min:11.2f ratio_median:13.2f goal:6.0f "
+    "floor_us:10.1f gb_s:8.0f of_copy:9.2f"
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import braze
 import torch
+from braze import memory
 from torch import Tensor, nn
 
 from . import cuda_clock, model_peak, models, rows, table
@@ -25,7 +26,7 @@ from .model_cells import (
     waiting,
 )
 from .rows import Hopeless, Row, Work, goal
-from .timing import interleave
+from .timing import interleave, without_reuse
 
 # What is compared; the second is braze.
 PAIRS = (
@@ -34,6 +35,7 @@ PAIRS = (
     ("eager NCHW", "braze NCHW"),
     ("compile NHWC", "braze NHWC"),
     ("compile NCHW", "braze NCHW"),
+    ("eager NHWC", "braze NHWC no reuse"),
 )
 SAME_LAYOUT = (PAIRS[0], PAIRS[2])
 
@@ -91,6 +93,7 @@ def _time(
             call = waiting(task.call(cell, contender, model), cell.device)
             compile_s = settle(call) if contender.who == "compile" else None
             torch.manual_seed(0)
+            memory.empty_cache()
             result = call()
         except Exception as error:
             row["failed"][contender.name] = _reason(error)
@@ -103,6 +106,9 @@ def _time(
         if compile_s is not None:
             figures[contender.name]["compile_s"] = compile_s
         calls[contender.name] = call
+        if memory.kept() and contender == Contender("braze", wanted[0].layout):
+            calls[f"{contender.name} no reuse"] = without_reuse(call)
+            figures[f"{contender.name} no reuse"] = {}
     for name, times in interleave(calls, seconds).items():
         figures[name].update(min_ms=times.minimum * 1e3, median_ms=times.median * 1e3)
 
@@ -149,7 +155,7 @@ def measure(
     row["ok"] = not (row["needs_more_memory"] or broken)
 
 
-COLUMNS = "contender:<16 min_ms:10.1f median_ms:10.1f difference:12.0e compile_s:11.1f peak_mb:9.1f"
+COLUMNS = "contender:<20 min_ms:10.1f median_ms:10.1f difference:12.0e compile_s:11.1f peak_mb:9.1f"
 
 
 def lines(row: Row) -> str:
@@ -160,7 +166,7 @@ def lines(row: Row) -> str:
             text.append(table.line({"contender": name, **figures}, COLUMNS))
         for ratio in row["ratios"]:
             pair = f"  {ratio['other']} / {ratio['braze']}"
-            text.append(f"{pair:30}{ratio['ratio_min']:6.2f}  median{ratio['ratio_median']:6.2f}")
+            text.append(f"{pair:38}{ratio['ratio_min']:6.2f}  median{ratio['ratio_median']:6.2f}")
         text += [f"  {name} needs MORE MEMORY than eager" for name in row["needs_more_memory"]]
     text += [f"  {name} left out: {reason}" for name, reason in row.get("failed", {}).items()]
     if "note" in row:
@@ -190,7 +196,8 @@ def add_arguments(task: Task, parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Ratios of minima and of medians, above 1 where braze is faster. difference: of the first result from "
         "the first contender's, relative, of equal weights and images (dropout draws other masks, and bf16 "
-        "rounds). compile_s: what torch.compile's first calls took beyond a settled one."
+        "rounds). no reuse: where results get the memory of earlier ones, the same model without. compile_s: "
+        "what torch.compile's first calls took beyond a settled one."
     )
     add = parser.add_argument
     add("--model", help="one model: torchvision's name, or timm:NAME (default: some, with goals)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def add_options(
     if seconds is not None:
         add("--seconds", type=float, default=seconds, help=f"per {per} (default {seconds:g})")
         add("--threads", type=count, help="of the CPU (default: torch's)")
+        importlib.import_module(".isa", __package__).add_option(parser)  # which imports braze
     add("--only", action="append", default=[], help="rows with this in their name; may be repeated")
     add("--json", type=Path, help="also write all figures to this file, row by row")
     add("--skip-file", type=Path, help="a JSON list of row names to leave out")

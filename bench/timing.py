@@ -7,8 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from braze import memory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,27 @@ def interleave(
     return {name: Times(min(s), statistics.median(s)) for name, s in samples.items()}
 
 
+def without_reuse(call: Callable[[], T]) -> Callable[[], T]:
+    """The call with braze's results in malloc's memory, as torch's are: beyond 32 MB, fresh pages."""
+
+    def run() -> T:
+        memory.set_reuse(False)
+        try:
+            return call()
+        finally:
+            memory.set_reuse(True)
+
+    return run
+
+
 def ratios(times: Mapping[str, Times], best: str = "torch") -> dict[str, float]:
-    """Least microseconds of ``best`` and braze, and how much faster braze is."""
+    """Least microseconds of ``best``, of braze and, if it is there, of "no reuse"; how much faster braze is."""
     ours, theirs = times["braze"], times[best]
+    without = {"no_reuse_us": times["no reuse"].minimum * 1e6} if "no reuse" in times else {}
     return {
         "torch_us": theirs.minimum * 1e6,
         "braze_us": ours.minimum * 1e6,
+        **without,
         "ratio_min": theirs.minimum / ours.minimum,
         "ratio_median": theirs.median / ours.median,
     }

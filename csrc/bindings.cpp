@@ -6,6 +6,7 @@
 #include "ops/device_backend.h"
 #include "ops/dropout.h"
 #include "ops/fingerprint.h"
+#include "ops/new_like.h"
 #include "ops/optim/step_plan.h"
 
 namespace py = pybind11;
@@ -122,6 +123,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("fingerprint", &braze::fingerprint, py::arg("tensors"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("set_memory_reuse", &braze::set_memory_reuse, py::arg("on"));
+  m.def("memory_reuse", &braze::memory_reuse);
+  m.def("memory_kept", &braze::memory_kept);
+  m.def("empty_memory_cache", &braze::empty_memory_cache);
   m.def("available_instruction_sets", &braze::cpu::available_instruction_sets);
   m.def("instruction_set", &braze::cpu::instruction_set);
   m.def("set_instruction_set", &braze::cpu::set_instruction_set, py::arg("name"));

@@ -7,6 +7,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -23,6 +24,7 @@ struct Block {
 
 // Blocks that no tensor uses now, the latest last.
 struct Kept {
+  std::atomic<bool> reuse{true};
   std::mutex mutex;
   std::vector<Block> blocks;
   size_t total = 0;
@@ -59,7 +61,7 @@ void give_back(void* context) {
     const std::lock_guard lock(store.mutex);
     store.blocks.push_back(block);
     store.total += block.size;
-    unwanted = oldest(store, [&] { return store.total > kMostKept; });
+    unwanted = oldest(store, [&] { return !store.reuse || store.total > kMostKept; });
   }
   release(unwanted);
 }
@@ -101,7 +103,8 @@ class ReusingAllocator final : public c10::Allocator {
 }  // namespace
 
 at::Tensor new_like(const at::Tensor& like) {
-  if (!like.is_cpu() || like.nbytes() <= kLarge || !like.is_non_overlapping_and_dense()) {
+  if (!like.is_cpu() || like.nbytes() <= kLarge || !like.is_non_overlapping_and_dense() ||
+      !kept().reuse) {
     return at::empty_like(like);
   }
   static ReusingAllocator* const allocator = new ReusingAllocator;
@@ -112,6 +115,27 @@ at::Tensor new_like(const at::Tensor& like) {
 
 at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype) {
   return at::empty(sizes, like.options().dtype(dtype).memory_format(c10::nullopt));
+}
+
+void set_memory_reuse(bool on) {
+  kept().reuse = on;
+  if (!on) empty_memory_cache();
+}
+
+bool memory_reuse() { return kept().reuse; }
+
+size_t memory_kept() {
+  const std::lock_guard lock(kept().mutex);
+  return kept().total;
+}
+
+void empty_memory_cache() {
+  std::vector<Block> unwanted;
+  {
+    const std::lock_guard lock(kept().mutex);
+    unwanted = oldest(kept(), [] { return true; });
+  }
+  release(unwanted);
 }
 
 }  // namespace braze

@@ -14,4 +14,11 @@ at::Tensor new_like(const at::Tensor& like);
 // An uninitialised contiguous tensor of these sizes on the device of `like`.
 at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype);
 
+// Off: results get fresh memory, and nothing is kept.
+void set_memory_reuse(bool on);
+bool memory_reuse();
+// Bytes that are kept now and no tensor uses.
+size_t memory_kept();
+void empty_memory_cache();
+
 }  // namespace braze

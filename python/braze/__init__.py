@@ -6,6 +6,7 @@ model that is there already.
 """
 
 from braze import _native as _native
+from braze import memory as memory
 from braze import nn as nn
 from braze import optim as optim
 from braze._fusion import FusionError as FusionError
@@ -25,6 +26,7 @@ __all__ = [
     "fuse",
     "fusion_report",
     "install",
+    "memory",
     "nn",
     "optim",
     "unfuse",

@@ -52,6 +52,19 @@ def load() -> ModuleType:
         ) from error
 
 
+def choose_instruction_set(extension: ModuleType) -> None:
+    """Takes the instruction set that BRAZE_CPU_CAPABILITY names; without it the best one stays.
+
+    Raises ImportError if this machine or build does not have it.
+    """
+    name = os.environ.get("BRAZE_CPU_CAPABILITY", "")
+    if name and not extension.set_instruction_set(name):
+        raise ImportError(
+            f"BRAZE_CPU_CAPABILITY is {name!r}; this machine and this build of braze have "
+            f"{', '.join(extension.available_instruction_sets())}"
+        )
+
+
 def _packaged(torch_cuda: str) -> tuple[Path | None, str]:
     """The ``_cuda`` that was installed with braze, if it fits; else why there is none."""
     build = importlib.import_module("braze._build")
@@ -125,4 +138,6 @@ def cuda_missing() -> str:
 
 
 _C = load()
+choose_instruction_set(_C)
+_C.set_memory_reuse(os.environ.get("BRAZE_REUSE_MEMORY", "") != "0")
 CUDA_FILE, _CUDA_REASON = load_cuda(_C)

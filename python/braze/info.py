@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import torch
@@ -16,6 +17,15 @@ def _cuda() -> str:
     return f"loaded from {_native.CUDA_FILE}, torch's CUDA {torch.version.cuda}"
 
 
+def _instruction_set() -> str:
+    name = _C.instruction_set()
+    asked = " by BRAZE_CPU_CAPABILITY" if os.environ.get("BRAZE_CPU_CAPABILITY") == name else ""
+    available = ", ".join(_C.available_instruction_sets())
+    return (
+        f"{name}{asked} (available: {available}); torch's {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
 def build_info() -> dict[str, str]:
     """Versions and capabilities, one line each, to paste into a bug report. Never raises."""
     from braze import __version__, _build
@@ -26,9 +36,7 @@ def build_info() -> dict[str, str]:
         "python": platform.python_version(),
         "compiler": _build.COMPILER,
         "machine": platform.machine(),
-        "instruction set": (
-            f"{_C.instruction_set()} (available: {', '.join(_C.available_instruction_sets())})"
-        ),
+        "instruction set": _instruction_set(),
         "threads": str(torch.get_num_threads()),
         "CPU kernels": "SGD, Adam, AdamW, RMSprop, CAG, Lion, gradient accumulation: fp32 fp64 bf16 fp16 "
         "complex; "

@@ -26,6 +26,7 @@ from braze.bench import (
     golden_passes,
     gpu_steps,
     host,
+    isa,
     optim_cuda,
     rows,
     sources,
@@ -249,6 +250,46 @@ def test_the_emulated_device_computes_the_committed_bits() -> None:
     for name in ("misaligned/bf16", "dropout/1000/", "dropped", "batch_norm"):
         goldens += ["--only", name]
     assert main([*GOLDEN, *goldens]) == 0
+
+
+# --------------------------------------------------------- instruction sets
+
+
+DROPOUT = ["bench", "dropout", "--only", "add 1M fp32 forward", "--seconds", "0"]
+
+
+def test_isa_holds_braze_and_torch_to_one_set(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    assert main([*DROPOUT, "--isa", "baseline", "--json", str(file)]) == 0
+    text = capfd.readouterr().out.splitlines()[0].removeprefix("instruction set: ")
+    assert text.startswith("baseline by BRAZE_CPU_CAPABILITY (")
+    assert text.endswith("; torch's DEFAULT")
+    assert json.loads(file.read_text())["build"]["instruction set"] == text
+
+
+def test_isa_all_runs_every_set_and_fails_with_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = {}
+
+    def call(command: list[str], env: dict[str, str]) -> int:
+        ran[command[command.index("--json", command.index("all")) + 1]] = (
+            env["BRAZE_CPU_CAPABILITY"],
+            env["ATEN_CPU_CAPABILITY"],
+        )
+        return -9 if env["BRAZE_CPU_CAPABILITY"] == "avx2" else 0
+
+    monkeypatch.setattr(isa.subprocess, "call", call)
+    monkeypatch.setattr(isa._C, "available_instruction_sets", lambda: list(isa.TORCHS))
+    assert main([*DROPOUT, "--json", "rows.json", "--isa", "all"]) == -9
+    assert ran == {f"rows-{ours}.json": (ours, torchs) for ours, torchs in isa.TORCHS.items()}
+
+
+def test_isa_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*DROPOUT, "--isa", "abacus"])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "'abacus'" in err and "baseline" in err
 
 
 # ------------------------------------------------------------------- cells

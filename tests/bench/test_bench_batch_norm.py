@@ -68,6 +68,7 @@ def row(layer: str, count: int, torch_us: float, braze_us: float) -> dict[str, A
         "count": count,
         "torch_us": torch_us,
         "braze_us": braze_us,
+        "no_reuse_us": 2 * braze_us,
         "torch_median_us": torch_us,
         "braze_median_us": 2 * braze_us,
         "ratio_min": torch_us / braze_us,
@@ -80,7 +81,8 @@ def test_sums_count_every_layer() -> None:
     layers = [row("a", 3, 10.0, 5.0), row("b", 1, 6.0, 12.0)]
     case = Case("fp32", "NHWC", "relu", 8)
     total = batch_norm.total(case, "forward", layers)
-    assert total["torch_us"] == 36 and total["braze_us"] == 27 and total["layers"] == 4
+    assert total["torch_us"] == 36 and total["braze_us"] == 27 and total["no_reuse_us"] == 54
+    assert total["layers"] == 4
     assert total["ratio_min"] == 36 / 27 and total["ratio_median"] == 36 / 54
     assert total["worst_layer"] == 0.5 and total["floor_us"] == 12 and total["goal"] == 2.2
     assert batch_norm.total(Case("fp32", "NHWC", "silu", 8), "forward", layers)["goal"] is None
@@ -105,7 +107,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(figures["sums"]) == 4 and len(figures["rows"]) == 16
     assert figures["stored"][0]["activation"] == "relu"
     assert all(
-        r["braze_us"] > 0 and r["torch_us"] > 0 and r["floor_us"] > 0 for r in figures["rows"]
+        r["braze_us"] > 0 and r["torch_us"] > 0 and r["no_reuse_us"] > 0 and r["floor_us"] > 0
+        for r in figures["rows"]
     )
     out = capsys.readouterr().out
     assert "bf16 NHWC relu N=2, backward" in out and "worst layer" in out

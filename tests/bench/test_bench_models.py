@@ -314,6 +314,16 @@ def test_commands(
     assert "eager NCHW / braze NHWC" in capsys.readouterr().out
 
 
+def test_results_that_get_earlier_memory_are_timed_without_too(net: None) -> None:
+    for size, there in ((72, True), (8, False)):  # 1.3 MB, 16 kB
+        cell = Cell("net", 8, "fp32", size)
+        row: dict[str, Any] = {"name": cell.name}
+        wanted = model_cells.contenders(("NHWC",), False)
+        model_run.measure(train.TASK, cell, wanted, 0, False, row)
+        assert row["ok"] and ("braze NHWC no reuse" in row["contenders"]) == there
+        assert ("eager NHWC / braze NHWC no reuse" in model_run.lines(row)) == there
+
+
 def test_options_choose_cells() -> None:
     def cells(task: model_run.Task, *arguments: str) -> list[Cell]:
         parser = argparse.ArgumentParser()

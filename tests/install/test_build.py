@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -81,11 +82,37 @@ def test_one_openmp_runtime() -> None:
     assert len(set(re.findall(r"\S*libgomp\S*", run.stdout))) == 1
 
 
+SETS = _native._C.available_instruction_sets()
+
+
+def info_where(asked: str) -> subprocess.CompletedProcess[str]:
+    """``python -m braze info`` where BRAZE_CPU_CAPABILITY is ``asked``."""
+    environment = {**os.environ, "BRAZE_CPU_CAPABILITY": asked, "ATEN_CPU_CAPABILITY": "default"}
+    command = [sys.executable, "-m", "braze", "info"]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+
+
 def test_runs_on_the_best_instruction_set_available() -> None:
-    sets = _native._C.available_instruction_sets()
-    assert sets[0] == "baseline" and _native._C.instruction_set() == sets[-1]
+    out = info_where("").stdout
+    assert SETS[0] == "baseline"
+    assert f"instruction set  {SETS[-1]} (available: {', '.join(SETS)}); torch's DEFAULT\n" in out
+    before = _native._C.instruction_set()
     assert not _native._C.set_instruction_set("abacus")
-    assert _native._C.instruction_set() == sets[-1]
+    assert _native._C.instruction_set() == before
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_environment_chooses_the_instruction_set(name: str) -> None:
+    assert f"instruction set  {name} by BRAZE_CPU_CAPABILITY (" in info_where(name).stdout
+
+
+def test_instruction_set_that_is_not_there_is_an_import_error_of_one_line() -> None:
+    run = info_where("abacus")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "ImportError: BRAZE_CPU_CAPABILITY is 'abacus'; this machine and this build of braze have "
+        + ", ".join(SETS)
+    )
 
 
 COUNT_SETS = """
@@ -125,7 +152,7 @@ def test_instruction_sets_offered_are_those_compiled(tmp_path: Path, only_baseli
     if only_baseline:
         assert offered == compiled.split() == ["baseline"]
     else:
-        assert offered == _native._C.available_instruction_sets()
+        assert offered == SETS
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

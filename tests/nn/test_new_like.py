@@ -10,6 +10,7 @@ import threading
 import braze.nn as bnn
 import pytest
 import torch
+from braze import memory
 
 pytestmark = pytest.mark.cpu_only("is about the CPU's memory")
 
@@ -35,6 +36,44 @@ def test_memory_is_used_again(layout: torch.memory_format) -> None:
     assert third.data_ptr() == address
     assert torch.equal(second, expected) and torch.equal(third, expected)
     assert third.stride() == x.stride() and third.is_contiguous(memory_format=layout)
+
+
+def test_kept_memory_is_counted_and_given_back() -> None:
+    memory.empty_cache()
+    y = _result(torch.randn(SHAPE))
+    size = y.untyped_storage().nbytes()
+    assert memory.kept() == 0
+    del y
+    assert memory.kept() == size
+    memory.empty_cache()
+    assert memory.kept() == 0
+
+
+def test_without_reuse_nothing_is_kept() -> None:
+    x = torch.randn(SHAPE)
+    before, _ = _result(x), _result(x)
+    del _
+    assert memory.reuse() and memory.kept() > 0
+    memory.set_reuse(False)
+    try:
+        assert not memory.reuse() and memory.kept() == 0
+        after = _result(x)
+        assert torch.equal(before, after)
+        del before  # made with reuse
+        memory.set_reuse(True)
+        del after  # made without
+    finally:
+        memory.set_reuse(True)
+    assert memory.kept() == 0
+
+
+@pytest.mark.parametrize("asked", ["", "1", "0"])
+def test_environment_switches_reuse_off(asked: str) -> None:
+    code = "import braze; print(braze.memory.reuse())"
+    environment = {**os.environ, "BRAZE_REUSE_MEMORY": asked}
+    command = [sys.executable, "-c", code]
+    end = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert end.stdout == f"{asked != '0'}\n"
 
 
 def test_it_is_a_tensor_like_any_other() -> None:

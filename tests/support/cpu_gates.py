@@ -1,0 +1,146 @@
+"""Counts the instructions that the CPU kernels take for an element, so that no loop turns scalar unnoticed.
+
+    .venv/bin/python tests/support/cpu_gates.py          compare with tests/support/cpu_ratchet.json
+    .venv/bin/python tests/support/cpu_gates.py --pin    make the present figures the pinned ones
+
+valgrind's callgrind counts, in the objects of a build of its own; the difference between two sizes leaves
+out what does not grow with them. valgrind 3.19 knows no AVX-512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from cuda_gates import ROOT, GateError, _run, tools_first
+
+RATCHET = ROOT / "tests/support/cpu_ratchet.json"
+BUILD = ROOT / "build/cpu-check"
+DRIVER = ROOT / "tests/support/cpu_kernels.cpp"
+PIN = ".venv/bin/python tests/support/cpu_gates.py --pin"
+SETS = ("baseline", "avx2")
+SLACK = 1.1
+CONTROL = "scalar_sgd fp32"
+# Instructions per element by kernel and instruction set.
+Figures = dict[str, dict[str, float]]
+
+
+def why_not() -> str:
+    """Why nothing can be counted here, or ""."""
+    if platform.machine() != "x86_64":
+        return f"AVX2 is x86-64's, this is {platform.machine()}"
+    missing = [tool for tool in ("valgrind", "c++", "cmake") if shutil.which(tool) is None]
+    return f"{', '.join(missing)} not installed" if missing else ""
+
+
+def compiler() -> str:
+    """Each makes other instructions."""
+    return _run(["c++", "--version"]).splitlines()[0]
+
+
+def compile_driver(build: Path = BUILD) -> Path:
+    """The driver, with what CMake has compiled of all that knows no torch: not csrc/ops and bindings.cpp."""
+    environ = tools_first()
+    defines = ["CMAKE_EXPORT_COMPILE_COMMANDS=ON", "BRAZE_CUDA=OFF"]
+    defines += [f"Python_EXECUTABLE={sys.executable}"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+    _run([*configure, *(f"-D{define}" for define in defines)], environ)
+    torchs = (f"{ROOT}/csrc/ops/", f"{ROOT}/csrc/bindings.cpp")
+    commands = json.loads((build / "compile_commands.json").read_text())
+    used = [c for c in commands if not c["file"].startswith(torchs)]
+    objects = [str(Path(build, c["output"]).relative_to(build)) for c in used]
+    _run(["cmake", "--build", str(build), "--target", *objects], environ)
+    like = next(c for c in used if c["file"].endswith("/cpu/instruction_set.cpp"))
+    words = shlex.split(like["command"])
+    flags = words[: words.index("-o")]
+    program = build / "cpu_kernels"
+    command = [*flags, f"-I{ROOT / 'csrc'}", str(DRIVER), *(str(build / o) for o in objects)]
+    _run([*command, "-o", str(program)])
+    return program
+
+
+def measure(program: Path, instruction_set: str) -> dict[str, float]:
+    """Instructions per element by kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--toggle-collect=measured", "--dump-after=measured"]
+        output = f"--callgrind-out-file={folder}/out"
+        command = ["valgrind", "--tool=callgrind", *options, output, str(program), instruction_set]
+        lines = [line.rsplit(" ", 1) for line in _run(command).splitlines()]
+        counts = []
+        for part in range(1, len(lines) + 1):
+            text = Path(folder, f"out.{part}").read_text()
+            counts.append(int(re.findall(r"^(?:totals|summary): (\d+)", text, re.MULTILINE)[-1]))
+    figures = {}
+    for k in range(0, len(lines), 2):
+        (name, small), (_, large) = lines[k : k + 2]
+        figures[name] = round((counts[k + 1] - counts[k]) / (int(large) - int(small)), 2)
+    return figures
+
+
+def measure_all(program: Path) -> Figures:
+    """Of every kernel, and of the control, in every set."""
+    by_set = {name: measure(program, name) for name in SETS}
+    kernels = by_set[SETS[0]]
+    return {kernel: {name: by_set[name][kernel] for name in SETS} for kernel in kernels}
+
+
+def differences(pinned: Figures, present: Figures) -> list[str]:
+    """One line per figure above what is pinned and SLACK, kernel that appeared and kernel that went."""
+    lines = []
+    for kernel in sorted(pinned.keys() | present.keys()):
+        if kernel not in pinned or kernel not in present:
+            lines.append(f"{kernel}: {'gone' if kernel in pinned else 'new, not pinned'}")
+            continue
+        for name, count in present[kernel].items():
+            if count > SLACK * pinned[kernel][name]:
+                before = pinned[kernel][name]
+                lines.append(f"{kernel}, {name}: {before} instructions an element -> {count}")
+    return lines
+
+
+def read_ratchet() -> tuple[str, Figures]:
+    """The compiler, and the pinned figures."""
+    data = json.loads(RATCHET.read_text())
+    return data["compiler"], data["instructions per element"]
+
+
+def write_ratchet(figures: Figures) -> None:
+    """One line per kernel."""
+    data = {"compiler": compiler(), "instructions per element": figures}
+    text = json.dumps(data, indent=1)
+    text = re.sub(r"(?<=: )\{[^{}]*\}", lambda row: " ".join(row[0].split()), text)
+    RATCHET.write_text(text + "\n")
+
+
+def main() -> int:
+    """Compares or pins. Returns 0, or 1 after printing what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pin", action="store_true", help=f"rewrite {RATCHET.name}")
+    pin = parser.parse_args().pin
+    try:
+        figures = measure_all(compile_driver())
+    except GateError as error:
+        print(error, file=sys.stderr)
+        return 1
+    figures.pop(CONTROL)
+    _, pinned = read_ratchet() if RATCHET.exists() else ("", Figures())
+    changes = differences(pinned, figures)
+    print(*changes, sep="\n")
+    if pin:
+        write_ratchet(figures)
+        print(f"pinned {len(figures)} kernels")
+        return 0
+    if changes:
+        print(f"if this is meant: {PIN}")
+    return 1 if changes else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
