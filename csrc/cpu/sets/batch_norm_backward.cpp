@@ -156,7 +156,7 @@ using HotCurvedGradients = Cases<GradientCase{.activation = Activation::silu},
 
 // Loops::hot<S, the case> if it is one of them, else Loops::any<S>.
 template <class S, class Loops>
-auto* loop_for(const BackwardArgs& a, bool frozen) {
+auto* loop_for([[maybe_unused]] const BackwardArgs& a, [[maybe_unused]] bool frozen) {
   auto* loop = Loops::template any<S>;
 #if BRAZE_LEVEL > 0
   const Slopes<double> slopes = slopes_of(a.activation, a.parameter);
