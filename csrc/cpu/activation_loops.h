@@ -34,6 +34,7 @@ struct Activations {
   }
 };
 
-BRAZE_DECLARE_IN_SETS(const Activations activations)  // avx512_bf16 uses that of avx512
+BRAZE_IN_SETS(extern const Activations activations;)
+BRAZE_IN_BF16_SET(using avx512::activations;)
 
 }  // namespace braze::cpu

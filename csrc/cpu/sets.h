@@ -1,26 +1,29 @@
-// BRAZE_FOR_EACH_SET(name) lists what each instruction set has under a name of csrc/cpu/sets, in
-// the order of active_instruction_set().
+// The instruction sets that kernels are compiled for, each in a namespace of its name.
+// BRAZE_IN_SETS(declarations) declares what each has, and BRAZE_IN_BF16_SET what avx512_bf16 has:
+// some of its own, the rest avx512's. BRAZE_FOR_EACH_SET(what) lists what(namespace) in the order of
+// active_instruction_set().
 #pragma once
 
+#define BRAZE_IN_BASELINE(...) \
+  namespace baseline {         \
+  __VA_ARGS__                  \
+  }
 #if defined(__x86_64__) && !defined(BRAZE_BASELINE_ONLY)
-#define BRAZE_FOR_EACH_SET(name) {baseline::name, avx2::name, avx512::name, avx512_bf16::name}
-#define BRAZE_DECLARE_IN_SETS(declaration) \
-  namespace baseline {                     \
-  extern declaration;                      \
-  }                                        \
-  namespace avx2 {                         \
-  extern declaration;                      \
-  }                                        \
-  namespace avx512 {                       \
-  extern declaration;                      \
-  }                                        \
-  namespace avx512_bf16 {                  \
-  extern declaration;                      \
+#define BRAZE_IN_SETS(...)       \
+  BRAZE_IN_BASELINE(__VA_ARGS__) \
+  namespace avx2 {               \
+  __VA_ARGS__                    \
+  }                              \
+  namespace avx512 {             \
+  __VA_ARGS__                    \
   }
+#define BRAZE_IN_BF16_SET(...) \
+  namespace avx512_bf16 {      \
+  __VA_ARGS__                  \
+  }
+#define BRAZE_FOR_EACH_SET(what) {what(baseline), what(avx2), what(avx512), what(avx512_bf16)}
 #else
-#define BRAZE_FOR_EACH_SET(name) {baseline::name}
-#define BRAZE_DECLARE_IN_SETS(declaration) \
-  namespace baseline {                     \
-  extern declaration;                      \
-  }
+#define BRAZE_IN_SETS(...) BRAZE_IN_BASELINE(__VA_ARGS__)
+#define BRAZE_IN_BF16_SET(...)
+#define BRAZE_FOR_EACH_SET(what) {what(baseline)}
 #endif
