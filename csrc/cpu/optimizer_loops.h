@@ -11,6 +11,6 @@ struct OptimizerLoops {
 };
 
 BRAZE_IN_SETS(extern const OptimizerLoops optimizer_loops;)
-BRAZE_IN_BF16_SET(extern const OptimizerLoops optimizer_loops;)
+BRAZE_IN_BF16_SET(using avx512::optimizer_loops;)
 
 }  // namespace braze::cpu

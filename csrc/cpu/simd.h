@@ -30,6 +30,8 @@ using SignedOf = std::conditional_t<
 template <size_t kSize>
 using UnsignedOf = std::make_unsigned_t<SignedOf<kSize>>;
 
+#define BRAZE_LAMBDA __attribute__((always_inline))
+
 // One register: what the compiler has no operator for, by instruction set.
 namespace reg {
 
@@ -174,8 +176,24 @@ BRAZE_INLINE Register<E, N> load(const S* p) {
 #endif
     return __builtin_convertvector(wide, Register<E, N>);
   } else if constexpr (std::is_same_v<S, Bf16>) {
+    using Bits = Register<uint32_t, N>;
+    Bits wide;
+#if BRAZE_LEVEL >= 1  // gcc widens half a register at a time
+    if constexpr (N == 16) {
+      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      wide = bits_as<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, narrow));
+    } else if constexpr (N == 8) {
+      const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      wide = bits_as<Bits>(_mm256_cvtepu16_epi32(narrow));
+    } else {
+      const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      wide = bits_as<Bits>(_mm_cvtepu16_epi32(narrow));
+    }
+#else
     const auto narrow = *reinterpret_cast<const typename RegisterOf<uint16_t, N>::InMemory*>(p);
-    const auto wide = __builtin_convertvector(narrow, Register<uint32_t, N>) << 16;
+    wide = __builtin_convertvector(narrow, Bits);
+#endif
+    wide = wide << 16;
     return __builtin_convertvector(bits_as<Register<float, N>>(wide), Register<E, N>);
   } else {
     const auto value = *reinterpret_cast<const typename RegisterOf<S, N>::InMemory*>(p);
@@ -241,6 +259,40 @@ BRAZE_INLINE void store(Register<E, N> in, S* p) {
   }
 }
 
+// Pairs of neighbours in memory, the first of each in one register and the second in another: half
+// the steps of two registers of neighbours. One instruction set has better ones, and one has none.
+constexpr bool kPairs = BRAZE_LEVEL == 1 || BRAZE_LEVEL == 2;
+template <int N>
+BRAZE_INLINE void store_pairs(Register<float, N> first, Register<float, N> second, Bf16* p) {
+  using Bits = Register<uint32_t, N>;
+  using Short = Register<uint16_t, 2 * N>;
+  using Signed = Register<int16_t, 2 * N>;
+  const auto alternate = [](Short even, Short odd) BRAZE_LAMBDA {
+    return [&]<size_t... i>(std::index_sequence<i...>) BRAZE_LAMBDA {
+      return __builtin_shufflevector(even, odd, (i % 2 == 0 ? i : 2 * N + i)...);
+    }(std::make_index_sequence<2 * N>{});
+  };
+  const Bits a = bits_as<Bits>(first), b = bits_as<Bits>(second);
+  const Short high = alternate(bits_as<Short>(a >> 16), bits_as<Short>(b));
+  const Short low = alternate(bits_as<Short>(a), bits_as<Short>(b << 16));
+  // Up if the low half is above 0x8000, or is that and the high half is odd.
+  const Signed up = bits_as<Signed>(low ^ 0x8000) > -bits_as<Signed>(high & 1);
+  Short result = high - bits_as<Short>(up);
+#if BRAZE_LEVEL >= 2
+  const bool nan = _mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q) != 0;
+#elif BRAZE_LEVEL == 1
+  const bool nan = _mm256_movemask_ps(_mm256_cmp_ps(first, second, _CMP_UNORD_Q)) != 0;
+#else
+  const bool nan = true;
+#endif
+  if (__builtin_expect(nan, 0)) {
+    const auto are_nan =
+        alternate(bits_as<Short>(first != first), bits_as<Short>(second != second));
+    result = (result & ~are_nan) | (are_nan & 0x7fc0);
+  }
+  *reinterpret_cast<typename RegisterOf<uint16_t, 2 * N>::InMemory*>(p) = result;
+}
+
 }  // namespace reg
 
 struct Nothing {};
@@ -292,7 +344,6 @@ struct Lanes {
   friend BRAZE_INLINE Mask operator op(const Lanes& a, const Lanes& b) {                      \
     return map<Mask>([](const auto& x, const auto& y) BRAZE_LAMBDA { return x op y; }, a, b); \
   }
-#define BRAZE_LAMBDA __attribute__((always_inline))
   BRAZE_OPERATOR(+)
   BRAZE_OPERATOR(-)
   BRAZE_OPERATOR(*)
@@ -352,6 +403,29 @@ struct Lanes {
     S all[N];
     store(all);
     for (int64_t i = 0; i < n; ++i) p[i] = all[i];
+  }
+  // The same for loops in which the order of the lanes does not matter, as long as it is the same
+  // in all arrays, which must hold the same type.
+  template <class S>
+  static BRAZE_INLINE Lanes load_in_any_order(const S* p) {
+    if constexpr (reg::kPairs && std::is_same_v<S, Bf16> && N * sizeof(E) == 2 * kRegister) {
+      using Pairs = Register<uint32_t, N / 2>;
+      const auto pairs =
+          *reinterpret_cast<const typename RegisterOf<uint32_t, N / 2>::InMemory*>(p);
+      const Pairs first = pairs << 16, second = pairs & 0xffff0000u;
+      using R = Register<float, N / 2>;
+      return {Half(bits_as<R>(first), {}), Half(bits_as<R>(second), {})};
+    } else {
+      return load(p);
+    }
+  }
+  template <class S>
+  BRAZE_INLINE void store_in_any_order(S* p) const {
+    if constexpr (reg::kPairs && std::is_same_v<S, Bf16> && N * sizeof(E) == 2 * kRegister) {
+      reg::store_pairs<N / 2>(lo.lo, hi.lo, p);
+    } else {
+      store(p);
+    }
   }
   // Of a mask: its bits, and the mask that has them.
   BRAZE_INLINE uint32_t bits() const {

@@ -9,6 +9,10 @@ namespace braze::cpu::BRAZE_SET {
 namespace {
 
 constexpr int64_t kTile = 512;
+// Two vectors at a time: a loop of less is all counting.
+template <class T>
+using Wide = Lanes<T, 2 * Vec<T>::kLanes>;
+
 // Where the operands of a loop begin.
 struct Arrays {
   void* param;
@@ -22,8 +26,21 @@ using Loop = void (*)(const Arrays&, int64_t n, const typename Rule::template Ar
 // n: whole vectors. P is what param and grad hold, S what the states do.
 template <class Rule, class T, uint32_t kFlags, class P, class S>
 void loop(const Arrays& arrays, int64_t n, const typename Rule::template Args<T>& arguments) {
-  using V = Vec<T>;
+  using V = std::conditional_t<sizeof(P) == 2, Wide<T>, Vec<T>>;
   const typename Rule::template Args<T> a = arguments;
+  constexpr bool kOneType = std::is_same_v<P, S>;
+  const auto load = [](const auto* from) BRAZE_LAMBDA {
+    if constexpr (kOneType)
+      return V::load_in_any_order(from);
+    else
+      return V::load(from);
+  };
+  const auto store = [](const V& value, auto* to) BRAZE_LAMBDA {
+    if constexpr (kOneType)
+      value.store_in_any_order(to);
+    else
+      value.store(to);
+  };
   P* const param = static_cast<P*>(arrays.param);
   const P* const grad = static_cast<const P*>(arrays.grad);
   S* const state[] = {static_cast<S*>(arrays.state[0]), static_cast<S*>(arrays.state[1]),
@@ -34,16 +51,16 @@ void loop(const Arrays& arrays, int64_t n, const typename Rule::template Args<T>
         constexpr int64_t kAhead = 512;  // conversions keep the core too busy to look ahead itself
         __builtin_prefetch(param + i + kAhead, 1);
         __builtin_prefetch(grad + i + kAhead);
-        (__builtin_prefetch(state[k] + i + kAhead, 1), ...);
+        ((Rule::uses(kFlags, k) ? __builtin_prefetch(state[k] + i + kAhead, 1) : void()), ...);
       }
-      V p(0), g = V::load(grad + i);
-      if constexpr (Rule::kUpdatesParam) p = V::load(param + i);
+      V p(0), g = load(grad + i);
+      if constexpr (Rule::kUpdatesParam) p = load(param + i);
       // A state that is overwritten is never read: it may hold anything.
       const bool reads = !(kFlags & kFirst);
-      V s[] = {reads && Rule::uses(kFlags, k) ? V::load(state[k] + i) : V(0)...};
+      V s[] = {reads && Rule::uses(kFlags, k) ? load(state[k] + i) : V(0)...};
       update_element<Rule>(p, g, s, a, kFlags);
-      if constexpr (Rule::kUpdatesParam) p.store(param + i);
-      ((Rule::uses(kFlags, k) ? s[k].store(state[k] + i) : void()), ...);
+      if constexpr (Rule::kUpdatesParam) store(p, param + i);
+      ((Rule::uses(kFlags, k) ? store(s[k], state[k] + i) : void()), ...);
     }
   };
   each_vector(std::make_index_sequence<Rule::kStates>{});
@@ -66,20 +83,16 @@ constexpr auto kLoops = []<uint32_t... kFlags>(std::integer_sequence<uint32_t, k
   }()...};
 }(std::make_integer_sequence<uint32_t, kAllFlags>{});
 
-// For what param, grad and states hold; null if this set has none.
+// For what param, grad and states hold; null if there is none of its own.
 template <class Rule, class T>
 Loop<Rule, T> loop_for(uint32_t flags, DType param, DType state) {
   const auto is = [=](DType p, DType s) { return param == p && state == s; };
-  if constexpr (BRAZE_LEVEL < 3) {
-    if (is(kDTypeOf<T>, kDTypeOf<T>)) return kLoops<Rule, T, T, T>[flags];
-  }
+  if (is(kDTypeOf<T>, kDTypeOf<T>)) return kLoops<Rule, T, T, T>[flags];
   if constexpr (BRAZE_LEVEL > 0 && std::is_same_v<T, float>) {
     if (is(DType::bf16, DType::bf16)) return kLoops<Rule, T, Bf16, Bf16>[flags];
     if (is(DType::bf16, DType::f32)) return kLoops<Rule, T, Bf16, T>[flags];
-    if constexpr (BRAZE_LEVEL < 3) {
-      if (is(DType::f16, DType::f16)) return kLoops<Rule, T, F16, F16>[flags];
-      if (is(DType::f16, DType::f32)) return kLoops<Rule, T, F16, T>[flags];
-    }
+    if (is(DType::f16, DType::f16)) return kLoops<Rule, T, F16, F16>[flags];
+    if (is(DType::f16, DType::f32)) return kLoops<Rule, T, F16, T>[flags];
   }
   return nullptr;
 }
@@ -109,12 +122,11 @@ int64_t run_in_place(const TensorWork& t, int64_t begin, int64_t end, uint32_t f
       return static_cast<decltype(element)*>(operand.data) + begin;
     });
   };
-  const int64_t n = (end - begin) / Vec<T>::kLanes * Vec<T>::kLanes;
+  const int64_t n = (end - begin) / Wide<T>::kLanes * Wide<T>::kLanes;
   loop({at(t.param), at(t.grad), {at(t.state[0]), at(t.state[1]), at(t.state[2])}}, n, a);
   return begin + n;
 }
 
-#if BRAZE_LEVEL < 3
 // body(offset, length) for each run along the innermost dimension in elements [begin, begin + n) of
 // a strided operand.
 template <class Body>
@@ -172,10 +184,6 @@ void scatter(const TensorWork& t, const Operand& operand, int64_t begin, int64_t
     in += length;
   });
 }
-
-// Two vectors at a time: a loop of less is all counting.
-template <class T>
-using Wide = Lanes<T, 2 * Vec<T>::kLanes>;
 
 template <class From, class To>
 void convert(const From* from, To* to, int64_t n) {
@@ -273,7 +281,6 @@ void run(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
   begin = run_in_place<Rule, T>(t, begin, end, flags, a);
   if (begin < end) run_tiles<Rule, T>(t, begin, end, flags, a);
 }
-#endif
 
 // hypers: Hyper<Rule>[].
 template <class Rule>
@@ -281,16 +288,11 @@ void update(const TensorWork& t, int64_t begin, int64_t end, const void* hypers)
   const Hyper<Rule>& h = static_cast<const Hyper<Rule>*>(hypers)[t.hyper];
   const uint32_t flags =
       h.flags | (Rule::kFirstOverwrites && t.first && Rule::uses(h.flags, 0) ? kFirst : 0u);
-#if BRAZE_LEVEL == 3
-  if (!t.is_double) begin = run_in_place<Rule, float>(t, begin, end, flags, h.f);
-  if (begin < end) avx512::optimizer_loops.update[Rules::index_of<Rule>()](t, begin, end, hypers);
-#else
   if (t.is_double) {
     run<Rule, double>(t, begin, end, flags, h.d);
   } else {
     run<Rule, float>(t, begin, end, flags, h.f);
   }
-#endif
 }
 
 template <class... Rule>
