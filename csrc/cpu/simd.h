@@ -152,7 +152,27 @@ BRAZE_INLINE R from_bits(uint32_t bits) {
 #endif
 }
 
-// Lanes [0, N) of memory as fp32 or fp64, whatever memory holds.
+template <int N>
+BRAZE_INLINE Register<uint32_t, N> widen(const uint16_t* p) {
+  using Bits = Register<uint32_t, N>;
+#if BRAZE_LEVEL >= 1  // gcc widens half a register at a time
+  if constexpr (N == 16) {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bits_as<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, narrow));
+  } else if constexpr (N == 8) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return bits_as<Bits>(_mm256_cvtepu16_epi32(narrow));
+  } else {
+    const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return bits_as<Bits>(_mm_cvtepu16_epi32(narrow));
+  }
+#else
+  const auto narrow = *reinterpret_cast<const typename RegisterOf<uint16_t, N>::InMemory*>(p);
+  return __builtin_convertvector(narrow, Bits);
+#endif
+}
+
+// Lanes [0, N) of memory as E, whatever memory holds.
 template <class E, int N, class S>
 BRAZE_INLINE Register<E, N> load(const S* p) {
   if constexpr (std::is_same_v<S, F16>) {
@@ -176,25 +196,10 @@ BRAZE_INLINE Register<E, N> load(const S* p) {
 #endif
     return __builtin_convertvector(wide, Register<E, N>);
   } else if constexpr (std::is_same_v<S, Bf16>) {
-    using Bits = Register<uint32_t, N>;
-    Bits wide;
-#if BRAZE_LEVEL >= 1  // gcc widens half a register at a time
-    if constexpr (N == 16) {
-      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      wide = bits_as<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, narrow));
-    } else if constexpr (N == 8) {
-      const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-      wide = bits_as<Bits>(_mm256_cvtepu16_epi32(narrow));
-    } else {
-      const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-      wide = bits_as<Bits>(_mm_cvtepu16_epi32(narrow));
-    }
-#else
-    const auto narrow = *reinterpret_cast<const typename RegisterOf<uint16_t, N>::InMemory*>(p);
-    wide = __builtin_convertvector(narrow, Bits);
-#endif
-    wide = wide << 16;
+    const auto wide = widen<N>(&p->bits) << 16;
     return __builtin_convertvector(bits_as<Register<float, N>>(wide), Register<E, N>);
+  } else if constexpr (std::is_same_v<S, uint16_t>) {
+    return __builtin_convertvector(widen<N>(p), Register<E, N>);
   } else {
     const auto value = *reinterpret_cast<const typename RegisterOf<S, N>::InMemory*>(p);
     return __builtin_convertvector(value, Register<E, N>);
@@ -297,6 +302,9 @@ BRAZE_INLINE void store_pairs(Register<float, N> first, Register<float, N> secon
 
 struct Nothing {};
 
+// Instead of a count of lanes: all of a vector.
+struct Whole {};
+
 // N lanes of E, a number: one register, or two halves.
 template <class E, int N>
 struct Lanes {
@@ -389,6 +397,14 @@ struct Lanes {
     return load(all);
   }
   template <class S>
+  static BRAZE_INLINE Lanes load(const S* p, Whole) {
+    return load(p);
+  }
+  template <class S>
+  BRAZE_INLINE void store(S* p, Whole) const {
+    store(p);
+  }
+  template <class S>
   BRAZE_INLINE void store(S* p) const {
     if constexpr (kOne) {
       reg::store<E, N>(lo, p);
@@ -404,24 +420,29 @@ struct Lanes {
     store(all);
     for (int64_t i = 0; i < n; ++i) p[i] = all[i];
   }
-  // The same for loops in which the order of the lanes does not matter, as long as it is the same
-  // in all arrays, which must hold the same type.
+  // The same where the order of lanes does not matter, as long as it is the same for all arrays,
+  // which must be of Bf16 and of uint16_t alone, or of neither.
+  template <class S>
+  static constexpr bool kInPairs = reg::kPairs && N * sizeof(E) == 2 * kRegister &&
+                                   (std::is_same_v<S, Bf16> || std::is_same_v<S, uint16_t>);
   template <class S>
   static BRAZE_INLINE Lanes load_in_any_order(const S* p) {
-    if constexpr (reg::kPairs && std::is_same_v<S, Bf16> && N * sizeof(E) == 2 * kRegister) {
-      using Pairs = Register<uint32_t, N / 2>;
-      const auto pairs =
-          *reinterpret_cast<const typename RegisterOf<uint32_t, N / 2>::InMemory*>(p);
-      const Pairs first = pairs << 16, second = pairs & 0xffff0000u;
-      using R = Register<float, N / 2>;
-      return {Half(bits_as<R>(first), {}), Half(bits_as<R>(second), {})};
+    if constexpr (kInPairs<S>) {
+      using InMemory = typename RegisterOf<uint32_t, N / 2>::InMemory;
+      const Register<uint32_t, N / 2> pairs = *reinterpret_cast<const InMemory*>(p);
+      using R = Register<E, N / 2>;
+      if constexpr (std::is_same_v<S, Bf16>) {
+        return {Half(bits_as<R>(pairs << 16), {}), Half(bits_as<R>(pairs & 0xffff0000u), {})};
+      } else {
+        return {Half(bits_as<R>(pairs & 0xffffu), {}), Half(bits_as<R>(pairs >> 16), {})};
+      }
     } else {
       return load(p);
     }
   }
   template <class S>
   BRAZE_INLINE void store_in_any_order(S* p) const {
-    if constexpr (reg::kPairs && std::is_same_v<S, Bf16> && N * sizeof(E) == 2 * kRegister) {
+    if constexpr (kInPairs<S>) {
       reg::store_pairs<N / 2>(lo.lo, hi.lo, p);
     } else {
       store(p);
@@ -510,5 +531,9 @@ BRAZE_INLINE uint32_t load_bits(const uint8_t* p) {
 // The vector of the loops over T.
 template <class T>
 using Vec = Lanes<T, BRAZE_LEVEL >= 2 ? 64 / sizeof(T) : 8>;
+
+// The vector of loops over 16-bit memory: two registers, whose lanes may be pairs.
+template <class T>
+using Wide = Lanes<T, 2 * kRegister / sizeof(T)>;
 
 }  // namespace braze::cpu::BRAZE_SET

@@ -9,10 +9,6 @@ namespace braze::cpu::BRAZE_SET {
 namespace {
 
 constexpr int64_t kTile = 512;
-// Two vectors at a time: a loop of less is all counting.
-template <class T>
-using Wide = Lanes<T, 2 * Vec<T>::kLanes>;
-
 // Where the operands of a loop begin.
 struct Arrays {
   void* param;
@@ -122,7 +118,8 @@ int64_t run_in_place(const TensorWork& t, int64_t begin, int64_t end, uint32_t f
       return static_cast<decltype(element)*>(operand.data) + begin;
     });
   };
-  const int64_t n = (end - begin) / Wide<T>::kLanes * Wide<T>::kLanes;
+  constexpr int64_t kLanes = 2 * Vec<T>::kLanes;  // of any loop
+  const int64_t n = (end - begin) / kLanes * kLanes;
   loop({at(t.param), at(t.grad), {at(t.state[0]), at(t.state[1]), at(t.state[2])}}, n, a);
   return begin + n;
 }
