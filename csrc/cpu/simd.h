@@ -63,7 +63,7 @@ BRAZE_INLINE R fma(R a, R b, R c) {
   else
     return vfmaq_f64(c, a, b);
 #else
-  return by_lane<R>([&](size_t i) { return fused_multiply_add(a[i], b[i], c[i]); });
+  return by_lane<R>([&](size_t i) BRAZE_LAMBDA { return fused_multiply_add(a[i], b[i], c[i]); });
 #endif
 }
 
@@ -90,7 +90,7 @@ BRAZE_INLINE R sqrt(R a) {
   else
     return vsqrtq_f64(a);
 #else
-  return by_lane<R>([&](size_t i) { return square_root(a[i]); });
+  return by_lane<R>([&](size_t i) BRAZE_LAMBDA { return square_root(a[i]); });
 #endif
 }
 
@@ -185,14 +185,12 @@ BRAZE_INLINE Register<E, N> load(const S* p) {
     } else {
       wide = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
-#elif defined(__aarch64__)
-    if constexpr (N == 4) {
-      wide = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
-    } else {
-      wide = by_lane<Register<float, N>>([&](size_t i) { return from_storage(p[i]); });
-    }
-#else
-    wide = by_lane<Register<float, N>>([&](size_t i) { return from_storage(p[i]); });
+#else  // the steps of float_from_f16
+    using Bits = Register<uint32_t, N>;
+    const Bits half = widen<N>(&p->bits), magnitude = (half & 0x7fffu) << 13;
+    const Bits finite = bits_as<Bits>(bits_as<Register<float, N>>(magnitude) * 0x1p112f);
+    const Bits value = (half & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : finite;
+    wide = bits_as<Register<float, N>>(value | (half & 0x8000u) << 16);
 #endif
     return __builtin_convertvector(wide, Register<E, N>);
   } else if constexpr (std::is_same_v<S, Bf16>) {
@@ -245,7 +243,15 @@ BRAZE_INLINE Register<uint16_t, N> round_to_f16(Register<float, N> value) {
   else
     return bits_as<Result>(_mm_cvtsi128_si64(_mm_cvtps_ph(value, kNearest)));
 #else
-  return by_lane<Result>([&](size_t i) { return f16_from_float(value[i]); });
+  // The steps of f16_from_float, in signed numbers, which have comparisons.
+  using Bits = Register<int32_t, N>;
+  const Bits bits = bits_as<Bits>(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const Bits denormal = bits_as<Bits>(bits_as<Register<float, N>>(magnitude) + 0.5f) - 0x3f000000;
+  const Bits normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const Bits nan = (magnitude >> 13 & 0x1ff) | 0x7e00, infinite = bits * 0 + 0x7c00;
+  const Bits finite = magnitude < 0x38800000 ? denormal : normal;
+  const Bits number = magnitude >= 0x477ff000 ? infinite : finite;
+  return __builtin_convertvector(sign | (magnitude > 0x7f800000 ? nan : number), Result);
 #endif
 }
 
@@ -392,7 +398,13 @@ struct Lanes {
   template <class S>
   static BRAZE_INLINE Lanes load(const S* p, int64_t n) {
     if (n >= N) return load(p);
-    S all[N] = {};
+    alignas(64) S all[N] = {};
+#if BRAZE_LEVEL >= 2
+    if constexpr (sizeof(all) == 64) {
+      _mm512_store_si512(all, _mm512_maskz_loadu_epi8((1ull << n * sizeof(S)) - 1, p));
+      return load(all);
+    }
+#endif
     for (int64_t i = 0; i < n; ++i) all[i] = p[i];
     return load(all);
   }
@@ -416,8 +428,14 @@ struct Lanes {
   template <class S>
   BRAZE_INLINE void store(S* p, int64_t n) const {
     if (n >= N) return store(p);
-    S all[N];
+    alignas(64) S all[N];
     store(all);
+#if BRAZE_LEVEL >= 2
+    if constexpr (sizeof(all) == 64) {
+      _mm512_mask_storeu_epi8(p, (1ull << n * sizeof(S)) - 1, _mm512_load_si512(all));
+      return;
+    }
+#endif
     for (int64_t i = 0; i < n; ++i) p[i] = all[i];
   }
   // The same where the order of lanes does not matter, as long as it is the same for all arrays,
@@ -497,16 +515,16 @@ struct Lanes {
     return map([](const auto& x, const auto& y) BRAZE_LAMBDA { return reg::multiply_low(x, y); }, a,
                b);
   }
-#define BRAZE_BY_LANE(name)                                      \
-  friend BRAZE_INLINE Lanes name(const Lanes& a)                 \
-    requires std::is_same_v<E, double>                           \
-  {                                                              \
-    return map(                                                  \
-        [](const auto& x) BRAZE_LAMBDA {                         \
-          return reg::by_lane<std::remove_cvref_t<decltype(x)>>( \
-              [&](size_t i) { return braze::name(x[i]); });      \
-        },                                                       \
-        a);                                                      \
+#define BRAZE_BY_LANE(name)                                              \
+  friend BRAZE_INLINE Lanes name(const Lanes& a)                         \
+    requires std::is_same_v<E, double>                                   \
+  {                                                                      \
+    return map(                                                          \
+        [](const auto& x) BRAZE_LAMBDA {                                 \
+          return reg::by_lane<std::remove_cvref_t<decltype(x)>>(         \
+              [&](size_t i) BRAZE_LAMBDA { return braze::name(x[i]); }); \
+        },                                                               \
+        a);                                                              \
   }
   BRAZE_BY_LANE(exponential)
   BRAZE_BY_LANE(exponential_minus_1)

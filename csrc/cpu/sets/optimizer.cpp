@@ -19,47 +19,52 @@ struct Arrays {
 template <class Rule, class T>
 using Loop = void (*)(const Arrays&, int64_t n, const typename Rule::template Args<T>&);
 
-// n: whole vectors. P is what param and grad hold, S what the states do.
+// P is what param and grad hold, S what the states do.
 template <class Rule, class T, uint32_t kFlags, class P, class S>
 void loop(const Arrays& arrays, int64_t n, const typename Rule::template Args<T>& arguments) {
   using V = std::conditional_t<sizeof(P) == 2, Wide<T>, Vec<T>>;
   const typename Rule::template Args<T> a = arguments;
-  constexpr bool kOneType = std::is_same_v<P, S>;
-  const auto load = [](const auto* from) BRAZE_LAMBDA {
-    if constexpr (kOneType)
-      return V::load_in_any_order(from);
-    else
-      return V::load(from);
-  };
-  const auto store = [](const V& value, auto* to) BRAZE_LAMBDA {
-    if constexpr (kOneType)
-      value.store_in_any_order(to);
-    else
-      value.store(to);
-  };
   P* const param = static_cast<P*>(arrays.param);
   const P* const grad = static_cast<const P*>(arrays.grad);
   S* const state[] = {static_cast<S*>(arrays.state[0]), static_cast<S*>(arrays.state[1]),
                       static_cast<S*>(arrays.state[2])};
-  const auto each_vector = [&]<size_t... k>(std::index_sequence<k...>) BRAZE_LAMBDA {
-    for (int64_t i = 0; i < n; i += V::kLanes) {
-      if (sizeof(P) == 2 && Rule::uses(kFlags, 1)) {
-        constexpr int64_t kAhead = 512;  // conversions keep the core too busy to look ahead itself
-        __builtin_prefetch(param + i + kAhead, 1);
-        __builtin_prefetch(grad + i + kAhead);
-        ((Rule::uses(kFlags, k) ? __builtin_prefetch(state[k] + i + kAhead, 1) : void()), ...);
-      }
-      V p(0), g = load(grad + i);
-      if constexpr (Rule::kUpdatesParam) p = load(param + i);
-      // A state that is overwritten is never read: it may hold anything.
-      const bool reads = !(kFlags & kFirst);
-      V s[] = {reads && Rule::uses(kFlags, k) ? load(state[k] + i) : V(0)...};
-      update_element<Rule>(p, g, s, a, kFlags);
-      if constexpr (Rule::kUpdatesParam) store(p, param + i);
-      ((Rule::uses(kFlags, k) ? store(s[k], state[k] + i) : void()), ...);
+  const auto load = [](const auto* from, auto count) BRAZE_LAMBDA {
+    if constexpr (std::is_same_v<decltype(count), Whole> && std::is_same_v<P, S>) {
+      return V::load_in_any_order(from);
+    } else {
+      return V::load(from, count);
     }
   };
-  each_vector(std::make_index_sequence<Rule::kStates>{});
+  const auto store = [](const V& value, auto* to, auto count) BRAZE_LAMBDA {
+    if constexpr (std::is_same_v<decltype(count), Whole> && std::is_same_v<P, S>) {
+      value.store_in_any_order(to);
+    } else {
+      value.store(to, count);
+    }
+  };
+  const auto update = [&]<size_t... k>(int64_t i, auto count,
+                                       std::index_sequence<k...>) BRAZE_LAMBDA {
+    if (sizeof(P) == 2 && Rule::kStates > 1 && Rule::uses(kFlags, 1)) {
+      constexpr int64_t kAhead = 512;  // conversions keep the core too busy to look ahead itself
+      __builtin_prefetch(param + i + kAhead, 1);
+      __builtin_prefetch(grad + i + kAhead);
+      ((Rule::uses(kFlags, k) ? __builtin_prefetch(state[k] + i + kAhead, 1) : void()), ...);
+    }
+    V p(0), g = load(grad + i, count);
+    if constexpr (Rule::kUpdatesParam) p = load(param + i, count);
+    // A state that is overwritten is never read: it may hold anything.
+    const bool reads = !(kFlags & kFirst);
+    V s[] = {reads && Rule::uses(kFlags, k) ? load(state[k] + i, count) : V(0)...};
+    update_element<Rule>(p, g, s, a, kFlags);
+    if constexpr (Rule::kUpdatesParam) store(p, param + i, count);
+    ((Rule::uses(kFlags, k) ? store(s[k], state[k] + i, count) : void()), ...);
+  };
+  constexpr std::make_index_sequence<Rule::kStates> states;
+  int64_t i = 0;
+  if constexpr (BRAZE_LEVEL > 0) {  // else not worth its size
+    for (; i + V::kLanes <= n; i += V::kLanes) update(i, Whole{}, states);
+  }
+  for (; i < n; i += V::kLanes) update(i, n - i, states);
 }
 
 template <class Rule>
@@ -109,19 +114,17 @@ Loop<Rule, T> loop_for(const TensorWork& t, uint32_t flags) {
 }
 
 template <class Rule, class T>
-int64_t run_in_place(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
-                     const typename Rule::template Args<T>& a) {
+bool run_in_place(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
+                  const typename Rule::template Args<T>& a) {
   const Loop<Rule, T> loop = loop_for<Rule, T>(t, flags);
-  if (loop == nullptr) return begin;
+  if (loop == nullptr) return false;
   const auto at = [=](const Operand& operand) BRAZE_LAMBDA {
     return with_dtype(operand.dtype, [&](auto element) BRAZE_LAMBDA -> void* {
       return static_cast<decltype(element)*>(operand.data) + begin;
     });
   };
-  constexpr int64_t kLanes = 2 * Vec<T>::kLanes;  // of any loop
-  const int64_t n = (end - begin) / kLanes * kLanes;
-  loop({at(t.param), at(t.grad), {at(t.state[0]), at(t.state[1]), at(t.state[2])}}, n, a);
-  return begin + n;
+  loop({at(t.param), at(t.grad), {at(t.state[0]), at(t.state[1]), at(t.state[2])}}, end - begin, a);
+  return true;
 }
 
 // body(offset, length) for each run along the innermost dimension in elements [begin, begin + n) of
@@ -182,34 +185,43 @@ void scatter(const TensorWork& t, const Operand& operand, int64_t begin, int64_t
   });
 }
 
-template <class From, class To>
-void convert(const From* from, To* to, int64_t n) {
-  using V = Wide<std::conditional_t<sizeof(From) == 8 || sizeof(To) == 8, double, float>>;
+// Between memory and a tile, whose rest is 0.
+template <class S, class T>
+void widen(const S* from, T* tile, int64_t n) {
+  using V = Wide<T>;
   int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) V::load(from + i).store(to + i);
-  V::load(from + i, n - i).store(to + i, n - i);
+  for (; i + V::kLanes <= n; i += V::kLanes) V::load(from + i).store(tile + i);
+  for (; i < n; i += Vec<T>::kLanes) Vec<T>::load(from + i, n - i).store(tile + i);
+}
+template <class T, class S>
+void narrow(const T* tile, S* to, int64_t n) {
+  using V = Wide<T>;
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) V::load(tile + i).store(to + i);
+  for (; i < n; i += Vec<T>::kLanes) Vec<T>::load(tile + i).store(to + i, n - i);
 }
 
-// One operand's elements [begin, begin + n), n <= kTile, as whole vectors of T: in place where
+// One operand's elements [begin, begin + n), n <= kTile, as an array of T: in place where
 // memory holds that, else in a tile.
 template <class T>
 class View {
  public:
   // read: the old values are needed; zeros where there are none.
   T* open(const TensorWork& t, const Operand& operand, int64_t begin, int64_t n, bool read) {
-    in_place_ = t.linear && operand.dtype == kDTypeOf<T> && operand.data != nullptr &&
-                n % Vec<T>::kLanes == 0;
+    in_place_ = t.linear && operand.dtype == kDTypeOf<T> && operand.data != nullptr;
     if (in_place_) return static_cast<T*>(operand.data) + begin;
     if (!read) return tile_;
-    if (n < kTile || operand.data == nullptr) std::fill_n(tile_, kTile, T(0));
-    if (operand.data == nullptr) return tile_;
+    if (operand.data == nullptr) {
+      std::fill_n(tile_, kTile, T(0));
+      return tile_;
+    }
     with_dtype(operand.dtype, [&](auto element) {
       using S = decltype(element);
       const S* const memory = static_cast<const S*>(operand.data);
-      if (t.linear) return convert(memory + begin, tile_, n);
+      if (t.linear) return widen(memory + begin, tile_, n);
       S packed[kTile];
       gather(t, operand, begin, n, packed);
-      convert(packed, tile_, n);
+      widen(packed, tile_, n);
     });
     return tile_;
   }
@@ -218,9 +230,9 @@ class View {
     with_dtype(operand.dtype, [&](auto element) {
       using S = decltype(element);
       S* const memory = static_cast<S*>(operand.data);
-      if (t.linear) return convert(tile_, memory + begin, n);
+      if (t.linear) return narrow(tile_, memory + begin, n);
       S packed[kTile];
-      convert(tile_, packed, n);
+      narrow(tile_, packed, n);
       scatter(t, operand, begin, n, packed);
     });
   }
@@ -241,7 +253,8 @@ const T* open_gradient(const TensorWork& t, View<T>& grad, View<T>& sum, T* out,
       const T* g = grad.open(t, t.grad, begin, n, true);
       using V = Vec<T>;
       for (int64_t i = 0; i < n; i += V::kLanes) {
-        accumulate_gradient(V::load(s + i), V::load(g + i), a.fold_weight, T(1), false)
+        accumulate_gradient(V::load(s + i, n - i), V::load(g + i, n - i), a.fold_weight, T(1),
+                            false)
             .store(out + i);
       }
       return out;
@@ -265,7 +278,7 @@ void run_tiles(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
       if (!Rule::uses(flags, k)) continue;
       arrays.state[k] = state[k].open(t, t.state[k], begin, n, !(flags & kFirst));
     }
-    loop(arrays, (n + Vec<T>::kLanes - 1) / Vec<T>::kLanes * Vec<T>::kLanes, a);
+    loop(arrays, n, a);
     if (Rule::kUpdatesParam) param.close(t, t.param, begin, n);
     for (int k = 0; k < Rule::kStates; ++k) {
       if (Rule::uses(flags, k)) state[k].close(t, t.state[k], begin, n);
@@ -275,8 +288,9 @@ void run_tiles(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
 template <class Rule, class T>
 void run(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
          const typename Rule::template Args<T>& a) {
-  begin = run_in_place<Rule, T>(t, begin, end, flags, a);
-  if (begin < end) run_tiles<Rule, T>(t, begin, end, flags, a);
+  if (!run_in_place<Rule, T>(t, begin, end, flags, a)) {
+    run_tiles<Rule, T>(t, begin, end, flags, a);
+  }
 }
 
 // hypers: Hyper<Rule>[].
