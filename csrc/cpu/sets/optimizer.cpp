@@ -22,7 +22,9 @@ using Loop = void (*)(const Arrays&, int64_t n, const typename Rule::template Ar
 // P is what param and grad hold, S what the states do.
 template <class Rule, class T, uint32_t kFlags, class P, class S>
 void loop(const Arrays& arrays, int64_t n, const typename Rule::template Args<T>& arguments) {
-  using V = std::conditional_t<sizeof(P) == 2, Wide<T>, Vec<T>>;
+  // Short loops are all counting, and long ones run out of registers.
+  constexpr bool kShort = Rule::kStates == 1 && !(kFlags & kPenalty);
+  using V = std::conditional_t<sizeof(P) == 2 || kShort, Wide<T>, Vec<T>>;
   const typename Rule::template Args<T> a = arguments;
   P* const param = static_cast<P*>(arrays.param);
   const P* const grad = static_cast<const P*>(arrays.grad);
@@ -62,7 +64,9 @@ void loop(const Arrays& arrays, int64_t n, const typename Rule::template Args<T>
   constexpr std::make_index_sequence<Rule::kStates> states;
   int64_t i = 0;
   if constexpr (BRAZE_LEVEL > 0) {  // else not worth its size
-    for (; i + V::kLanes <= n; i += V::kLanes) update(i, Whole{}, states);
+    for (const int64_t whole = n / V::kLanes * V::kLanes; i < whole; i += V::kLanes) {
+      update(i, Whole{}, states);
+    }
   }
   for (; i < n; i += V::kLanes) update(i, n - i, states);
 }
