@@ -2,29 +2,17 @@
 
 #include <omp.h>
 
-#include <algorithm>
 #include <atomic>
-#include <iterator>
-#include <type_traits>
 
 #include "instruction_set.h"
+#include "optimizer_loops.h"
 #include "parallel.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace braze::cpu {
 namespace {
 
-// Elements [begin, end) of one tensor, with its hyper-parameters among `hypers`.
-using Update = void (*)(const TensorWork&, int64_t begin, int64_t end, const void* hypers);
-
-#define BRAZE_LOOPS "optimizer_loops.inl"
-#include "instruction_sets.inl"
-
-#define BRAZE_UPDATES(isa) isa::Table<Rules>::kUpdates
-const Update* const kUpdates[] = BRAZE_FOR_EACH_ISA(BRAZE_UPDATES);
+#define BRAZE_LOOPS_OF(set) &set::optimizer_loops
+constexpr const OptimizerLoops* kLoops[] = BRAZE_FOR_EACH_SET(BRAZE_LOOPS_OF);
 
 // The batches of one thread. On its own cache line: every thread counts here.
 struct alignas(64) Share {
@@ -39,7 +27,7 @@ struct alignas(64) Share {
 // delays one batch, not half of the step.
 void update_tensors(const std::vector<TensorWork>& tensors, const ChunkList& list,
                     const Hypers& hypers, int threads) {
-  const Update update = kUpdates[active_instruction_set()][hypers.rule];
+  const auto update = kLoops[active_instruction_set()]->update[hypers.rule];
   const auto update_batch = [&](int64_t batch) {
     for (int64_t c = list.batches[batch]; c < list.batches[batch + 1]; ++c) {
       const Chunk& chunk = list.chunks[c];

@@ -30,6 +30,8 @@ using SignedOf = std::conditional_t<
 template <size_t kSize>
 using UnsignedOf = std::make_unsigned_t<SignedOf<kSize>>;
 
+#define BRAZE_LAMBDA __attribute__((always_inline))
+
 // One register: what the compiler has no operator for, by instruction set.
 namespace reg {
 
@@ -61,7 +63,7 @@ BRAZE_INLINE R fma(R a, R b, R c) {
   else
     return vfmaq_f64(c, a, b);
 #else
-  return by_lane<R>([&](size_t i) { return fused_multiply_add(a[i], b[i], c[i]); });
+  return by_lane<R>([&](size_t i) BRAZE_LAMBDA { return fused_multiply_add(a[i], b[i], c[i]); });
 #endif
 }
 
@@ -88,7 +90,7 @@ BRAZE_INLINE R sqrt(R a) {
   else
     return vsqrtq_f64(a);
 #else
-  return by_lane<R>([&](size_t i) { return square_root(a[i]); });
+  return by_lane<R>([&](size_t i) BRAZE_LAMBDA { return square_root(a[i]); });
 #endif
 }
 
@@ -195,7 +197,27 @@ BRAZE_INLINE R from_bits(uint32_t bits) {
 #endif
 }
 
-// Lanes [0, N) of memory as fp32 or fp64, whatever memory holds.
+template <int N>
+BRAZE_INLINE Register<uint32_t, N> widen(const uint16_t* p) {
+  using Bits = Register<uint32_t, N>;
+#if BRAZE_LEVEL >= 1  // gcc widens half a register at a time
+  if constexpr (N == 16) {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bits_as<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, narrow));
+  } else if constexpr (N == 8) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return bits_as<Bits>(_mm256_cvtepu16_epi32(narrow));
+  } else {
+    const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return bits_as<Bits>(_mm_cvtepu16_epi32(narrow));
+  }
+#else
+  const auto narrow = *reinterpret_cast<const typename RegisterOf<uint16_t, N>::InMemory*>(p);
+  return __builtin_convertvector(narrow, Bits);
+#endif
+}
+
+// Lanes [0, N) of memory as E, whatever memory holds.
 template <class E, int N, class S>
 BRAZE_INLINE Register<E, N> load(const S* p) {
   if constexpr (std::is_same_v<S, F16>) {
@@ -208,20 +230,19 @@ BRAZE_INLINE Register<E, N> load(const S* p) {
     } else {
       wide = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
-#elif defined(__aarch64__)
-    if constexpr (N == 4) {
-      wide = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
-    } else {
-      wide = by_lane<Register<float, N>>([&](size_t i) { return from_storage(p[i]); });
-    }
-#else
-    wide = by_lane<Register<float, N>>([&](size_t i) { return from_storage(p[i]); });
+#else  // the steps of float_from_f16
+    using Bits = Register<uint32_t, N>;
+    const Bits half = widen<N>(&p->bits), magnitude = (half & 0x7fffu) << 13;
+    const Bits finite = bits_as<Bits>(bits_as<Register<float, N>>(magnitude) * 0x1p112f);
+    const Bits value = (half & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : finite;
+    wide = bits_as<Register<float, N>>(value | (half & 0x8000u) << 16);
 #endif
     return __builtin_convertvector(wide, Register<E, N>);
   } else if constexpr (std::is_same_v<S, Bf16>) {
-    const auto narrow = *reinterpret_cast<const typename RegisterOf<uint16_t, N>::InMemory*>(p);
-    const auto wide = __builtin_convertvector(narrow, Register<uint32_t, N>) << 16;
+    const auto wide = widen<N>(&p->bits) << 16;
     return __builtin_convertvector(bits_as<Register<float, N>>(wide), Register<E, N>);
+  } else if constexpr (std::is_same_v<S, uint16_t>) {
+    return __builtin_convertvector(widen<N>(p), Register<E, N>);
   } else {
     const auto value = *reinterpret_cast<const typename RegisterOf<S, N>::InMemory*>(p);
     return __builtin_convertvector(value, Register<E, N>);
@@ -267,7 +288,15 @@ BRAZE_INLINE Register<uint16_t, N> round_to_f16(Register<float, N> value) {
   else
     return bits_as<Result>(_mm_cvtsi128_si64(_mm_cvtps_ph(value, kNearest)));
 #else
-  return by_lane<Result>([&](size_t i) { return f16_from_float(value[i]); });
+  // The steps of f16_from_float, in signed numbers, which have comparisons.
+  using Bits = Register<int32_t, N>;
+  const Bits bits = bits_as<Bits>(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const Bits denormal = bits_as<Bits>(bits_as<Register<float, N>>(magnitude) + 0.5f) - 0x3f000000;
+  const Bits normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const Bits nan = (magnitude >> 13 & 0x1ff) | 0x7e00, infinite = bits * 0 + 0x7c00;
+  const Bits finite = magnitude < 0x38800000 ? denormal : normal;
+  const Bits number = magnitude >= 0x477ff000 ? infinite : finite;
+  return __builtin_convertvector(sign | (magnitude > 0x7f800000 ? nan : number), Result);
 #endif
 }
 
@@ -284,6 +313,40 @@ BRAZE_INLINE void store(Register<E, N> in, S* p) {
     *reinterpret_cast<typename RegisterOf<S, N>::InMemory*>(p) =
         __builtin_convertvector(in, Register<S, N>);
   }
+}
+
+// Pairs of neighbours in memory, the first of each in one register and the second in another: half
+// the steps of two registers of neighbours. One instruction set has better ones, and one has none.
+constexpr bool kPairs = BRAZE_LEVEL == 1 || BRAZE_LEVEL == 2;
+template <int N>
+BRAZE_INLINE void store_pairs(Register<float, N> first, Register<float, N> second, Bf16* p) {
+  using Bits = Register<uint32_t, N>;
+  using Short = Register<uint16_t, 2 * N>;
+  using Signed = Register<int16_t, 2 * N>;
+  const auto alternate = [](Short even, Short odd) BRAZE_LAMBDA {
+    return [&]<size_t... i>(std::index_sequence<i...>) BRAZE_LAMBDA {
+      return __builtin_shufflevector(even, odd, (i % 2 == 0 ? i : 2 * N + i)...);
+    }(std::make_index_sequence<2 * N>{});
+  };
+  const Bits a = bits_as<Bits>(first), b = bits_as<Bits>(second);
+  const Short high = alternate(bits_as<Short>(a >> 16), bits_as<Short>(b));
+  const Short low = alternate(bits_as<Short>(a), bits_as<Short>(b << 16));
+  // Up if the low half is above 0x8000, or is that and the high half is odd.
+  const Signed up = bits_as<Signed>(low ^ 0x8000) > -bits_as<Signed>(high & 1);
+  Short result = high - bits_as<Short>(up);
+#if BRAZE_LEVEL >= 2
+  const bool nan = _mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q) != 0;
+#elif BRAZE_LEVEL == 1
+  const bool nan = _mm256_movemask_ps(_mm256_cmp_ps(first, second, _CMP_UNORD_Q)) != 0;
+#else
+  const bool nan = true;
+#endif
+  if (__builtin_expect(nan, 0)) {
+    const auto are_nan =
+        alternate(bits_as<Short>(first != first), bits_as<Short>(second != second));
+    result = (result & ~are_nan) | (are_nan & 0x7fc0);
+  }
+  *reinterpret_cast<typename RegisterOf<uint16_t, 2 * N>::InMemory*>(p) = result;
 }
 
 }  // namespace reg
@@ -340,7 +403,6 @@ struct Lanes {
   friend BRAZE_INLINE Mask operator op(const Lanes& a, const Lanes& b) {                      \
     return map<Mask>([](const auto& x, const auto& y) BRAZE_LAMBDA { return x op y; }, a, b); \
   }
-#define BRAZE_LAMBDA __attribute__((always_inline))
   BRAZE_OPERATOR(+)
   BRAZE_OPERATOR(-)
   BRAZE_OPERATOR(*)
@@ -381,7 +443,13 @@ struct Lanes {
   template <class S>
   static BRAZE_INLINE Lanes load(const S* p, int64_t n) {
     if (n >= N) return load(p);
-    S all[N] = {};
+    alignas(64) S all[N] = {};
+#if BRAZE_LEVEL >= 2
+    if constexpr (sizeof(all) == 64) {
+      _mm512_store_si512(all, _mm512_maskz_loadu_epi8((1ull << n * sizeof(S)) - 1, p));
+      return load(all);
+    }
+#endif
     for (int64_t i = 0; i < n; ++i) all[i] = p[i];
     return load(all);
   }
@@ -405,9 +473,43 @@ struct Lanes {
   template <class S>
   BRAZE_INLINE void store(S* p, int64_t n) const {
     if (n >= N) return store(p);
-    S all[N];
+    alignas(64) S all[N];
     store(all);
+#if BRAZE_LEVEL >= 2
+    if constexpr (sizeof(all) == 64) {
+      _mm512_mask_storeu_epi8(p, (1ull << n * sizeof(S)) - 1, _mm512_load_si512(all));
+      return;
+    }
+#endif
     for (int64_t i = 0; i < n; ++i) p[i] = all[i];
+  }
+  // The same where the order of lanes does not matter, as long as it is the same for all arrays,
+  // which must be of Bf16 and of uint16_t alone, or of neither.
+  template <class S>
+  static constexpr bool kInPairs = reg::kPairs && N * sizeof(E) == 2 * kRegister &&
+                                   (std::is_same_v<S, Bf16> || std::is_same_v<S, uint16_t>);
+  template <class S>
+  static BRAZE_INLINE Lanes load_in_any_order(const S* p) {
+    if constexpr (kInPairs<S>) {
+      using InMemory = typename RegisterOf<uint32_t, N / 2>::InMemory;
+      const Register<uint32_t, N / 2> pairs = *reinterpret_cast<const InMemory*>(p);
+      using R = Register<E, N / 2>;
+      if constexpr (std::is_same_v<S, Bf16>) {
+        return {Half(bits_as<R>(pairs << 16), {}), Half(bits_as<R>(pairs & 0xffff0000u), {})};
+      } else {
+        return {Half(bits_as<R>(pairs & 0xffffu), {}), Half(bits_as<R>(pairs >> 16), {})};
+      }
+    } else {
+      return load(p);
+    }
+  }
+  template <class S>
+  BRAZE_INLINE void store_in_any_order(S* p) const {
+    if constexpr (kInPairs<S>) {
+      reg::store_pairs<N / 2>(lo.lo, hi.lo, p);
+    } else {
+      store(p);
+    }
   }
   // Of a mask: its bits, and the mask that has them.
   BRAZE_INLINE uint32_t bits() const {
@@ -484,16 +586,16 @@ struct Lanes {
           },
           a);
   }
-#define BRAZE_BY_LANE(name)                                      \
-  friend BRAZE_INLINE Lanes name(const Lanes& a)                 \
-    requires std::is_same_v<E, double>                           \
-  {                                                              \
-    return map(                                                  \
-        [](const auto& x) BRAZE_LAMBDA {                         \
-          return reg::by_lane<std::remove_cvref_t<decltype(x)>>( \
-              [&](size_t i) { return braze::name(x[i]); });      \
-        },                                                       \
-        a);                                                      \
+#define BRAZE_BY_LANE(name)                                              \
+  friend BRAZE_INLINE Lanes name(const Lanes& a)                         \
+    requires std::is_same_v<E, double>                                   \
+  {                                                                      \
+    return map(                                                          \
+        [](const auto& x) BRAZE_LAMBDA {                                 \
+          return reg::by_lane<std::remove_cvref_t<decltype(x)>>(         \
+              [&](size_t i) BRAZE_LAMBDA { return braze::name(x[i]); }); \
+        },                                                               \
+        a);                                                              \
   }
   BRAZE_BY_LANE(exponential)
   BRAZE_BY_LANE(exponential_minus_1)
@@ -577,5 +679,9 @@ BRAZE_INLINE uint32_t load_bits(const uint8_t* p) {
 // The vector of the loops over T.
 template <class T>
 using Vec = Lanes<T, BRAZE_LEVEL >= 2 ? 64 / sizeof(T) : 8>;
+
+// The vector of loops over 16-bit memory: two registers, whose lanes may be pairs.
+template <class T>
+using Wide = Lanes<T, 2 * kRegister / sizeof(T)>;
 
 }  // namespace braze::cpu::BRAZE_SET

@@ -86,17 +86,25 @@ BRAZE_INLINE V drop_and_add(Kept kept, V x, V residual, Element<V> scale) {
   return select(kept, fused_multiply_add(x, V(scale), residual), residual);
 }
 
-// dropout(activation(x)).
-template <Activation kA, class V, class Kept>
-BRAZE_INLINE V activate_and_drop(Kept kept, V x, Element<V> parameter, Element<V> scale) {
-  return select(kept, activate<kA>(x, parameter) * V(scale), V(0));
+// dropout(y) without a shift, and its gradient for the z of y = activation(z).
+template <class V, class Kept>
+BRAZE_INLINE V drop_value(Kept kept, V y, Element<V> scale) {
+  return select(kept, y * V(scale), V(0));
+}
+template <class V, class Kept>
+BRAZE_INLINE V drop_gradient(Kept kept, V derivative, V grad, Element<V> scale) {
+  return select(kept, grad * V(scale) * derivative, V(0));
 }
 
-// Its gradient for x.
+// The same with the activation.
+template <Activation kA, class V, class Kept>
+BRAZE_INLINE V activate_and_drop(Kept kept, V x, Element<V> parameter, Element<V> scale) {
+  return drop_value(kept, activate<kA>(x, parameter), scale);
+}
 template <Activation kA, class V, class Kept>
 BRAZE_INLINE V activate_and_drop_grad(Kept kept, V x, V grad, Element<V> parameter,
                                       Element<V> scale) {
-  return select(kept, grad * V(scale) * activation_derivative<kA>(x, parameter), V(0));
+  return drop_gradient(kept, activation_derivative<kA>(x, parameter), grad, scale);
 }
 
 // Of ReLU, whose output says all: y > 0 means kept and x > 0.

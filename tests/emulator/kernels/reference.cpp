@@ -1,18 +1,12 @@
 // The CPU optimizers, baseline instruction set only: the others are compared with it elsewhere, and
-// four sets take four times as long to compile.
-#include <omp.h>
-
-#include <algorithm>
-#include <atomic>
-#include <type_traits>
-
-#include "cpu/optimizer_cpu.h"
-#include "cpu/threads.h"
-#include "math/convert.h"
-#include "plan/chunks.cpp"
-
-#undef __x86_64__
+// three sets take three times as long to compile.
+#define BRAZE_BASELINE_ONLY
+#define BRAZE_SET baseline
+#define BRAZE_LEVEL 0
 #include "cpu/optimizer_cpu.cpp"
+#include "cpu/sets/optimizer.cpp"
+#include "cpu/threads.h"
+#include "plan/chunks.cpp"
 
 namespace braze::cpu {
 int usable_threads(int) { return 1; }
