@@ -10,7 +10,7 @@ std::vector<std::string> available_instruction_sets();
 std::string instruction_set();
 bool set_instruction_set(const std::string& name);  // false: not available
 
-// Index into the tables of loops, in the order of instruction_sets.inl.
+// Index into the tables of loops, in the order of sets.h.
 int active_instruction_set();
 
 }  // namespace braze::cpu
