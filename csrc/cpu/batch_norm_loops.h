@@ -18,12 +18,10 @@ template <int kCount, class Body>
 BRAZE_INLINE void rows_at_once(const Matrix& m, const Body& body) {
   const int64_t part = m.rows / kCount;
   for (int64_t r = 0; r < part; ++r) {
-    body(std::integral_constant<int, kCount>{}, m.offset + r * m.stride, part * m.stride,
-         m.columns);
+    body(std::integral_constant<int, kCount>{}, m.offset + r * m.stride, part * m.stride);
   }
-  for (int64_t r = part * kCount; r < m.rows + (m.tail > 0); ++r) {
-    body(std::integral_constant<int, 1>{}, m.offset + r * m.stride, m.stride,
-         r < m.rows ? m.columns : m.tail);
+  for (int64_t r = part * kCount; r < m.rows; ++r) {
+    body(std::integral_constant<int, 1>{}, m.offset + r * m.stride, m.stride);
   }
 }
 
@@ -35,23 +33,29 @@ BRAZE_INLINE void each_vector(int64_t n, const Body& body) {
   if (j < n) body(j, n - j);
 }
 
+// The vector of hot loops over S: bf16 without a mask is read and written in pairs.
+template <class S>
+constexpr bool kPairs = Wide<Arithmetic<S>>::template kInPairs<S>;
+template <class S, bool kMask = false>
+using HotVec = std::conditional_t<kPairs<S> && !kMask, Wide<Arithmetic<S>>, Vec<Arithmetic<S>>>;
+
 // What columns a channel has: `pixels` copies of all channels, each of `span` neighbours; or, of
 // one channel, all.
 struct Spread {
   int64_t pixels = 1, span = 1;
   bool one_channel = false;
-  bool in_pairs = false;  // the order of pairs of vectors, as far as there are whole ones
+  bool in_pairs = false;  // in the order of HotVec's lanes, as far as there are whole vectors
 
-  // What has the constants of column j: those of one channel are a single pair.
+  // What has the constants of column j: those of one channel are a single vector.
   BRAZE_INLINE int64_t at(int64_t j) const { return j & -int64_t{!one_channel}; }
+  Spread in_order() const { return {pixels, span, one_channel}; }
 };
 
 // Numbers of `width` channels, by column. The result is `in` or `out`.
 template <class T>
-const T* spread_channels(const T* in, int64_t width, Spread to, T* out) {
+const T* spread_channels(const T* in, int64_t width, const Spread& to, T* out) {
   if (to.in_pairs) {
-    to.in_pairs = false;
-    const T* plain = spread_channels(in, width, to, out);
+    const T* plain = spread_channels(in, width, to.in_order(), out);
     if (plain == in) std::memcpy(out, in, static_cast<size_t>(width) * sizeof(T));
     reorder_pairs<true>(out, width * to.pixels * to.span);
     return out;
@@ -75,9 +79,7 @@ const T* spread_channels(const T* in, int64_t width, Spread to, T* out) {
 template <class T>
 BRAZE_INLINE const T* spread(const T* in, int64_t width, const Spread& to, T* out) {
   if (!to.one_channel) return spread_channels(in, width, to, out);
-  const Vec<T> value = *in;
-  value.store(out);
-  value.store(out + kWidth<T>);
+  Lanes<T, 2 * kWidth<T>>(*in).store(out);
   return out;
 }
 
@@ -94,31 +96,9 @@ struct Constants {
     scale = spread(s + kScale * c, width, to, columns[1]);
     shift = spread(s + kShift * c, width, to, columns[2]);
   }
-  template <class N>
-  BRAZE_INLINE Vec<T> z(Vec<T> x, int64_t c, N n) const {
-    return normalize(x, Vec<T>::load(mean + c, n), Vec<T>::load(scale + c, n),
-                     Vec<T>::load(shift + c, n));
-  }
-};
-
-// Numbers of the columns of a group, in registers.
-template <int kVecs, class T>
-BRAZE_INLINE void load_columns(const T* p, Vec<T> (&out)[kVecs]) {
-  unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { out[v] = Vec<T>::load(p + v * kWidth<T>); });
-}
-
-// The constants of a group.
-template <int kVecs, class T>
-struct GroupConstants {
-  Vec<T> mean[kVecs], scale[kVecs], shift[kVecs];
-
-  BRAZE_INLINE GroupConstants(const Constants<T>& k, int64_t c) {
-    load_columns(k.mean + c, mean);
-    load_columns(k.scale + c, scale);
-    load_columns(k.shift + c, shift);
-  }
-  BRAZE_INLINE Vec<T> z(const Vec<T>& x, int v) const {
-    return normalize(x, mean[v], scale[v], shift[v]);
+  template <class V, class N>
+  BRAZE_INLINE V z(const V& x, int64_t c, N n) const {
+    return normalize(x, V::load(mean + c, n), V::load(scale + c, n), V::load(shift + c, n));
   }
 };
 
@@ -138,9 +118,9 @@ double sum_of(const S* in, int64_t n) {
 }
 
 // sums += more
-template <class T, class N>
-BRAZE_INLINE void add_to(T* sums, const Vec<T>& more, N n) {
-  (Vec<T>::load(sums, n) + more).store(sums, n);
+template <class T, class V, class N>
+BRAZE_INLINE void add_to(T* sums, const V& more, N n) {
+  (V::load(sums, n) + more).store(sums, n);
 }
 
 // The sums of `columns` columns by channel.
@@ -172,8 +152,6 @@ BRAZE_INLINE void prefetch_ahead(const S* p) {
 
 // A plane that is cut up has this many sums: every so-manyth element is in one.
 constexpr int64_t kPlaneSums = 32;
-template <class T>
-constexpr int kPlaneVecs = kPlaneSums / kWidth<T>;
 
 // `elements` after p, if there is a p.
 template <class S>
@@ -264,16 +242,22 @@ class JoinedBits {
   uint64_t words_[kMatrixColumns / 64 + 1];
 };
 
-// set(first channel, how many) and body(matrix) for all of tiles [begin, end). Backwards: what was
-// written last may still be in a cache. slab_of_pixels: no pixel's matrix has more channels.
-template <class Set, class Body>
-void for_each_matrix(const Tiles& tiles, int64_t begin, int64_t end, int64_t slab_of_pixels,
-                     const Set& set, const Body& body) {
-  const int64_t c = tiles.shape.c, slab = std::min(c, slab_of_pixels);
+// set(first channel, how many, spread) and then body(matrix) for the rows of tiles [begin, end),
+// and rest(first element, elements) for the last few pixels. Backwards: what was written last may
+// still be in a cache. Where columns are in pairs, no matrix has more than kMatrixColumns.
+template <class Set, class Body, class Rest>
+void for_each_matrix(const Tiles& tiles, const Spread& to, int64_t begin, int64_t end,
+                     const Set& set, const Body& body, const Rest& rest) {
+  const int64_t c = tiles.shape.c;
   if (tiles.shape.channels_last) {
+    if (const Matrix m = tiles.matrix(end - 1); m.tail > 0) {
+      set(0, c, to.in_order());
+      rest(m.offset + m.rows * m.stride, m.tail);
+    }
+    const int64_t slab = to.in_pairs ? std::min(c, kMatrixColumns) : c;
     for (int64_t first = 0; first < c; first += slab) {
       const int64_t width = std::min(slab, c - first);
-      set(first, width);
+      set(first, width, to);
       for (int64_t tile = end; tile > begin;) {
         Matrix m = tiles.matrix(--tile);
         m.offset += first;
@@ -288,13 +272,13 @@ void for_each_matrix(const Tiles& tiles, int64_t begin, int64_t end, int64_t sla
     Matrix m = tiles.matrix(--tile);
     const int64_t first = tiles.first_channel(tile), count = tiles.channels_of(first);
     if (!tiles.one_channel) {
-      if (first != have) set(first, count);
+      if (first != have) set(first, count, to);
       have = first;
       body(m);
       continue;
     }
     for (int64_t i = 0; i < count; ++i, m.offset += tiles.shape.spatial) {
-      set(first + i, 1);
+      set(first + i, 1, to);
       body(m);
     }
   }

@@ -531,11 +531,6 @@ struct Lanes {
     return map([](const auto& m, const auto& x, const auto& y) BRAZE_LAMBDA { return m ? x : y; },
                mask, a, b);
   }
-  template <class M>  // M: Mask, of lanes as wide
-  friend BRAZE_INLINE Lanes select_bits(const M& mask, const Lanes& a, const Lanes& b) {
-    return map([](const auto& m, const auto& x, const auto& y) BRAZE_LAMBDA { return m ? x : y; },
-               mask, a, b);
-  }
   friend BRAZE_INLINE Lanes fused_multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
     return map([](const auto& x, const auto& y, const auto& z)
                    BRAZE_LAMBDA { return reg::fma(x, y, z); },
@@ -612,12 +607,8 @@ BRAZE_INLINE void unrolled(const Body& body) {
   }(std::make_integer_sequence<int, kCount>{});
 }
 
-// Neighbours of bf16 can be read and written as pairs of vectors, of the elements with even and
-// with odd index: so that no lane has to move.
-template <class S>
-constexpr bool kInPairs = BRAZE_LEVEL > 0 && std::is_same_v<S, Bf16>;
-
-// What belongs to the lanes of such pairs, from the order of memory, and back. In place.
+// What belongs to the elements of an array that is loaded in pairs, in the order of their lanes, as
+// far as there are whole vectors; and back. In place.
 template <bool kTo, class T>
 void reorder_pairs(T* p, int64_t count) {
   using V = Lanes<T, kRegister / sizeof(T)>;
@@ -627,39 +618,6 @@ void reorder_pairs(T* p, int64_t count) {
     V(kTo ? reg::every_other<0>(a, b, kAll) : reg::interleaved<0>(a, b, kAll), {}).store(p);
     V(kTo ? reg::every_other<1>(a, b, kAll) : reg::interleaved<1>(a, b, kAll), {})
         .store(p + V::kLanes);
-  }
-}
-
-template <bool kPairs, int kCount, class V, class S>
-BRAZE_INLINE void load_group(const S* p, V (&out)[kCount]) {
-  if constexpr (!kPairs) {
-    unrolled<kCount>([&](auto v) BRAZE_LAMBDA { out[v] = V::load(p + v * V::kLanes); });
-  } else {
-    unrolled<kCount / 2>([&](auto v) BRAZE_LAMBDA {
-      const auto pairs = V::Bits::load(reinterpret_cast<const uint32_t*>(p + 2 * v * V::kLanes));
-      out[2 * v] = float_from_bits(pairs << 16);
-      out[2 * v + 1] = float_from_bits(pairs & 0xffff0000u);
-    });
-  }
-}
-
-// In the upper half of a word; the lower is arbitrary.
-template <class V>
-BRAZE_INLINE typename V::Bits rounded_to_bf16(const V& value) {
-  using Bits = typename V::Bits;
-  const Bits bits = bits_from_float(value);
-  return select_bits(value == value, bits + 0x7fffu + ((bits >> 16) & 1u), Bits(0x7fc00000u));
-}
-
-template <bool kPairs, int kCount, class V, class S>
-BRAZE_INLINE void store_group(const V (&in)[kCount], S* p) {
-  if constexpr (!kPairs) {
-    unrolled<kCount>([&](auto v) BRAZE_LAMBDA { in[v].store(p + v * V::kLanes); });
-  } else {
-    unrolled<kCount / 2>([&](auto v) BRAZE_LAMBDA {
-      ((rounded_to_bf16(in[2 * v]) >> 16) | (rounded_to_bf16(in[2 * v + 1]) & 0xffff0000u))
-          .store(reinterpret_cast<uint32_t*>(p + 2 * v * V::kLanes));
-    });
   }
 }
 

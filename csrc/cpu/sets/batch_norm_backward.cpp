@@ -61,41 +61,39 @@ BRAZE_INLINE Vec<T> joined(const Sources<S>& from, bool two, const Vec<T>* x, in
   return z;
 }
 
-// What a group of a hot case is made of.
-template <GradientCase kCase, bool kPairs, int kVecs, class S, class T>
-struct Group {
+// What a vector of a hot case is made of.
+template <GradientCase kCase, class V, class S>
+struct Loaded {
   static constexpr bool kNeedsZ = kCase.activation != Activation::identity && !kCase.mask;
   static constexpr int kInputs = kCase.two ? 2 : 1;
-  Vec<T> d[kVecs], x[kInputs][kVecs], residual[kCase.residual ? kVecs : 1];
+  V d, x[kInputs], residual;
 
   // dy + dy2 and the other tensors.
   BRAZE_INLINE void load(const Sources<S>& from, int64_t j) {
-    load_group<kPairs>(from.dy + j, d);
+    d = V::load_in_any_order(from.dy + j);
     if constexpr (kCase.second) {
-      Vec<T> other[kVecs];
-      load_group<kPairs>(from.dy2 + j, other);
-      unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { d[v] += other[v]; });
-      if constexpr (!std::is_same_v<S, T>) {
-        S sum[kVecs * kWidth<T>];
-        store_group<kPairs>(d, sum);
-        load_group<kPairs>(sum, d);
+      d += V::load_in_any_order(from.dy2 + j);
+      if constexpr (sizeof(S) == 2) {
+        S sum[V::kLanes];
+        d.store_in_any_order(sum);
+        d = V::load_in_any_order(sum);
       }
     }
     if constexpr (kNeedsZ || !kCase.frozen) {
-      unrolled<kInputs>([&](auto i) BRAZE_LAMBDA { load_group<kPairs>(from.x[i] + j, x[i]); });
+      unrolled<kInputs>([&](auto i) BRAZE_LAMBDA { x[i] = V::load_in_any_order(from.x[i] + j); });
     }
-    if constexpr (kCase.residual) load_group<kPairs>(from.residual + j, residual);
+    if constexpr (kCase.residual) residual = V::load_in_any_order(from.residual + j);
   }
-  // d of vector v, whose constants are from column c. bits: those of the group.
-  BRAZE_INLINE void differentiate(int v, const uint8_t* bits, int64_t c, const Constants<T>* k) {
+  // d, whose constants are from column c. bits: those of the vector.
+  template <class T>
+  BRAZE_INLINE void differentiate(const uint8_t* bits, int64_t c, const Constants<T>* k) {
     if constexpr (kCase.mask) {
-      const uint32_t own = load_bits<Vec<T>>(bits + v * kWidth<T> / 8);
-      d[v] = select(Vec<T>::Mask::from_bits(own), d[v], Vec<T>(0));
+      d = select(V::Mask::from_bits(load_bits<V>(bits)), d, V(0));
     } else if constexpr (kNeedsZ) {
-      Vec<T> z = k[0].z(x[0][v], c, Whole{});
-      if constexpr (kCase.two) z += k[1].z(x[1][v], c, Whole{});
-      if constexpr (kCase.residual) z += residual[v];
-      d[v] = activation_gradient<kCase.activation>(d[v], z, T(0));
+      V z = k[0].z(x[0], c, Whole{});
+      if constexpr (kCase.two) z += k[1].z(x[1], c, Whole{});
+      if constexpr (kCase.residual) z += residual;
+      d = activation_gradient<kCase.activation>(d, z, T(0));
     }
   }
 };
@@ -241,9 +239,10 @@ struct Reduce {
   template <class S>
   static void any(const BackwardArgs& a, const Matrix& m, const Spread& to,
                   const Constants<Arithmetic<S>>* k, Sums<Arithmetic<S>>& sums, S* kept) {
-    rows_at_once<kGradientRows>(m, [&](auto count, int64_t e, int64_t stride, int64_t n) {
+    rows_at_once<kGradientRows>(m, [&](auto count, int64_t e, int64_t stride) {
       constexpr int kCount = decltype(count)::value;
-      rows<kCount>(a, e, stride, n, BitsOfRows<kCount>(a, e, stride, n), 0, to, k, sums, kept);
+      const BitsOfRows<kCount> bits(a, e, stride, m.columns);
+      rows<kCount>(a, e, stride, m.columns, bits, 0, to, k, sums, kept);
     });
   }
 
@@ -254,10 +253,35 @@ struct Reduce {
       hot_rows<S, kCase, 1, true>(a, m.offset, 0, m.columns, to, k, sums, kept);
       return;
     }
-    rows_at_once<kGradientRows>(m, [&](auto count, int64_t e, int64_t stride, int64_t columns) {
-      hot_rows<S, kCase, decltype(count)::value, false>(a, e, stride, columns, to, k, sums, kept);
+    rows_at_once<kGradientRows>(m, [&](auto count, int64_t e, int64_t stride) {
+      hot_rows<S, kCase, decltype(count)::value, false>(a, e, stride, m.columns, to, k, sums, kept);
     });
   }
+
+  // The sums of kVecs vectors, in registers.
+  template <int kInputs, int kVecs, class V>
+  struct InRegisters {
+    V grad[kVecs], input[kInputs][kVecs];
+
+    // body(sum, where memory has it).
+    template <class T, class Body>
+    BRAZE_INLINE void each(Sums<T>& sums, int64_t j, const Body& body) {
+      unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
+        body(grad[v], sums.grad + j + v * V::kLanes);
+        unrolled<kInputs>(
+            [&](auto i) BRAZE_LAMBDA { body(input[i][v], sums.input[i] + j + v * V::kLanes); });
+      });
+    }
+    template <class T, GradientCase kCase, class S>
+    BRAZE_INLINE void add(int v, const Loaded<kCase, V, S>& from, const Constants<T>* k,
+                          int64_t c) {
+      grad[v] += from.d;
+      unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
+        const V centred = from.x[i] - V::load(k[i].mean + c);
+        input[i][v] = fused_multiply_add(from.d, centred, input[i][v]);
+      });
+    }
+  };
 
   // kPlane: all columns are one channel's, and have kPlaneSums sums.
   template <class S, GradientCase kCase, int kCount, bool kPlane>
@@ -265,92 +289,72 @@ struct Reduce {
                        const Spread& to, const Constants<Arithmetic<S>>* constants,
                        Sums<Arithmetic<S>>& sums, S* kept) {
     using T = Arithmetic<S>;
-    constexpr bool kPairs = kInPairs<S> && !kCase.mask;
-    constexpr int kVecs = kPairs ? 2 : 1, kInputs = kCase.two ? 2 : 1;
-    constexpr int kGroups = kPlane ? kPlaneSums / (kVecs * kWidth<T>) : 1;
-    constexpr int kStep = kGroups * kVecs * kWidth<T>;
+    using V = HotVec<S, kCase.mask>;
+    constexpr int kVecs = kPlane ? kPlaneSums / V::kLanes : 1, kInputs = kCase.two ? 2 : 1;
+    constexpr int64_t kStep = kVecs * V::kLanes;
     // Where d is mostly kept, it is stored after all loads: one whose address agrees in its last 12
     // bits waits for the store. Elsewhere registers are better spent.
     constexpr bool kKeepsLast = kCase.mask || kCase.two || kCase.second;
     constexpr bool kKeeps = kKeepsLast || kCase.activation == Activation::silu;
+    const auto clear = [](auto& sum, const T*) BRAZE_LAMBDA { sum = 0; };
+    const auto add = [](const auto& sum, T* at) BRAZE_LAMBDA { add_to(at, sum, Whole{}); };
     const Constants<T> k[2] = {constants[0], constants[1]};
     const Sources<S> from = sources_at<S>(a, e);
     const BitsOfRows<kCount> bits(a, e, stride, columns);
     S* const keep = kept == nullptr ? nullptr : kept + e;
-    Vec<T> grad[kGroups * kVecs], input[kInputs][kGroups * kVecs];
-    const auto each_sum = [&](const auto& body) BRAZE_LAMBDA {
-      unrolled<kGroups * kVecs>([&](auto v) BRAZE_LAMBDA {
-        body(grad[v], sums.grad + v * kWidth<T>);
-        unrolled<kInputs>([&](auto i)
-                              BRAZE_LAMBDA { body(input[i][v], sums.input[i] + v * kWidth<T>); });
-      });
-    };
+    InRegisters<kInputs, kVecs, V> own;
     const auto reorder = [&](auto to_pairs) BRAZE_LAMBDA {
-      if constexpr (kPlane && kPairs) {
-        reorder_pairs<decltype(to_pairs)::value>(sums.grad, kPlaneSums);
-        unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
-          reorder_pairs<decltype(to_pairs)::value>(sums.input[i], kPlaneSums);
-        });
+      if constexpr (V::template kInPairs<S>) {
+        constexpr bool kTo = decltype(to_pairs)::value;
+        reorder_pairs<kTo>(sums.grad, kPlaneSums);
+        for (int i = 0; i < kInputs; ++i) reorder_pairs<kTo>(sums.input[i], kPlaneSums);
       }
     };
     if constexpr (kPlane) {
       reorder(std::true_type{});
-      each_sum([](Vec<T>& sum, const T* at) BRAZE_LAMBDA { sum = Vec<T>::load(at); });
+      own.each(sums, 0, [](V& sum, const T* at) BRAZE_LAMBDA { sum = V::load(at); });
     }
     int64_t j = 0;
     for (; j + kStep <= columns; j += kStep) {
-      if constexpr (!kPlane) each_sum([](Vec<T>& sum, const T*) BRAZE_LAMBDA { sum = 0; });
-      Group<kCase, kPairs, kVecs, S, T> group[kCount][kGroups];
-      const auto keep_group = [&](auto r, auto part) BRAZE_LAMBDA {
-        store_group<kPairs>(group[r][part].d, keep + r * stride + j + part * kVecs * kWidth<T>);
-      };
-      unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
-        unrolled<kGroups>([&](auto part) BRAZE_LAMBDA {
-          const int64_t at = j + part * kVecs * kWidth<T>;
-          auto& g = group[r][part];
-          g.load(from, r * stride + at);
-          unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
-            constexpr int kSum = part * kVecs + v;
-            const int64_t c = kPlane ? 0 : at + v * kWidth<T>;
-            g.differentiate(v, bits.at(r, at), c, k);
-            grad[kSum] += g.d[v];
-            unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
-              const Vec<T> mean = Vec<T>::load(k[i].mean + c);
-              input[i][kSum] = fused_multiply_add(g.d[v], g.x[i][v] - mean, input[i][kSum]);
-            });
-          });
-          if (kKeeps && !kKeepsLast && keep != nullptr) keep_group(r, part);
+      if constexpr (!kPlane) own.each(sums, j, clear);
+      Loaded<kCase, V, S> loaded[kCount][kVecs];
+      const auto each = [&](const auto& body) BRAZE_LAMBDA {
+        unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
+          unrolled<kVecs>([&](auto v)
+                              BRAZE_LAMBDA { body(loaded[r][v], r, v, j + v * V::kLanes); });
         });
+      };
+      each([&](auto& vector, auto r, auto v, int64_t column) BRAZE_LAMBDA {
+        const int64_t c = kPlane ? 0 : column;
+        vector.load(from, r * stride + column);
+        vector.differentiate(bits.at(r, column), c, k);
+        own.add(v, vector, k, c);
+        if (kKeeps && !kKeepsLast && keep != nullptr) {
+          vector.d.store_in_any_order(keep + r * stride + column);
+        }
       });
       if (kKeepsLast && keep != nullptr) {
-        unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
-          unrolled<kGroups>([&](auto part) BRAZE_LAMBDA { keep_group(r, part); });
-        });
+        each([&](const auto& vector, auto r, auto, int64_t column)
+                 BRAZE_LAMBDA { vector.d.store_in_any_order(keep + r * stride + column); });
       }
-      if constexpr (!kPlane) {
-        each_sum([j](const Vec<T>& sum, T* at) BRAZE_LAMBDA { add_to(at + j, sum, Whole{}); });
-      }
+      if constexpr (!kPlane) own.each(sums, j, add);
     }
     if constexpr (kPlane) {
-      each_sum([](const Vec<T>& sum, T* at) BRAZE_LAMBDA { sum.store(at); });
+      own.each(sums, 0, [](const V& sum, T* at) BRAZE_LAMBDA { sum.store(at); });
       reorder(std::false_type{});
     }
     for (; j + kWidth<T> <= columns; j += kWidth<T>) {  // too few for a step
-      Vec<T> more_grad = 0, more[kInputs];
-      unrolled<kInputs>([&](auto i) BRAZE_LAMBDA { more[i] = 0; });
+      InRegisters<kInputs, 1, Vec<T>> rest;
       const int64_t c = kPlane ? 0 : j, at = kPlane ? j % kPlaneSums : j;
+      rest.each(sums, at, clear);
       unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
-        Group<kCase, false, 1, S, T> g;
-        g.load(from, r * stride + j);
-        g.differentiate(0, bits.at(r, j), c, k);
-        more_grad += g.d[0];
-        unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
-          more[i] = fused_multiply_add(g.d[0], g.x[i][0] - Vec<T>::load(k[i].mean + c), more[i]);
-        });
-        if (kKeeps && keep != nullptr) g.d[0].store(keep + r * stride + j);
+        Loaded<kCase, Vec<T>, S> vector;
+        vector.load(from, r * stride + j);
+        vector.differentiate(bits.at(r, j), c, k);
+        rest.add(0, vector, k, c);
+        if (kKeeps && keep != nullptr) vector.d.store(keep + r * stride + j);
       });
-      add_to(sums.grad + at, more_grad, Whole{});
-      unrolled<kInputs>([&](auto i) BRAZE_LAMBDA { add_to(sums.input[i] + at, more[i], Whole{}); });
+      rest.each(sums, at, add);
     }
     if (j < columns) {
       rows<kCount>(a, e + j, stride, columns - j, bits, j, to, constants, sums, kept);
@@ -365,8 +369,8 @@ void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t 
   S* const kept = static_cast<S*>(keep);
   const auto loop = loop_for<S, Reduce>(a, false);
   const int used = a.input[1].x != nullptr ? 3 : 2;
-  const bool in_pairs = kInPairs<S> && loop != &Reduce::any<S> && a.mask == nullptr;
-  const Spread to = {g.fold, g.span, g.one_channel, in_pairs};
+  const Spread to = {g.fold, g.span, g.one_channel,
+                     kPairs<S> && loop != &Reduce::any<S> && a.mask == nullptr};
   alignas(64) T columns[6][kMatrixColumns];
   alignas(64) double block[kMatrixColumns];
   Sums<T> sums;
@@ -375,9 +379,12 @@ void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t 
   for (int64_t u = begin; u < end; ++u) {
     const int64_t part = u / g.slabs, column = u % g.slabs;
     const int64_t first = g.first_channel(column), width = g.last_channel(column) - first;
-    for (int i = 0; i < 2; ++i) {
-      k[i].set(a.input[i].stats, a.shape.c, first, width, to, columns + 3 * i);
-    }
+    const auto set = [&](const Spread& spread) {
+      for (int i = 0; i < 2; ++i) {
+        k[i].set(a.input[i].stats, a.shape.c, first, width, spread, columns + 3 * i);
+      }
+    };
+    set(to);
     double* const into = parts + part * kPartRows * g.row() + first;
     for (int s = 0; s < used; ++s) std::fill_n(into + s * g.row(), width, 0.0);
     for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
@@ -387,8 +394,16 @@ void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t 
       for (int64_t i = g.images(b); i > 0; --i, m.offset += g.image_stride()) {
         loop(a, m, to, k, sums, kept);
       }
+      for (int s = 0; to.in_pairs && !to.one_channel && s < used; ++s) {
+        reorder_pairs<false>(rows[s], m.columns);
+      }
+      if (m.tail > 0) {  // only the last block has one
+        set(to.in_order());
+        const int64_t e = m.offset - g.image_stride() + m.rows * m.stride;
+        Reduce::rows<1>(a, e, 0, m.tail, BitsOfRows<1>(a, e, 0, m.tail), 0, to.in_order(), k, sums,
+                        kept);
+      }
       for (int s = 0; s < used; ++s) {
-        if (in_pairs && !g.one_channel) reorder_pairs<false>(rows[s], count);
         fold_columns(rows[s], count, width, g.column_span(), block);
         each_vector<double>(width, [&](int64_t j, auto n) {
           add_to(into + s * g.row() + j, Doubles::load(block + j, n), n);
@@ -420,13 +435,12 @@ struct InputConstants {
   Constants<T> k[2];
   Coefficients<T> f[2];
   // dx of d and x.
-  template <class N>
-  BRAZE_INLINE Vec<T> dx(int side, Vec<T> d, Vec<T> x, int64_t c, N n, bool frozen) const {
-    const Vec<T> on_grad = Vec<T>::load(f[side].on_grad + c, n);
+  template <class V, class N>
+  BRAZE_INLINE V dx(int side, const V& d, const V& x, int64_t c, N n, bool frozen) const {
+    const V on_grad = V::load(f[side].on_grad + c, n);
     if (frozen) return input_gradient(d, on_grad);
-    return input_gradient(d, x, Vec<T>::load(k[side].mean + c, n), on_grad,
-                          Vec<T>::load(f[side].on_input + c, n),
-                          Vec<T>::load(f[side].constant + c, n));
+    return input_gradient(d, x, V::load(k[side].mean + c, n), on_grad,
+                          V::load(f[side].on_input + c, n), V::load(f[side].constant + c, n));
   }
 };
 
@@ -463,8 +477,8 @@ struct ApplyGrad {
   template <class S>
   static void any(const BackwardArgs& a, const Matrix& m, const Spread& to,
                   const InputConstants<Arithmetic<S>>& k) {
-    rows_at_once<1>(m, [&](auto, int64_t e, int64_t stride, int64_t n) {
-      row<S>(a, e, n, BitsOfRows<1>(a, e, stride, n).row[0], 0, to, k);
+    rows_at_once<1>(m, [&](auto, int64_t e, int64_t stride) {
+      row<S>(a, e, m.columns, BitsOfRows<1>(a, e, stride, m.columns).row[0], 0, to, k);
     });
   }
 
@@ -472,36 +486,33 @@ struct ApplyGrad {
   static void hot(const BackwardArgs& a, const Matrix& m, const Spread& to,
                   const InputConstants<Arithmetic<S>>& constants) {
     using T = Arithmetic<S>;
-    constexpr bool kPairs = kInPairs<S> && !kCase.mask;
-    constexpr int kVecs = kPairs ? 2 : 1, kStep = kVecs * kWidth<T>;
+    using V = HotVec<S, kCase.mask>;
     constexpr int kInputs = kCase.two ? 2 : 1;
     const InputConstants<T> k = constants;
-    const int64_t column = to.at(-1);
-    rows_at_once<2>(m, [&](auto count, int64_t e, int64_t stride, int64_t columns) {
+    const int64_t column = to.at(-1), columns = m.columns;
+    rows_at_once<2>(m, [&](auto count, int64_t e, int64_t stride) {
       constexpr int kCount = decltype(count)::value;
       const Sources<S> from = sources_at<S>(a, e);
       const BitsOfRows<kCount> bits(a, e, stride, columns);
       S* const dx[2] = {static_cast<S*>(a.grad[0].dx) + e, static_cast<S*>(a.grad[1].dx) + e};
       S* const copy = a.grad_residual == nullptr ? nullptr : static_cast<S*>(a.grad_residual) + e;
       int64_t j = 0;
-      for (; j + kStep <= columns; j += kStep) {
+      for (; j + V::kLanes <= columns; j += V::kLanes) {
         const int64_t c = j & column;
-        Group<kCase, kPairs, kVecs, S, T> group[kCount];
-        unrolled<kCount>([&](auto r) BRAZE_LAMBDA { group[r].load(from, r * stride + j); });
-        unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
-          unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
-            auto& g = group[r];
-            g.differentiate(v, bits.at(r, j), c + v * kWidth<T>, k.k);
-            unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
-              g.x[i][v] = k.dx(i, g.d[v], g.x[i][v], c + v * kWidth<T>, Whole{}, kCase.frozen);
-            });
+        Loaded<kCase, V, S> loaded[kCount];
+        unrolled<kCount>([&](auto r) BRAZE_LAMBDA { loaded[r].load(from, r * stride + j); });
+        unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
+          auto& vector = loaded[r];
+          vector.differentiate(bits.at(r, j), c, k.k);
+          unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
+            vector.x[i] = k.dx(i, vector.d, vector.x[i], c, Whole{}, kCase.frozen);
           });
         });
         unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
           unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
-            store_group<kPairs>(group[r].x[i], dx[i] + r * stride + j);
+            loaded[r].x[i].store_in_any_order(dx[i] + r * stride + j);
           });
-          if (kCase.mask && copy != nullptr) store_group<kPairs>(group[r].d, copy + r * stride + j);
+          if (kCase.mask && copy != nullptr) loaded[r].d.store(copy + r * stride + j);
         });
       }
       for (int r = 0; j < columns && r < kCount; ++r) {
@@ -519,19 +530,22 @@ void apply_grad_of(const BackwardArgs& a, const Tiles& tiles, int64_t begin, int
   const bool all = a.grad[0].dx != nullptr && two == (a.grad[1].dx != nullptr) &&
                    (a.mask != nullptr || a.grad_residual == nullptr);
   const auto loop = all ? loop_for<S, ApplyGrad>(a, !a.batch_statistics) : &ApplyGrad::any<S>;
-  const bool in_pairs = kInPairs<S> && loop != &ApplyGrad::any<S> && a.mask == nullptr;
-  const Spread to = {tiles.fold, tiles.span, tiles.one_channel, in_pairs};
+  const Spread to = {tiles.fold, tiles.span, tiles.one_channel,
+                     kPairs<S> && loop != &ApplyGrad::any<S> && a.mask == nullptr};
   alignas(64) T columns[12][kMatrixColumns];
   InputConstants<T> k;
   for_each_matrix(
-      tiles, begin, end, in_pairs ? kMatrixColumns : a.shape.c,
-      [&](int64_t first, int64_t width) {
+      tiles, to, begin, end,
+      [&](int64_t first, int64_t width, const Spread& spread) {
         for (int i = 0; i < 2; ++i) {
-          k.k[i].set(a.input[i].stats, a.shape.c, first, width, to, columns + 6 * i);
-          k.f[i].set(a.grad[i].coefficients, a.shape.c, first, width, to, columns + 6 * i + 3);
+          k.k[i].set(a.input[i].stats, a.shape.c, first, width, spread, columns + 6 * i);
+          k.f[i].set(a.grad[i].coefficients, a.shape.c, first, width, spread, columns + 6 * i + 3);
         }
       },
-      [&](const Matrix& m) { loop(a, m, to, k); });
+      [&](const Matrix& m) { loop(a, m, to, k); },
+      [&](int64_t e, int64_t n) {
+        ApplyGrad::row<S>(a, e, n, BitsOfRows<1>(a, e, 0, n).row[0], 0, to.in_order(), k);
+      });
 }
 
 }  // namespace

@@ -13,56 +13,55 @@ namespace {
 
 constexpr int kMomentRows = 8;  // rows whose sums are formed in registers
 
-// kPlane: all columns are one channel's, and have kPlaneSums sums.
-template <int kCount, bool kPlane, class S, class T>
+// kPlane: all columns are one channel's, and have kPlaneSums sums. V: Vec, or HotVec.
+template <int kCount, bool kPlane, class V, class S, class T>
 void add_moments(const S* x, int64_t stride, int64_t columns, const T* shift, T* sum, T* square) {
-  constexpr bool kPairs = kInPairs<S>;
-  constexpr int kVecs = kPlane ? kPlaneVecs<T> : kPairs ? 2 : 1, kStep = kVecs * kWidth<T>;
-  Vec<T> near[kVecs], s[kVecs], q[kVecs];
-  const auto load = [&](int64_t j, bool carry) BRAZE_LAMBDA {
-    unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
-      const int64_t at = (kPlane ? 0 : j) + v * kWidth<T>;
-      near[v] = Vec<T>::load(kPlane ? shift : shift + at);
-      s[v] = carry ? Vec<T>::load(sum + at) : Vec<T>(0);
-      q[v] = carry ? Vec<T>::load(square + at) : Vec<T>(0);
-    });
-  };
+  constexpr int kVecs = kPlane ? kPlaneSums / V::kLanes : 1;
+  constexpr int64_t kStep = kVecs * V::kLanes;
   int64_t j = 0;
   if constexpr (kPlane) {
-    if constexpr (kPairs)
-      reorder_pairs<true>(sum, kPlaneSums), reorder_pairs<true>(square, kPlaneSums);
-    load(0, true);
-  }
-  for (; j + kStep <= columns; j += kStep) {
-    if constexpr (!kPlane) load(j, false);
-    unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
-      Vec<T> value[kVecs];
-      load_group<kPairs>(x + r * stride + j, value);
-      unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { add_moment(value[v], near[v], s[v], q[v]); });
-    });
-    if constexpr (kPlane) continue;
+    constexpr bool kReorders = V::template kInPairs<S>;
+    const V near = V::load(shift);
+    V s[kVecs], q[kVecs];
+    for (T* sums : {sum, square}) {
+      if (kReorders) reorder_pairs<true>(sums, kPlaneSums);
+    }
     unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
-      add_to(sum + j + v * kWidth<T>, s[v], Whole{});
-      add_to(square + j + v * kWidth<T>, q[v], Whole{});
+      s[v] = V::load(sum + v * V::kLanes);
+      q[v] = V::load(square + v * V::kLanes);
     });
-  }
-  if constexpr (kPlane) {
+    for (; j + kStep <= columns; j += kStep) {
+      unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
+        add_moment(V::load_in_any_order(x + j + v * V::kLanes), near, s[v], q[v]);
+      });
+    }
     unrolled<kVecs>([&](auto v) BRAZE_LAMBDA {
-      s[v].store(sum + v * kWidth<T>);
-      q[v].store(square + v * kWidth<T>);
+      s[v].store(sum + v * V::kLanes);
+      q[v].store(square + v * V::kLanes);
     });
-    if constexpr (kPairs)
-      reorder_pairs<false>(sum, kPlaneSums), reorder_pairs<false>(square, kPlaneSums);
+    for (T* sums : {sum, square}) {
+      if (kReorders) reorder_pairs<false>(sums, kPlaneSums);
+    }
+  } else {
+    for (; j + kStep <= columns; j += kStep) {
+      const V near = V::load(shift + j);
+      V s = 0, q = 0;
+      unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
+        add_moment(V::load_in_any_order(x + r * stride + j), near, s, q);
+      });
+      add_to(sum + j, s, Whole{});
+      add_to(square + j, q, Whole{});
+    }
   }
   for (; j < columns; j += kWidth<T>) {
     const int64_t n = columns - j, at = kPlane ? j % kPlaneSums : j;
-    Vec<T> more = 0, more_square = 0;
+    Vec<T> s = 0, q = 0;
     for (int r = 0; r < kCount; ++r) {
       add_moment(Vec<T>::load(x + r * stride + j, n), Vec<T>::load(kPlane ? shift : shift + j, n),
-                 more, more_square);
+                 s, q);
     }
-    add_to(sum + at, more, n);
-    add_to(square + at, more_square, n);
+    add_to(sum + at, s, n);
+    add_to(square + at, q, n);
   }
 }
 
@@ -113,25 +112,31 @@ void sum_block(const S* x, const Geometry& g, int64_t column, int64_t b, int64_t
   Matrix m = g.matrix(column, b);
   const int64_t columns = g.one_channel ? kPlaneSums : std::max(m.columns, m.tail);
   const int64_t images = g.images(b);
-  const Spread to = {g.fold, g.span, g.one_channel, kInPairs<S>};
+  const Spread to = {g.fold, g.span, g.one_channel, kPairs<S>};
   shifts_of(x + m.offset, g, width, g.block_count(b), out.near);
   each_vector<double>(
       width, [&](int64_t c, auto n) { Doubles::load(out.near + c, n).store(out.shifts + c, n); });
   const T* shift = spread(out.near, width, to, out.shift);
   std::fill_n(out.sum, columns, T(0));
   std::fill_n(out.square, columns, T(0));
-  const S* image = x;
-  for (int64_t i = 0; i < images; ++i, image += g.image_stride()) {
-    if (g.one_channel) {
-      add_moments<1, true>(image + m.offset, 0, m.columns, shift, out.sum, out.square);
-      continue;
+  if (g.one_channel) {
+    for (int64_t i = 0; i < images; ++i) {
+      add_moments<1, true, HotVec<S>>(x + m.offset + i * g.image_stride(), 0, m.columns, shift,
+                                      out.sum, out.square);
     }
-    rows_at_once<kMomentRows>(m, [&](auto count, int64_t e, int64_t stride, int64_t n) {
-      add_moments<decltype(count)::value, false>(image + e, stride, n, shift, out.sum, out.square);
+  } else {
+    rows_at_once<kMomentRows>(m, [&](auto count, int64_t e, int64_t stride) {
+      add_moments<decltype(count)::value, false, HotVec<S>>(x + e, stride, m.columns, shift,
+                                                            out.sum, out.square);
     });
-  }
-  for (T* sums : {out.sum, out.square}) {
-    if (kInPairs<S> && !g.one_channel) reorder_pairs<false>(sums, columns);
+    for (T* sums : {out.sum, out.square}) {
+      if (kPairs<S>) reorder_pairs<false>(sums, m.columns);
+    }
+    if (m.tail > 0) {
+      shift = spread(out.near, width, to.in_order(), out.shift);
+      add_moments<1, false, Vec<T>>(x + m.offset + m.rows * m.stride, 0, m.tail, shift, out.sum,
+                                    out.square);
+    }
   }
   fold_columns(out.sum, columns, width, g.column_span(), out.sums);
   fold_columns(out.square, columns, width, g.column_span(), out.squares);
@@ -221,23 +226,7 @@ Rows<S> rows_at(const ApplyArgs& a, int64_t e) {
           static_cast<S*>(a.y) + e};
 }
 
-// z of a group from j.
-template <bool kPairs, bool kTwo, int kVecs, class S, class T>
-BRAZE_INLINE void joined(const Rows<S>& rows, int64_t j, const GroupConstants<kVecs, T>& k,
-                         const GroupConstants<kVecs, T>& k2, Vec<T> (&z)[kVecs]) {
-  const auto normalize = [&](const GroupConstants<kVecs, T>& by, Vec<T>(&x)[kVecs]) BRAZE_LAMBDA {
-    unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { x[v] = by.z(x[v], v); });
-  };
-  load_group<kPairs>(rows.x + j, z);
-  normalize(k, z);
-  if (!kTwo && rows.residual == nullptr) return;
-  Vec<T> added[kVecs];
-  load_group<kPairs>((kTwo ? rows.x2 : rows.residual) + j, added);
-  if constexpr (kTwo) normalize(k2, added);
-  unrolled<kVecs>([&](auto v) BRAZE_LAMBDA { z[v] += added[v]; });
-}
-
-// The same of n elements.
+// z of n elements from j, whose constants are from column c.
 template <class S, class T, class N>
 BRAZE_INLINE Vec<T> joined(const Rows<S>& rows, bool two, int64_t j, int64_t c, N n,
                            const Constants<T>* k) {
@@ -284,13 +273,13 @@ template <class S, ApplyCase kCase>
 void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
                const Constants<Arithmetic<S>>* constants) {
   using T = Arithmetic<S>;
-  constexpr bool kPairs = kInPairs<S> && !kCase.mask;
-  constexpr int kVecs = kPairs ? 2 : 1;
+  using V = HotVec<S, kCase.mask>;
   const Constants<T> k[2] = {constants[0], constants[1]};
-  const int64_t column = to.at(-1);
-  rows_at_once<kApplyRows>(m, [&](auto count, int64_t e, int64_t stride, int64_t columns) {
+  const int64_t column = to.at(-1), columns = m.columns;
+  rows_at_once<kApplyRows>(m, [&](auto count, int64_t e, int64_t stride) {
     constexpr int kCount = decltype(count)::value;
     const Rows<S> rows = rows_at<S>(a, e);
+    const S* const added = kCase.two ? rows.x2 : rows.residual;
     JoinedBits joined_bits[kCount];
     uint8_t* bits[kCount] = {};
     if constexpr (kCase.mask) {
@@ -299,18 +288,23 @@ void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
       }
     }
     int64_t j = 0;
-    for (; j + kVecs * kWidth<T> <= columns; j += kVecs * kWidth<T>) {
-      const GroupConstants<kVecs, T> own(k[0], j & column), own2(k[kCase.two], j & column);
+    for (; j + V::kLanes <= columns; j += V::kLanes) {
+      // Before any store, which might change them for all that the compiler knows.
+      const int64_t c = j & column;
+      const V mean = V::load(k[0].mean + c), scale = V::load(k[0].scale + c),
+              shift = V::load(k[0].shift + c);
       unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
         const int64_t at = r * stride + j;
-        Vec<T> z[kVecs];
-        joined<kPairs, kCase.two>(rows, at, own, own2, z);
-        if constexpr (kCase.mask) {
-          store_bits<Vec<T>>(derivative_is_upper<kCase.activation>(z[0]).bits(), bits[r] + j / 8);
+        V z = normalize(V::load_in_any_order(rows.x + at), mean, scale, shift);
+        if constexpr (kCase.two) {
+          z += k[1].z(V::load_in_any_order(added + at), c, Whole{});
+        } else if (added != nullptr) {
+          z += V::load_in_any_order(added + at);
         }
-        unrolled<kVecs>([&](auto v)
-                            BRAZE_LAMBDA { z[v] = activate<kCase.activation>(z[v], T(0)); });
-        store_group<kPairs>(z, rows.y + at);
+        if constexpr (kCase.mask) {
+          store_bits<V>(derivative_is_upper<kCase.activation>(z).bits(), bits[r] + j / 8);
+        }
+        activate<kCase.activation>(z, T(0)).store_in_any_order(rows.y + at);
       });
     }
     for (int r = 0; r < kCount; ++r) {
@@ -325,16 +319,21 @@ void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
   });
 }
 
+// A row that no hot case serves.
+template <class S>
+void apply_row(const ApplyArgs& a, int64_t e, int64_t columns, const Spread& to,
+               const Constants<Arithmetic<S>>* k) {
+  JoinedBits joined_bits;
+  uint8_t* const bits =
+      a.mask != nullptr ? joined_bits.to_write(a.shape, a.mask, e, columns) : nullptr;
+  apply_any<S>(a, e, columns, bits, 0, to, k);
+  if (bits != nullptr) joined_bits.written(a.shape, a.mask, e, columns);
+}
+
 template <class S>
 void apply_cold(const ApplyArgs& a, const Matrix& m, const Spread& to,
                 const Constants<Arithmetic<S>>* k) {
-  rows_at_once<1>(m, [&](auto, int64_t e, int64_t, int64_t columns) {
-    JoinedBits joined_bits;
-    uint8_t* const bits =
-        a.mask != nullptr ? joined_bits.to_write(a.shape, a.mask, e, columns) : nullptr;
-    apply_any<S>(a, e, columns, bits, 0, to, k);
-    if (bits != nullptr) joined_bits.written(a.shape, a.mask, e, columns);
-  });
+  rows_at_once<1>(m, [&](auto, int64_t e, int64_t) { apply_row<S>(a, e, m.columns, to, k); });
 }
 
 template <class S>
@@ -361,17 +360,20 @@ auto* apply_loop(const ApplyArgs& a) {
 template <class S>
 void apply_of(const ApplyArgs& a, const Tiles& tiles, int64_t begin, int64_t end) {
   using T = Arithmetic<S>;
-  const int64_t c = a.shape.c;
   const auto loop = apply_loop<S>(a);
-  const bool in_pairs = kInPairs<S> && loop != &apply_cold<S> && a.mask == nullptr;
-  const Spread to = {tiles.fold, tiles.span, tiles.one_channel, in_pairs};
+  const Spread to = {tiles.fold, tiles.span, tiles.one_channel,
+                     kPairs<S> && loop != &apply_cold<S> && a.mask == nullptr};
   alignas(64) T columns[6][kMatrixColumns];
   Constants<T> k[2];
-  const auto set = [&](int64_t first, int64_t width) {
-    for (int i = 0; i < 2; ++i) k[i].set(a.input[i].stats, c, first, width, to, columns + 3 * i);
-  };
-  for_each_matrix(tiles, begin, end, in_pairs ? kMatrixColumns : c, set,
-                  [&](const Matrix& m) { loop(a, m, to, k); });
+  for_each_matrix(
+      tiles, to, begin, end,
+      [&](int64_t first, int64_t width, const Spread& spread) {
+        for (int i = 0; i < 2; ++i) {
+          k[i].set(a.input[i].stats, a.shape.c, first, width, spread, columns + 3 * i);
+        }
+      },
+      [&](const Matrix& m) { loop(a, m, to, k); },
+      [&](int64_t e, int64_t n) { apply_row<S>(a, e, n, to.in_order(), k); });
 }
 
 }  // namespace
