@@ -197,7 +197,8 @@ BRAZE_INLINE Register<E, N> load(const S* p) {
     const auto wide = widen<N>(&p->bits) << 16;
     return __builtin_convertvector(bits_as<Register<float, N>>(wide), Register<E, N>);
   } else if constexpr (std::is_same_v<S, uint16_t>) {
-    return __builtin_convertvector(widen<N>(p), Register<E, N>);
+    // As signed numbers, which have conversions.
+    return __builtin_convertvector(bits_as<Register<int32_t, N>>(widen<N>(p)), Register<E, N>);
   } else {
     const auto value = *reinterpret_cast<const typename RegisterOf<S, N>::InMemory*>(p);
     return __builtin_convertvector(value, Register<E, N>);
