@@ -551,8 +551,9 @@ BRAZE_INLINE uint32_t load_bits(const uint8_t* p) {
 template <class T>
 using Vec = Lanes<T, BRAZE_LEVEL >= 2 ? 64 / sizeof(T) : 8>;
 
-// The vector of loops over 16-bit memory: two registers, whose lanes may be pairs.
+// The vector of loops over 16-bit memory: two registers or more, whose lanes may be pairs. A whole
+// number of the other.
 template <class T>
-using Wide = Lanes<T, 2 * kRegister / sizeof(T)>;
+using Wide = Lanes<T, std::max<int>(2 * kRegister / sizeof(T), Vec<T>::kLanes)>;
 
 }  // namespace braze::cpu::BRAZE_SET
