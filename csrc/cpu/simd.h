@@ -242,7 +242,8 @@ BRAZE_INLINE Register<E, N> load(const S* p) {
     const auto wide = widen<N>(&p->bits) << 16;
     return __builtin_convertvector(bits_as<Register<float, N>>(wide), Register<E, N>);
   } else if constexpr (std::is_same_v<S, uint16_t>) {
-    return __builtin_convertvector(widen<N>(p), Register<E, N>);
+    // As signed numbers, which have conversions.
+    return __builtin_convertvector(bits_as<Register<int32_t, N>>(widen<N>(p)), Register<E, N>);
   } else {
     const auto value = *reinterpret_cast<const typename RegisterOf<S, N>::InMemory*>(p);
     return __builtin_convertvector(value, Register<E, N>);
@@ -638,8 +639,9 @@ BRAZE_INLINE uint32_t load_bits(const uint8_t* p) {
 template <class T>
 using Vec = Lanes<T, BRAZE_LEVEL >= 2 ? 64 / sizeof(T) : 8>;
 
-// The vector of loops over 16-bit memory: two registers, whose lanes may be pairs.
+// The vector of loops over 16-bit memory: two registers or more, whose lanes may be pairs. A whole
+// number of the other.
 template <class T>
-using Wide = Lanes<T, 2 * kRegister / sizeof(T)>;
+using Wide = Lanes<T, std::max<int>(2 * kRegister / sizeof(T), Vec<T>::kLanes)>;
 
 }  // namespace braze::cpu::BRAZE_SET

@@ -91,7 +91,7 @@ class LaneSource {
         const int64_t index = row / mask_.spatial * mask_.channels + within;
         memcpy(tile_ + i, window(index, count), static_cast<size_t>(count) * sizeof(uint16_t));
       } else {
-        std::fill_n(tile_ + i, count, *window(row, 1));
+        fill(tile_ + i, count, *window(row, 1));
       }
       i += count;
     }
@@ -99,6 +99,13 @@ class LaneSource {
   }
 
  private:
+  // Writes up to a register more.
+  static void fill(uint16_t* to, int64_t n, uint16_t value) {
+    const Register<uint16_t, kRegister / 2> all = Register<uint16_t, kRegister / 2>{} + value;
+    using InMemory = RegisterOf<uint16_t, kRegister / 2>::InMemory;
+    for (int64_t i = 0; i < n; i += kRegister / 2) *reinterpret_cast<InMemory*>(to + i) = all;
+  }
+
   // Of mask indices [index, index + n), n <= kDropoutTile.
   const uint16_t* window(int64_t index, int64_t n) {
     if (index < window_begin_ || index + n > window_begin_ + kWindow) {
@@ -112,7 +119,7 @@ class LaneSource {
   const DropoutMask mask_;
   const RandomState random_;
   int64_t window_begin_ = -kWindow;
-  alignas(64) uint16_t tile_[kDropoutTile];
+  alignas(64) uint16_t tile_[kDropoutTile + kRegister / 2];
   alignas(64) uint16_t window_[kWindow];
 };
 
@@ -149,7 +156,8 @@ BRAZE_INLINE void store(const V& value, P* p, int64_t n) {
 template <class S, class Count>
 BRAZE_INLINE auto kept(const uint16_t* lanes, uint32_t threshold, Count count) {
   using V = VectorOf<S>;
-  using Numbers = Lanes<SignedOf<sizeof(Arithmetic<S>)>, V::kLanes>;
+  // Not every set compares 64-bit integers.
+  using Numbers = std::conditional_t<sizeof(S) == 8, V, Lanes<int32_t, V::kLanes>>;
   const Numbers limit(static_cast<int32_t>(threshold));
   if constexpr (std::is_same_v<S, Bf16>) {
     return load<Numbers>(lanes, count) >= limit;
