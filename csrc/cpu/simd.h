@@ -622,6 +622,16 @@ void reorder_pairs(T* p, int64_t count) {
   }
 }
 
+// f of vectors of one register each: a long formula of two at once would not stay in registers.
+template <class F, class V, class... Vs>
+BRAZE_INLINE V by_register(const F& f, const V& a, const Vs&... rest) {
+  if constexpr (V::kOne) {
+    return f(a, rest...);
+  } else {
+    return {by_register(f, a.lo, rest.lo...), by_register(f, a.hi, rest.hi...)};
+  }
+}
+
 // Between the bits of a mask and memory, where a vector has whole bytes of them.
 template <class V>
 BRAZE_INLINE void store_bits(uint32_t bits, uint8_t* p) {

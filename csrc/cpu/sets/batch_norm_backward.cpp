@@ -93,7 +93,10 @@ struct Loaded {
       V z = k[0].z(x[0], c, Whole{});
       if constexpr (kCase.two) z += k[1].z(x[1], c, Whole{});
       if constexpr (kCase.residual) z += residual;
-      d = activation_gradient<kCase.activation>(d, z, T(0));
+      d = by_register(
+          [](const auto& dy, const auto& at)
+              BRAZE_LAMBDA { return activation_gradient<kCase.activation>(dy, at, T(0)); },
+          d, z);
     }
   }
 };

@@ -304,7 +304,9 @@ void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
         if constexpr (kCase.mask) {
           store_bits<V>(derivative_is_upper<kCase.activation>(z).bits(), bits[r] + j / 8);
         }
-        activate<kCase.activation>(z, T(0)).store_in_any_order(rows.y + at);
+        by_register(
+            [](const auto& one) BRAZE_LAMBDA { return activate<kCase.activation>(one, T(0)); }, z)
+            .store_in_any_order(rows.y + at);
       });
     }
     for (int r = 0; r < kCount; ++r) {
