@@ -14,7 +14,7 @@ ARGS ?=
 BIN := .venv/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python bench -type f \
              ! -name '*.pyc' ! -path 'bench/results/*')
-CXX_FILES := $(filter %.h %.cpp %.inl %.cuh %.cu,$(SOURCES) $(shell find tests -type f))
+CXX_FILES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES) $(shell find tests -type f))
 # venv/bin first: pip's cmake and ninja, not older ones of the system.
 RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONNOUSERSITE=1
 

@@ -33,23 +33,6 @@ BRAZE_INLINE uint16_t bf16_from_float(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// Two neighbours in memory at once, in the 32 bits that hold them: loops over these need no
-// instruction that changes the width of a lane.
-BRAZE_INLINE float float_from_low_bf16(uint32_t pair) { return float_from_bits(pair << 16); }
-BRAZE_INLINE float float_from_high_bf16(uint32_t pair) {
-  return float_from_bits(pair & 0xffff0000u);
-}
-BRAZE_INLINE uint32_t rounded_to_bf16(float value) {  // in the upper half; the lower is arbitrary
-  const uint32_t bits = bits_from_float(value);
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const uint32_t nan =
-      0u - static_cast<uint32_t>(value != value);  // a mask: no branch to vectorise
-  return (rounded & ~nan) | (0x7fc00000u & nan);
-}
-BRAZE_INLINE uint32_t bf16_pair_from_floats(float low, float high) {
-  return (rounded_to_bf16(low) >> 16) | (rounded_to_bf16(high) & 0xffff0000u);
-}
-
 // Exact for every fp16 value: scale the shifted bits by 2^112; the compare restores inf and NaN.
 BRAZE_INLINE float float_from_f16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
