@@ -65,7 +65,7 @@ template <class T>
 void finish_statistics_of(const StatisticsArgs& a, const Geometry& g, const double* parts,
                           int64_t begin, int64_t end) {
   const int64_t c = g.shape.c;
-  each_vector<double>(end - begin, [&](int64_t j, auto n) {
+  each_vector<Doubles>(end - begin, [&](int64_t j, auto n) {
     j += begin;
     MomentsOf<Doubles> all = {};
     for (int64_t p = 0; p < g.parts; ++p) {
@@ -89,7 +89,7 @@ void finish_statistics_of(const StatisticsArgs& a, const Geometry& g, const doub
 template <class T>
 void combine_of(const CombineArgs& a) {
   const int64_t c = a.shape.c;
-  each_vector<double>(c, [&](int64_t j, auto n) {
+  each_vector<Doubles>(c, [&](int64_t j, auto n) {
     MomentsOf<Doubles> all = {};
     for (int64_t p = 0; p < a.processes; ++p) {
       const T* m = static_cast<const T*>(a.moments) + p * kMomentsRows * c;
@@ -104,7 +104,7 @@ void combine_of(const CombineArgs& a) {
 template <class T>
 void from_running_of(const FromRunningArgs& a) {
   const BatchNormChannels& b = a.channels;
-  each_vector<double>(a.shape.c, [&](int64_t j, auto n) {
+  each_vector<Doubles>(a.shape.c, [&](int64_t j, auto n) {
     store_stats<T>(b, a.shape.c, j, n, load_vector(b.running_mean, b.running_dtype, j, n, 0),
                    load_vector(b.running_var, b.running_dtype, j, n, 1), a.stats);
   });
@@ -132,7 +132,7 @@ template <class T>
 void finish_reduce_of(const BackwardArgs& a, const Geometry& g, const double* parts, int64_t begin,
                       int64_t end) {
   const int64_t c = g.shape.c;
-  each_vector<double>(end - begin, [&](int64_t j, auto n) {
+  each_vector<Doubles>(end - begin, [&](int64_t j, auto n) {
     j += begin;
     const auto sum = [&](int64_t row) {
       Doubles all = 0;
@@ -168,7 +168,7 @@ template <class T>
 void coefficients_of(const CoefficientsArgs& a) {
   const int64_t c = a.shape.c;
   const double count = static_cast<double>(*static_cast<const T*>(a.count));
-  each_vector<double>(c, [&](int64_t j, auto n) {
+  each_vector<Doubles>(c, [&](int64_t j, auto n) {
     const BatchNormSumsOf<Doubles> sums = {load_row<T>(a.sums, 0, c, j, n),
                                            load_row<T>(a.sums, 1, c, j, n)};
     store_coefficients<T>(training_coefficients<T>(sums, count, a.stats, c, j, n), c, j, n,

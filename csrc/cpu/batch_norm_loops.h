@@ -25,14 +25,6 @@ BRAZE_INLINE void rows_at_once(const Matrix& m, const Body& body) {
   }
 }
 
-// body(j, n) for columns [0, n), a vector at a time; the last, which may have fewer lanes, gets n.
-template <class T, class Body>
-BRAZE_INLINE void each_vector(int64_t n, const Body& body) {
-  int64_t j = 0;
-  for (; j + kWidth<T> <= n; j += kWidth<T>) body(j, Whole{});
-  if (j < n) body(j, n - j);
-}
-
 // The vector of hot loops over S: bf16 without a mask is read and written in pairs.
 template <class S>
 constexpr bool kPairs = Wide<Arithmetic<S>>::template kInPairs<S>;
@@ -71,7 +63,7 @@ const T* spread_channels(const T* in, int64_t width, const Spread& to, T* out) {
   }
   for (int64_t c = 0; c < width; ++c) {
     const Vec<T> value = in[c];
-    each_vector<T>(to.span, [&](int64_t j, auto n) { value.store(out + c * to.span + j, n); });
+    each_vector<Vec<T>>(to.span, [&](int64_t j, auto n) { value.store(out + c * to.span + j, n); });
   }
   return out;
 }
@@ -130,7 +122,7 @@ void fold_columns(const T* in, int64_t columns, int64_t width, int64_t span, dou
     for (int64_t c = 0; c < width; ++c) out[c] = sum_of(in + c * span, std::min(span, columns));
     return;
   }
-  each_vector<double>(width, [&](int64_t j, auto n) {
+  each_vector<Vec<double>>(width, [&](int64_t j, auto n) {
     Vec<double> sum = Vec<double>::load(in + j, n);
     for (int64_t p = width; p < columns; p += width) sum += Vec<double>::load(in + p + j, n);
     sum.store(out + j, n);

@@ -645,6 +645,14 @@ BRAZE_INLINE uint32_t load_bits(const uint8_t* p) {
   return value;
 }
 
+// body(i, n) for each vector of [0, n): n is Whole, or of the last less than a vector.
+template <class V, class Body>
+BRAZE_INLINE void each_vector(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) body(i, Whole{});
+  if (i < n) body(i, n - i);
+}
+
 // The vector of the loops over T.
 template <class T>
 using Vec = Lanes<T, BRAZE_LEVEL >= 2 ? 64 / sizeof(T) : 8>;

@@ -106,8 +106,8 @@ template <class S, class T>
 void gradient_any(const BackwardArgs& a, int64_t e, int64_t n, const uint8_t* bits, int64_t column,
                   const Spread& to, const Constants<T>* k, T* d) {
   const Sources<S> from = sources_at<S>(a, e);
-  each_vector<T>(n, [&](int64_t j, auto left)
-                        BRAZE_LAMBDA { gradient_of_output(from, j, left).store(d + j); });
+  each_vector<Vec<T>>(n, [&](int64_t j, auto left)
+                             BRAZE_LAMBDA { gradient_of_output(from, j, left).store(d + j); });
   if (a.activation == Activation::identity) return;
   const T parameter = static_cast<T>(a.parameter);
   if (bits != nullptr) {
@@ -121,7 +121,7 @@ void gradient_any(const BackwardArgs& a, int64_t e, int64_t n, const uint8_t* bi
     return;
   }
   alignas(64) T z[kPiece];
-  each_vector<T>(n, [&](int64_t j, auto left) BRAZE_LAMBDA {
+  each_vector<Vec<T>>(n, [&](int64_t j, auto left) BRAZE_LAMBDA {
     Vec<T> x[2] = {Vec<T>::load(from.x[0] + j, left), 0};
     if (from.x[1] != nullptr) x[1] = Vec<T>::load(from.x[1] + j, left);
     joined(from, from.x[1] != nullptr, x, j, to.at(column + j), left, k).store(z + j);
@@ -217,11 +217,11 @@ struct Reduce {
         const int64_t at = e + r * stride + begin;
         gradient_any<S>(a, at, count, bits.at(r, c), c, to, k, d[r]);
         if (kept == nullptr) continue;
-        each_vector<T>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
+        each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
           Vec<T>::load(d[r] + j).store(kept + at + j, left);
         });
       }
-      each_vector<T>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
+      each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
         Vec<T> grad = 0;
         for (int r = 0; r < kCount; ++r) grad += Vec<T>::load(d[r] + j);
         add_to(sums.grad + ((c + j) & wrap), grad, left);
@@ -408,7 +408,7 @@ void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t 
       }
       for (int s = 0; s < used; ++s) {
         fold_columns(rows[s], count, width, g.column_span(), block);
-        each_vector<double>(width, [&](int64_t j, auto n) {
+        each_vector<Doubles>(width, [&](int64_t j, auto n) {
           add_to(into + s * g.row() + j, Doubles::load(block + j, n), n);
         });
       }
@@ -464,15 +464,16 @@ struct ApplyGrad {
         S* dx = static_cast<S*>(a.grad[side].dx);
         if (dx == nullptr) continue;
         const S* x = moved<S>(a.input[side].x, at);
-        each_vector<T>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
+        each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
           k.dx(side, Vec<T>::load(d + j), Vec<T>::load(x + j, left), to.at(c + j), left,
                !a.batch_statistics)
               .store(dx + at + j, left);
         });
       }
       if (S* out = static_cast<S*>(a.grad_residual)) {
-        each_vector<T>(count, [&](int64_t j, auto left)
-                                  BRAZE_LAMBDA { Vec<T>::load(d + j).store(out + at + j, left); });
+        each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
+          Vec<T>::load(d + j).store(out + at + j, left);
+        });
       }
     }
   }

@@ -78,7 +78,7 @@ template <class S, class T>
 void shifts_of(const S* x, const Geometry& g, int64_t width, int64_t pixels, T* shift) {
   if (g.shape.channels_last) {
     pixels = std::min<int64_t>(pixels, 8);
-    each_vector<T>(width, [&](int64_t j, auto n) {
+    each_vector<Vec<T>>(width, [&](int64_t j, auto n) {
       Vec<T> sum = 0;
       for (int64_t p = 0; p < pixels; ++p) sum += Vec<T>::load(x + p * g.shape.c + j, n);
       make_shift(sum, Vec<T>(static_cast<T>(pixels))).store(shift + j, n);
@@ -114,7 +114,7 @@ void sum_block(const S* x, const Geometry& g, int64_t column, int64_t b, int64_t
   const int64_t images = g.images(b);
   const Spread to = {g.fold, g.span, g.one_channel, kPairs<S>};
   shifts_of(x + m.offset, g, width, g.block_count(b), out.near);
-  each_vector<double>(
+  each_vector<Doubles>(
       width, [&](int64_t c, auto n) { Doubles::load(out.near + c, n).store(out.shifts + c, n); });
   const T* shift = spread(out.near, width, to, out.shift);
   std::fill_n(out.sum, columns, T(0));
@@ -141,7 +141,7 @@ void sum_block(const S* x, const Geometry& g, int64_t column, int64_t b, int64_t
   fold_columns(out.sum, columns, width, g.column_span(), out.sums);
   fold_columns(out.square, columns, width, g.column_span(), out.squares);
   Doubles overflow = 0;
-  each_vector<double>(width, [&](int64_t c, auto n) {
+  each_vector<Doubles>(width, [&](int64_t c, auto n) {
     const Doubles square = Doubles::load(out.squares + c, n);
     overflow += square - square;
   });
@@ -165,7 +165,7 @@ void statistics_of(const StatisticsArgs& a, const Geometry& g, int64_t begin, in
     for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
       sum_block(static_cast<const S*>(a.x), g, column, b, width, block);
       const double own = static_cast<double>(g.block_count(b));
-      each_vector<double>(width, [&](int64_t j, auto n) {
+      each_vector<Doubles>(width, [&](int64_t j, auto n) {
         MomentsOf<Doubles> all = {Doubles::load(shift + j, n), count, Doubles::load(sum + j, n),
                                   Doubles::load(square + j, n)};
         merge_moments(all, {Doubles::load(block.shifts + j, n), own,
@@ -250,7 +250,7 @@ template <class S, class T>
     const int64_t count = std::min(kPiece, n - begin);
     const int64_t whole = whole_vectors<T>(count);
     const Rows<S> rows = rows_at<S>(a, e + begin);
-    each_vector<T>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
+    each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
       joined(rows, rows.x2 != nullptr, j, to.at(column + begin + j), left, k).store(z + j);
     });
     if (bits != nullptr) {
@@ -262,8 +262,8 @@ template <class S, class T>
     if (a.activation != Activation::identity) {
       loops.value[act](z, whole, static_cast<T>(a.parameter));
     }
-    each_vector<T>(count, [&](int64_t j, auto left)
-                              BRAZE_LAMBDA { Vec<T>::load(z + j).store(rows.y + j, left); });
+    each_vector<Vec<T>>(count, [&](int64_t j, auto left)
+                                   BRAZE_LAMBDA { Vec<T>::load(z + j).store(rows.y + j, left); });
   }
 }
 

@@ -166,20 +166,11 @@ BRAZE_INLINE auto kept(const uint16_t* lanes, uint32_t threshold, Count count) {
   }
 }
 
-// body(i, count) for each vector of [0, n): count is Whole, or of the last less than a vector.
-template <class S, class Body>
-BRAZE_INLINE void each_vector(int64_t n, const Body& body) {
-  constexpr int64_t kLanes = VectorOf<S>::kLanes;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, Whole{});
-  if (i < n) body(i, n - i);
-}
-
 template <class S>
 void scale(const Tile<S>& tile, const DropoutArgs& args) {
   using V = VectorOf<S>;
   const DropoutTerms<Arithmetic<S>> terms = round_terms<Arithmetic<S>>(args.terms);
-  each_vector<S>(tile.n,
+  each_vector<V>(tile.n,
                  [t = tile, terms, threshold = args.threshold](int64_t i, auto count) BRAZE_LAMBDA {
                    const V x = load<V>(t.x + i, count);
                    store(drop(kept<S>(t.lanes + i, threshold, count), x, terms), t.out + i, count);
@@ -190,7 +181,7 @@ template <class S>
 void add(const Tile<S>& tile, const DropoutArgs& args) {
   using V = VectorOf<S>;
   const auto factor = static_cast<Arithmetic<S>>(args.terms.scale);
-  each_vector<S>(
+  each_vector<V>(
       tile.n, [t = tile, factor, threshold = args.threshold](int64_t i, auto count) BRAZE_LAMBDA {
         const V x = load<V>(t.x + i, count), residual = load<V>(t.second + i, count);
         const V y = drop_and_add(kept<S>(t.lanes + i, threshold, count), x, residual, factor);
@@ -202,7 +193,7 @@ template <class S>
 void relu(const Tile<S>& tile, const DropoutArgs& args) {
   using V = VectorOf<S>;
   const auto factor = static_cast<Arithmetic<S>>(args.terms.scale);
-  each_vector<S>(
+  each_vector<V>(
       tile.n, [t = tile, factor, threshold = args.threshold](int64_t i, auto count) BRAZE_LAMBDA {
         const V y = activate<Activation::relu>(load<V>(t.x + i, count), Arithmetic<S>(0));
         store(drop_value(kept<S>(t.lanes + i, threshold, count), y, factor), t.out + i, count);
@@ -213,7 +204,7 @@ template <class S>
 void relu_grad(const Tile<S>& tile, const DropoutArgs& args) {
   using V = VectorOf<S>;
   const auto factor = static_cast<Arithmetic<S>>(args.terms.scale);
-  each_vector<S>(tile.n, [t = tile, factor](int64_t i, auto count) BRAZE_LAMBDA {
+  each_vector<V>(tile.n, [t = tile, factor](int64_t i, auto count) BRAZE_LAMBDA {
     const V y = load<V>(t.x + i, count), grad = load<V>(t.second + i, count);
     store(relu_and_drop_grad(y, grad, factor), t.out + i, count);
   });
@@ -227,13 +218,13 @@ void activate_any(const Tile<S>& tile, const DropoutArgs& args) {
   const bool backward = args.step == DropoutStep::activate_grad;
   const ActivationLoops<T>& loops = activations.template of<T>();
   alignas(64) T value[kDropoutTile + V::kLanes];
-  each_vector<S>(tile.n, [t = tile, &value](int64_t i, auto count)
+  each_vector<V>(tile.n, [t = tile, &value](int64_t i, auto count)
                              BRAZE_LAMBDA { load<V>(t.x + i, count).store(value + i); });
   const int64_t lanes = V::kLanes, whole = (tile.n + lanes - 1) / lanes * lanes;
   const auto a = static_cast<size_t>(args.activation);
   (backward ? loops.derivative : loops.value)[a](value, whole, static_cast<T>(args.parameter));
   const T factor = static_cast<T>(args.terms.scale);
-  each_vector<S>(tile.n, [t = tile, &value, factor, backward, threshold = args.threshold](
+  each_vector<V>(tile.n, [t = tile, &value, factor, backward, threshold = args.threshold](
                              int64_t i, auto count) BRAZE_LAMBDA {
     const V y = V::load(value + i);
     const auto mask = kept<S>(t.lanes + i, threshold, count);
