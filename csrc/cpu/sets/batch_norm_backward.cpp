@@ -144,16 +144,17 @@ struct Cases {
   }
 };
 using HotGradients =
-    Cases<GradientCase{}, GradientCase{.activation = Activation::relu},
-          GradientCase{.activation = Activation::relu6},
-          GradientCase{.activation = Activation::hardswish}, GradientCase{.mask = true},
-          GradientCase{.mask = true, .second = true}, GradientCase{.two = true},
-          GradientCase{.activation = Activation::relu, .two = true},
+    Cases<GradientCase{}, GradientCase{.activation = Activation::relu}, GradientCase{.mask = true},
+          GradientCase{.two = true}, GradientCase{.activation = Activation::relu, .two = true}>;
+using HotFloatGradients =  // of all but fp64
+    Cases<GradientCase{.activation = Activation::relu6},
+          GradientCase{.activation = Activation::hardswish},
+          GradientCase{.activation = Activation::silu},
+          GradientCase{.activation = Activation::silu, .residual = true},
+          GradientCase{.mask = true, .second = true},
           GradientCase{.activation = Activation::relu, .two = true, .second = true},
           GradientCase{.frozen = true},
           GradientCase{.activation = Activation::relu, .frozen = true}>;
-using HotCurvedGradients = Cases<GradientCase{.activation = Activation::silu},
-                                 GradientCase{.activation = Activation::silu, .residual = true}>;
 
 // Loops::hot<S, the case> if it is one of them, else Loops::any<S>.
 template <class S, class Loops>
@@ -170,7 +171,7 @@ auto* loop_for([[maybe_unused]] const BackwardArgs& a, [[maybe_unused]] bool fro
                            .second = a.dy2 != nullptr,
                            .frozen = frozen};
   HotGradients::choose<S, Loops>(is, loop);
-  if constexpr (sizeof(S) < 8) HotCurvedGradients::choose<S, Loops>(is, loop);
+  if constexpr (sizeof(S) < 8) HotFloatGradients::choose<S, Loops>(is, loop);
 #endif
   return loop;
 }
