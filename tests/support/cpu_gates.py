@@ -27,16 +27,17 @@ DRIVER = ROOT / "tests/support/cpu_kernels.cpp"
 PIN = ".venv/bin/python tests/support/cpu_gates.py --pin"
 SETS = ("baseline", "avx2")
 SLACK = 1.1
+CROSS = "aarch64-linux-gnu-g++"
 CONTROL = "scalar_sgd fp32"
 # Instructions per element by kernel and instruction set.
 Figures = dict[str, dict[str, float]]
 
 
-def why_not() -> str:
-    """Why nothing can be counted here, or ""."""
+def why_not(*tools: str) -> str:
+    """Why the kernels of all sets cannot be compiled, and these tools run, here, or ""."""
     if platform.machine() != "x86_64":
         return f"AVX2 is x86-64's, this is {platform.machine()}"
-    missing = [tool for tool in ("valgrind", "c++", "cmake") if shutil.which(tool) is None]
+    missing = [tool for tool in ("c++", "cmake", *tools) if shutil.which(tool) is None]
     return f"{', '.join(missing)} not installed" if missing else ""
 
 
@@ -45,25 +46,74 @@ def compiler() -> str:
     return _run(["c++", "--version"]).splitlines()[0]
 
 
-def compile_driver(build: Path = BUILD) -> Path:
-    """The driver, with what CMake has compiled of all that knows no torch: not csrc/ops and bindings.cpp."""
+def compile_objects(build: Path = BUILD) -> list[dict[str, str]]:
+    """CMake's compile commands of csrc/cpu and csrc/plan, which know no torch; all have been run."""
     environ = tools_first()
     defines = ["CMAKE_EXPORT_COMPILE_COMMANDS=ON", "BRAZE_CUDA=OFF"]
     defines += [f"Python_EXECUTABLE={sys.executable}"]
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
     _run([*configure, *(f"-D{define}" for define in defines)], environ)
-    torchs = (f"{ROOT}/csrc/ops/", f"{ROOT}/csrc/bindings.cpp")
     commands = json.loads((build / "compile_commands.json").read_text())
-    used = [c for c in commands if not c["file"].startswith(torchs)]
-    objects = [str(Path(build, c["output"]).relative_to(build)) for c in used]
+    used = [
+        c for c in commands if c["file"].startswith((f"{ROOT}/csrc/cpu/", f"{ROOT}/csrc/plan/"))
+    ]
+    for command in used:
+        command["output"] = str(Path(build, command["output"]))
+    objects = [str(Path(c["output"]).relative_to(build)) for c in used]
     _run(["cmake", "--build", str(build), "--target", *objects], environ)
-    like = next(c for c in used if c["file"].endswith("/cpu/instruction_set.cpp"))
-    words = shlex.split(like["command"])
-    flags = words[: words.index("-o")]
-    program = build / "cpu_kernels"
-    command = [*flags, f"-I{ROOT / 'csrc'}", str(DRIVER), *(str(build / o) for o in objects)]
+    return used
+
+
+def flags_of(command: dict[str, str]) -> list[str]:
+    """What CMake compiles a file with, beginning with the compiler."""
+    words = shlex.split(command["command"])
+    return words[: words.index("-o")]
+
+
+def compile_driver(commands: list[dict[str, str]], *more: str) -> Path:
+    """The driver, with these objects: next to the first, with its compiler."""
+    like = next(c for c in commands if c["file"].endswith("/cpu/instruction_set.cpp"))
+    program = Path(like["output"]).with_name("cpu_kernels")
+    objects = [c["output"] for c in commands]
+    command = [*flags_of(like), *more, f"-I{ROOT / 'csrc'}", str(DRIVER), *objects]
     _run([*command, "-o", str(program)])
     return program
+
+
+def compile_driver_for_arm(commands: list[dict[str, str]], folder: Path) -> Path:
+    """The same for aarch64, without libraries of its own, from the commands of the baseline."""
+    crossed = []
+    for command in commands:
+        if "/kernels_" in command["output"] and "/kernels_baseline" not in command["output"]:
+            continue
+        flags = shlex.join([CROSS, "-Wno-psabi", *flags_of(command)[1:]])
+        output = str(folder / f"{Path(command['file']).stem}{len(crossed)}.o")
+        crossed.append({**command, "command": f"{flags} -o {output} -c", "output": output})
+        _run([*shlex.split(crossed[-1]["command"]), command["file"]])
+    return compile_driver(crossed, "-static")
+
+
+def bits(driver: list[str], flipped: int = 0) -> dict[str, str]:
+    """The hash of each result of the driver; `flipped`: bits of its last byte."""
+    lines = _run([*driver, str(flipped)]).splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines)
+
+
+def sets_of(program: Path) -> list[str]:
+    """What the driver can run here."""
+    return _run([str(program)]).split()
+
+
+def shared_symbols(compiled: str, instruction_set: str) -> list[str]:
+    """The weak symbols of an object of this set that other objects may have as well.
+
+    The linker takes one copy, whatever instructions that has. Those of the standard library are
+    compiled for any machine, see set_begin.h, and what has the set's namespace in its name is its own.
+    """
+    fields = [line.split() for line in _run(["nm", "-P", compiled]).splitlines()]
+    own = f"3cpu{len(instruction_set)}{instruction_set}"
+    weak = [name for name, kind, *_ in fields if kind in "WVu"]
+    return [name for name in weak if own not in name and not re.match("_ZN?K?St", name)]
 
 
 def measure(program: Path, instruction_set: str) -> dict[str, float]:
@@ -125,7 +175,7 @@ def main() -> int:
     parser.add_argument("--pin", action="store_true", help=f"rewrite {RATCHET.name}")
     pin = parser.parse_args().pin
     try:
-        figures = measure_all(compile_driver())
+        figures = measure_all(compile_driver(compile_objects()))
     except GateError as error:
         print(error, file=sys.stderr)
         return 1
