@@ -98,7 +98,7 @@ def test_every_architecture_trains(arch: str, arguments: list[str], tmp_path: Pa
     assert sum(ours[-3:]) < 0.97 * sum(ours[:3])
     if arch not in WITH_DROPOUT:
         # Deep networks amplify rounding within ten batches; a wrong update shows in the second.
-        assert ours[:3] == pytest.approx(theirs[:3], abs=1e-4)
+        assert ours[:3] == pytest.approx(theirs[:3], abs=1e-3)
 
 
 @pytest.mark.parametrize("arguments", NEW_LAYERS, ids=" ".join)

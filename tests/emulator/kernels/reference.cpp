@@ -4,7 +4,7 @@
 #define BRAZE_SET baseline
 #define BRAZE_LEVEL 0
 #include "cpu/optimizer_cpu.cpp"
-#include "cpu/sets/optimizer.cpp"
+#include "cpu/sets/optimizer_loops.cpp"
 #include "cpu/threads.h"
 #include "plan/chunks.cpp"
 
