@@ -53,16 +53,16 @@ void add_moments(const S* x, int64_t stride, int64_t columns, const T* shift, T*
       add_to(square + j, q, Whole{});
     }
   }
-  for (; j < columns; j += kWidth<T>) {
-    const int64_t n = columns - j, at = kPlane ? j % kPlaneSums : j;
+  each_vector<Vec<T>>(columns - j, [&](int64_t i, auto n) BRAZE_LAMBDA {
+    const int64_t column = j + i, at = kPlane ? column % kPlaneSums : column;
+    const Vec<T> near = Vec<T>::load(kPlane ? shift : shift + column, n);
     Vec<T> s = 0, q = 0;
-    for (int r = 0; r < kCount; ++r) {
-      add_moment(Vec<T>::load(x + r * stride + j, n), Vec<T>::load(kPlane ? shift : shift + j, n),
-                 s, q);
-    }
+    unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
+      add_moment(Vec<T>::load(x + r * stride + column, n), near, s, q);
+    });
     add_to(sum + at, s, n);
     add_to(square + at, q, n);
-  }
+  });
 }
 
 // The sums of one block, by column and by channel.
