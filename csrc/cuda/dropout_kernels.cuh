@@ -162,7 +162,8 @@ __device__ __forceinline__ void drop_tile(const DropoutArgs& a, int64_t base, ui
 template <class S>
 constexpr int blocks_at_once(DropoutStep step) {
   const bool activates = step == DropoutStep::activate || step == DropoutStep::activate_grad;
-  return sizeof(S) == 8 && activates ? 2 : 4;
+  if (sizeof(S) == 8 && activates) return 2;
+  return sizeof(S) == 4 && step == DropoutStep::activate_grad ? 3 : 4;
 }
 
 template <class S, DropoutStep kStep, bool kChannels>

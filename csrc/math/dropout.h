@@ -86,7 +86,7 @@ BRAZE_INLINE V drop_and_add(Kept kept, V x, V residual, Element<V> scale) {
   return select(kept, fused_multiply_add(x, V(scale), residual), residual);
 }
 
-// dropout(y) without a shift, and its gradient for the z of y = activation(z).
+// dropout(y) without a shift, of y = activation(x), and its gradient for x.
 template <class V, class Kept>
 BRAZE_INLINE V drop_value(Kept kept, V y, Element<V> scale) {
   return select(kept, y * V(scale), V(0));
@@ -104,7 +104,8 @@ BRAZE_INLINE V activate_and_drop(Kept kept, V x, Element<V> parameter, Element<V
 template <Activation kA, class V, class Kept>
 BRAZE_INLINE V activate_and_drop_grad(Kept kept, V x, V grad, Element<V> parameter,
                                       Element<V> scale) {
-  return drop_gradient(kept, activation_derivative<kA>(x, parameter), grad, scale);
+  const V scaled = grad * V(scale) * activation_derivative<kA>(x, parameter);
+  return select(kept, scaled, V(0));
 }
 
 // Of ReLU, whose output says all: y > 0 means kept and x > 0.
