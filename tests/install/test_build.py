@@ -19,9 +19,7 @@ from braze.__main__ import main
 pytestmark = pytest.mark.cpu_only("is about the build")
 
 ROOT = Path(__file__).parents[2]
-CXX = [
-    p for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in {".h", ".cpp", ".cuh", ".cu"}
-]
+CXX = [p for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in {".h", ".cpp", ".cuh", ".cu"}]
 
 
 def test_guard_accepts_the_same_minor() -> None:
