@@ -293,7 +293,9 @@ BRAZE_INLINE Register<uint16_t, N> round_to_f16(Register<float, N> value) {
   using Bits = Register<int32_t, N>;
   const Bits bits = bits_as<Bits>(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   const Bits denormal = bits_as<Bits>(bits_as<Register<float, N>>(magnitude) + 0.5f) - 0x3f000000;
-  const Bits normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  using Words = Register<uint32_t, N>;  // what is not chosen may wrap
+  const Words words = bits_as<Words>(magnitude);
+  const Bits normal = bits_as<Bits>((words - 0x38000000u + 0xfffu + (words >> 13 & 1u)) >> 13);
   const Bits nan = (magnitude >> 13 & 0x1ff) | 0x7e00, infinite = bits * 0 + 0x7c00;
   const Bits finite = magnitude < 0x38800000 ? denormal : normal;
   const Bits number = magnitude >= 0x477ff000 ? infinite : finite;

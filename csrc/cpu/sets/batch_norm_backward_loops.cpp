@@ -223,18 +223,26 @@ struct Reduce {
         });
       }
       each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
-        Vec<T> grad = 0;
+        // A plane's sums are carried on, those of rows are formed apart and added.
+        const int64_t at = (c + j) & wrap;
+        const auto begin_sum = [&](const T* sum) BRAZE_LAMBDA {
+          return to.one_channel ? Vec<T>::load(sum + at, left) : Vec<T>(0);
+        };
+        const auto end_sum = [&](const Vec<T>& value, T* sum) BRAZE_LAMBDA {
+          to.one_channel ? value.store(sum + at, left) : add_to(sum + at, value, left);
+        };
+        Vec<T> grad = begin_sum(sums.grad);
         for (int r = 0; r < kCount; ++r) grad += Vec<T>::load(d[r] + j);
-        add_to(sums.grad + ((c + j) & wrap), grad, left);
+        end_sum(grad, sums.grad);
         for (int side = 0; side < 1 + two; ++side) {
-          Vec<T> unused = 0, input = 0;
+          Vec<T> unused = 0, input = begin_sum(sums.input[side]);
           const Vec<T> mean = Vec<T>::load(k[side].mean + to.at(c + j), left);
           const S* x = static_cast<const S*>(a.input[side].x) + e + begin + j;
           for (int r = 0; r < kCount; ++r) {
             add_gradient(Vec<T>::load(d[r] + j), Vec<T>::load(x + r * stride, left), mean, unused,
                          input);
           }
-          add_to(sums.input[side] + ((c + j) & wrap), input, left);
+          end_sum(input, sums.input[side]);
         }
       });
     }
@@ -300,6 +308,9 @@ struct Reduce {
     // bits waits for the store. Elsewhere registers are better spent.
     constexpr bool kKeepsLast = kCase.mask || kCase.two || kCase.second;
     constexpr bool kKeeps = kKeepsLast || kCase.activation == Activation::silu;
+    const auto load = [](auto& sum, const T* at)
+                          BRAZE_LAMBDA { sum = std::remove_cvref_t<decltype(sum)>::load(at); };
+    const auto store = [](const auto& sum, T* at) BRAZE_LAMBDA { sum.store(at); };
     const auto clear = [](auto& sum, const T*) BRAZE_LAMBDA { sum = 0; };
     const auto add = [](const auto& sum, T* at) BRAZE_LAMBDA { add_to(at, sum, Whole{}); };
     const Constants<T> k[2] = {constants[0], constants[1]};
@@ -316,7 +327,7 @@ struct Reduce {
     };
     if constexpr (kPlane) {
       reorder(std::true_type{});
-      own.each(sums, 0, [](V& sum, const T* at) BRAZE_LAMBDA { sum = V::load(at); });
+      own.each(sums, 0, load);
     }
     int64_t j = 0;
     for (; j + kStep <= columns; j += kStep) {
@@ -344,13 +355,13 @@ struct Reduce {
       if constexpr (!kPlane) own.each(sums, j, add);
     }
     if constexpr (kPlane) {
-      own.each(sums, 0, [](const V& sum, T* at) BRAZE_LAMBDA { sum.store(at); });
+      own.each(sums, 0, store);
       reorder(std::false_type{});
     }
     for (; j + kWidth<T> <= columns; j += kWidth<T>) {  // too few for a step
       InRegisters<kInputs, 1, Vec<T>> rest;
       const int64_t c = kPlane ? 0 : j, at = kPlane ? j % kPlaneSums : j;
-      rest.each(sums, at, clear);
+      kPlane ? rest.each(sums, at, load) : rest.each(sums, at, clear);
       unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
         Loaded<kCase, Vec<T>, S> vector;
         vector.load(from, r * stride + j);
@@ -358,7 +369,7 @@ struct Reduce {
         rest.add(0, vector, k, c);
         if (kKeeps && keep != nullptr) vector.d.store(keep + r * stride + j);
       });
-      rest.each(sums, at, add);
+      kPlane ? rest.each(sums, at, store) : rest.each(sums, at, add);
     }
     if (j < columns) {
       rows<kCount>(a, e + j, stride, columns - j, bits, j, to, constants, sums, kept);
