@@ -102,7 +102,8 @@ def check_oldest() -> str:
     entries = [
         entry
         for entry in json.loads(run(["ninja", "-C", build, "-t", "compdb"]))
-        if entry["output"].endswith(".o") and re.search(r"csrc/(ops/|bindings)|/Unity/", entry["file"])
+        if entry["output"].endswith(".o")
+        and re.search(r"csrc/(ops/|bindings)|/Unity/", entry["file"])
     ]
 
     def compile_one(entry: dict[str, str]) -> Path:
