@@ -97,25 +97,18 @@ def blocks_of(body: list[Instruction]) -> list[Block]:
             blocks.append(Block([]))
         blocks[-1].body.append(instruction)
     at = {block.body[0].address: k for k, block in enumerate(blocks)}
-    table = None  # the block that ends with the nearest indirect branch before
+    switch: Block | None = None  # the nearest indirect branch before
     for k, block in enumerate(blocks):
-        last = block.body[-1]
-        leaves = last.name() in LEAVING and not last.conditional()
-        if k > 0 and table is not None:
-            before = blocks[k - 1].body[-1]
-            if (
-                before.name() in LEAVING
-                and not before.conditional()
-                and block.body[0].address not in targets
-            ):
-                table.next.append(k)  # nothing else leads here: a case of the switch
-        if not leaves and last.name() != "CALL" and k + 1 < len(blocks):
-            block.next.append(k + 1)
-        target = last.target()
-        if last.name() in LEAVING and target in at and ".DIV" not in last.opcode:
-            block.next.append(at[target])
+        last, more = block.body[-1], k + 1 < len(blocks)
         if last.name() in ("BRX", "JMX"):
-            table = block
+            switch = block
+        if last.name() in LEAVING and not last.conditional():
+            if switch and more and blocks[k + 1].body[0].address not in targets:
+                switch.next.append(k + 1)  # nothing else leads there: a case of the switch
+        elif last.name() != "CALL" and more:
+            block.next.append(k + 1)
+        if last.name() in ("BRA", "JMP") and ".DIV" not in last.opcode and last.target() in at:
+            block.next.append(at[last.target()])
     return blocks
 
 
@@ -422,9 +415,30 @@ def broken_limits(
     return problems
 
 
-def table(rows: dict[str, Row]) -> list[str]:
-    """The lines of a markdown table."""
+def document(
+    rows: dict[str, Row], limits: dict[str, float], excused: dict[str, str], command: str
+) -> str:
+    """The page about ``rows``, which ``command`` writes."""
     lines = [
+        "# What the CUDA kernels ask of a GPU",
+        "",
+        "A model, not a measurement: the instructions of each hot loop as compiled for "
+        f"{ARCH}, counted along the shortest way around the loop that makes all of its 16-byte "
+        "accesses. So without operands that may be absent, edges, and the slow paths of divisions; "
+        "of a kernel of all activations, the cheapest. Latency and caches are not in it.",
+        "",
+        "- B/el: bytes that an element's operands take, each read or written once.",
+        "- need issue, need ALU: the shares of an H200's issue slots and ALU slots that the loop "
+        f"takes where it is as fast as a copy, which moves {COPY_RATE / 1e12} TB/s. On an H100: "
+        f"{H100_COPY_RATE:.2f} of them.",
+        "- KB in flight: 16 bytes for each 16-byte load of one way around the loop, of all threads "
+        "that a multiprocessor holds.",
+        "",
+        f"Limits: need issue at most {limits['need_issue']:.2f}, need ALU at most "
+        f"{limits['need_alu']:.2f}, in flight at least {limits['in_flight'] / 1024:.0f} KB.",
+        "",
+        f"Remade by `{command}`; counted by `tests/support/sass_model.py`.",
+        "",
         "| kernel | mode | dtype | B/el | instr/el | ALU/el | need issue | need ALU | registers "
         "| blocks/SM | KB in flight |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -436,4 +450,7 @@ def table(rows: dict[str, Row]) -> list[str]:
             f"{row.need_alu:.2f}", row.registers, row.blocks, f"{row.in_flight / 1024:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+    if excused:
+        lines += ["", "Beyond a limit:", ""]
+        lines += [f"- `{name}`: {reason}" for name, reason in sorted(excused.items())]
+    return "\n".join(lines) + "\n"
