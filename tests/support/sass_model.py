@@ -52,8 +52,8 @@ class Instruction:
         return bool(self.predicate) or "," in self.operands or ".DIV" in self.opcode
 
 
-TARGETED = ("BRA", "JMP", "CALL", "BSSY", "WARPSYNC")
-LEAVING = ("BRA", "JMP", "BRX", "JMX", "EXIT", "RET")
+TARGETED = ("BRA", "CALL", "BSSY", "WARPSYNC")
+LEAVING = ("BRA", "BRX", "EXIT", "RET")
 
 
 def functions(sass: str) -> dict[str, list[Instruction]]:
@@ -100,15 +100,16 @@ def blocks_of(body: list[Instruction]) -> list[Block]:
     switch: Block | None = None  # the nearest indirect branch before
     for k, block in enumerate(blocks):
         last, more = block.body[-1], k + 1 < len(blocks)
-        if last.name() in ("BRX", "JMX"):
+        if last.name() == "BRX":
             switch = block
         if last.name() in LEAVING and not last.conditional():
             if switch and more and blocks[k + 1].body[0].address not in targets:
                 switch.next.append(k + 1)  # nothing else leads there: a case of the switch
         elif last.name() != "CALL" and more:
             block.next.append(k + 1)
-        if last.name() in ("BRA", "JMP") and ".DIV" not in last.opcode and last.target() in at:
-            block.next.append(at[last.target()])
+        target = last.target()
+        if last.name() == "BRA" and ".DIV" not in last.opcode and target in at:
+            block.next.append(at[target])
     return blocks
 
 
@@ -136,34 +137,16 @@ def loops_of(blocks: list[Block], order: list[int]) -> dict[int, set[int]]:
     for k in order:
         for s in blocks[k].next:
             before[s].append(k)
-    above = {0: 0}  # immediate dominators
-
-    def common(a: int, b: int) -> int:
-        while a != b:
-            if rank[a] < rank[b]:
-                a, b = b, a
-            a = above[a]
-        return a
-
-    changed = True
-    while changed:
-        changed = False
-        for k in order[1:]:
-            known = [p for p in before[k] if p in above]
-            parent = known[0]
-            for p in known[1:]:
-                parent = common(parent, p)
-            if above.get(k) != parent:
-                above[k], changed = parent, True
     loops: dict[int, set[int]] = {}
     for k in order:
-        for header in blocks[k].next:
-            if rank[header] <= rank[k] and common(header, k) == header:
-                loop, todo = loops.setdefault(header, {header}), [k]
-                while todo:
-                    if (p := todo.pop()) not in loop:
-                        loop.add(p)
-                        todo += before[p]
+        for header in (s for s in blocks[k].next if rank[s] <= rank[k]):
+            loop, todo = {header}, [k]
+            while todo:
+                if (p := todo.pop()) not in loop:
+                    loop.add(p)
+                    todo += before[p]
+            if header == 0 or 0 not in loop:  # or it can be entered past its header
+                loops.setdefault(header, set()).update(loop)
     return loops
 
 
