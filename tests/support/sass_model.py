@@ -49,7 +49,7 @@ class Instruction:
 
     def conditional(self) -> bool:
         """Whether the next one may follow a branch or an exit."""
-        return bool(self.predicate) or "," in self.operands or ".DIV" in self.opcode
+        return bool(self.predicate) or "," in self.operands
 
 
 TARGETED = ("BRA", "CALL", "BSSY", "WARPSYNC")
@@ -282,7 +282,7 @@ class Row:
     mode: str
     dtype: str
     elements: int  # of one thread's way around the loop
-    bytes: int  # that these elements read and write
+    bits: int  # that these elements read and write
     instructions: int
     alu: int
     registers: int
@@ -290,7 +290,7 @@ class Row:
     in_flight: int  # bytes that these blocks' loads have under way
 
     def _share(self, instructions: int, per_cycle: int) -> float:
-        return instructions * (COPY_RATE / self.bytes) / (CYCLES * per_cycle * 32)
+        return instructions * (8 * COPY_RATE / self.bits) / (CYCLES * per_cycle * 32)
 
     @property
     def need_issue(self) -> float:
@@ -307,7 +307,7 @@ class Row:
         return {figure: getattr(self, figure) for figure in FIGURES}
 
 
-FIGURES = ("elements", "bytes", "instructions", "alu", "registers", "blocks", "in_flight")
+FIGURES = ("elements", "bits", "instructions", "alu", "registers", "blocks", "in_flight")
 
 
 def resident_blocks(registers: int, shared: int) -> int:
@@ -349,7 +349,7 @@ def rows_of(name: str, body: list[Instruction], registers: int, shared: int) -> 
         dtype = STORED.get(match[1]) or dtype_of(path)
         row = name if match[1] else f"{name} {dtype}"
         elements = units * 16 // BYTES[dtype]
-        mask = elements // 8 if "Mask" in mode else 0
+        mask = elements if "Mask" in mode else 0
         resident = resident_blocks(registers, shared)
         rows.setdefault(
             row,
@@ -357,7 +357,7 @@ def rows_of(name: str, body: list[Instruction], registers: int, shared: int) -> 
                 mode=mode,
                 dtype=dtype,
                 elements=elements,
-                bytes=units * 16 * (family.loads + family.stores) + mask,
+                bits=units * 128 * (family.loads + family.stores) + mask,
                 instructions=len(path),
                 alu=sum(i.name() in ALU for i in path),
                 registers=registers,
@@ -427,7 +427,7 @@ def document(
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in sorted(rows.items()):
-        per_element = (f"{n / row.elements:.2f}" for n in (row.bytes, row.instructions, row.alu))
+        per_element = (f"{n / row.elements:.2f}" for n in (row.bits / 8, row.instructions, row.alu))
         cells = [
             f"`{name}`", row.mode, row.dtype, *per_element, f"{row.need_issue:.2f}",
             f"{row.need_alu:.2f}", row.registers, row.blocks, f"{row.in_flight / 1024:.0f}",
