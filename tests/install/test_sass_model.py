@@ -273,6 +273,14 @@ def test_loop_of_each_dtype_is_a_row() -> None:
     }
 
 
+def test_loop_of_the_remainder_is_no_row() -> None:
+    load = "LDG.E.128 R4, desc[UR4][R2.64]\n"
+    code = f"last:\n{load}@P1 BRA last\nmain:\n{load * 2}@P1 BRA main\nEXIT"
+    name = "batch_norm_statistics_kernel<Bf16, Plain>"
+    (row,) = sass_model.rows_of(name, body(code), 40, 0).values()
+    assert row.elements == 16 and row.instructions == 3
+
+
 def test_mask_counts_a_bit_of_each_element() -> None:
     name = "batch_norm_apply_kernel<Bf16, 1, Plain{}>"
     bits_of = {
