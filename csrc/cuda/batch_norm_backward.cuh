@@ -153,7 +153,7 @@ __device__ __forceinline__ void finish_input(const BackwardArgument& a, int k, i
 // --- the kernels ---
 
 template <class S, int kInputs, class Mode>
-__global__ void __launch_bounds__(kNormThreads, kInputs == 1 || Mode::kPlain ? 2 : 1)
+__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(true)))
     batch_norm_reduce_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
   using T = Arithmetic<S>;
   using Item = SumsItem<kInputs>;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 template <class S, int kInputs, class Mode>
-__global__ void __launch_bounds__(kNormThreads, kInputs == 1 || Mode::kPlain ? 2 : 1)
+__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(false)))
     batch_norm_apply_grad_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
   using T = Arithmetic<S>;
   constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<Mode>;

@@ -41,6 +41,13 @@ struct PlainMask : PlainRelu {
   static constexpr bool kMask = true;
 };
 
+// Blocks of one multiprocessor, which decide on the registers of a thread. A kernel that keeps
+// `few` numbers per lane leaves room for a third.
+template <int kInputs, class Mode>
+constexpr int blocks_at_once(bool few) {
+  return !Mode::kPlain ? 3 - kInputs : kInputs == 1 && few ? 3 : 2;
+}
+
 template <class Mode, class F>
 __device__ __forceinline__ void with_activation_of(Activation activation, F&& f) {
   if constexpr (Mode::kPlain) {
@@ -415,7 +422,7 @@ __device__ __forceinline__ bool reduce_group(const NormGrid& grid, Item* partial
   }
   uint32_t count = grid.splits;
   int64_t stride = width;
-  if (BRAZE_HOOK(two_levels, grid.splits > kOneLevel)) {
+  if (grid.splits > kOneLevel) {
     const uint32_t part = split / kFan, first = part * kFan;
     const uint32_t blocks = min(uint32_t{kFan}, grid.splits - first);
     unsigned int* const ticket = tickets + grid.groups + group * norm_parts(grid.splits) + part;
