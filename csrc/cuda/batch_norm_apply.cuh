@@ -15,7 +15,7 @@ template <class S, class Mode>
 constexpr int kApplyLanes = Mode::kMask ? 8 : kVector<S>;
 
 template <class S, int kInputs, class Mode>
-__global__ void __launch_bounds__(kNormThreads, kInputs == 1 || Mode::kPlain ? 2 : 1)
+__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(!Mode::kMask)))
     batch_norm_apply_kernel(BRAZE_GRID_CONSTANT(ApplyArgument) a) {
   using T = Arithmetic<S>;
   constexpr int kLanes = kApplyLanes<S, Mode>;

@@ -105,8 +105,11 @@ struct BackwardUnit {
   }
 };
 
-template <class Mode>
-constexpr int kBackwardUnroll = std::is_same_v<Mode, AnyCurved> ? 1 : 2;
+// Units at once; more where one block has a multiprocessor to itself.
+template <int kInputs, class Mode>
+constexpr int kBackwardUnroll = std::is_same_v<Mode, AnyCurved> ? 1
+                                : kInputs == 2 && !Mode::kPlain ? 3
+                                                                : 2;
 
 template <class T>
 __device__ __forceinline__ BatchNormStats<T> load_stats(const void* stats, int64_t channels,
@@ -153,11 +156,11 @@ __device__ __forceinline__ void finish_input(const BackwardArgument& a, int k, i
 // --- the kernels ---
 
 template <class S, int kInputs, class Mode>
-__global__ void __launch_bounds__(kNormThreads, kInputs == 1 || Mode::kPlain ? 2 : 1)
+__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(true)))
     batch_norm_reduce_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
   using T = Arithmetic<S>;
   using Item = SumsItem<kInputs>;
-  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<Mode>;
+  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kInputs, Mode>;
   BRAZE_SHARED(double, shared, kMergeNumbers<Item>);
   const NormGrid& grid = a.grid;
   Walk<S, kLanes, false, Mode::kPlain> walk(grid, blockIdx.x);
@@ -231,10 +234,10 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 template <class S, int kInputs, class Mode>
-__global__ void __launch_bounds__(kNormThreads, kInputs == 1 || Mode::kPlain ? 2 : 1)
+__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(false)))
     batch_norm_apply_grad_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
   using T = Arithmetic<S>;
-  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<Mode>;
+  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kInputs, Mode>;
   // From the end: what reduce read last may be in the cache still.
   const uint32_t block = gridDim.x - 1 - blockIdx.x;
   Walk<S, kLanes, true, Mode::kPlain> walk(a.grid, block);

@@ -41,6 +41,13 @@ struct PlainMask : PlainRelu {
   static constexpr bool kMask = true;
 };
 
+// Blocks of one multiprocessor, which decide on the registers of a thread. A kernel that keeps
+// `few` numbers per lane leaves room for a third.
+template <int kInputs, class Mode>
+constexpr int blocks_at_once(bool few) {
+  return !Mode::kPlain ? 3 - kInputs : kInputs == 1 && few ? 3 : 2;
+}
+
 template <class Mode, class F>
 __device__ __forceinline__ void with_activation_of(Activation activation, F&& f) {
   if constexpr (Mode::kPlain) {
@@ -293,12 +300,12 @@ __device__ __forceinline__ Item get(const double* shared, int slot, int slots) {
   return item;
 }
 
-// Merges the items of the rows of a block into those of row 0, in an order that their number alone
-// decides: every row below the middle takes the one half the rows further down. The thread is at
-// (row, column).
+// Merges the first `items` of the rows of a block into those of row 0, in an order that the number
+// of rows alone decides: every row below the middle takes the one half the rows further down. The
+// thread is at (row, column).
 template <class Item, int kItems>
-__device__ __forceinline__ void merge_rows(Item (&mine)[kItems], int rows, int row, int column,
-                                           int columns, double* shared) {
+__device__ __forceinline__ void merge_rows(Item (&mine)[kItems], int items, int rows, int row,
+                                           int column, int columns, double* shared) {
   constexpr int kSlots = kNormThreads / 2, kEach = Item::kNumbers * kSlots;
   for (int n = rows; n > 1;) {
     const int half = BRAZE_HOOK(rows_and_one, n + 1) / 2;
@@ -306,6 +313,7 @@ __device__ __forceinline__ void merge_rows(Item (&mine)[kItems], int rows, int r
     if (BRAZE_HOOK(in_one_warp, n * columns <= 32)) {
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
+        if (j >= items) continue;
         Item other;
 #pragma unroll
         for (int k = 0; k < Item::kNumbers; ++k) {
@@ -317,14 +325,15 @@ __device__ __forceinline__ void merge_rows(Item (&mine)[kItems], int rows, int r
       if (row >= half && row < n) {
 #pragma unroll
         for (int j = 0; j < kItems; ++j) {
-          put(shared + j * kEach, (row - half) * columns + column, kSlots, mine[j]);
+          if (j < items) put(shared + j * kEach, (row - half) * columns + column, kSlots, mine[j]);
         }
       }
       __syncthreads();
       if (lower) {
 #pragma unroll
         for (int j = 0; j < kItems; ++j) {
-          mine[j].merge(get<Item>(shared + j * kEach, row * columns + column, kSlots));
+          if (j < items)
+            mine[j].merge(get<Item>(shared + j * kEach, row * columns + column, kSlots));
         }
       }
       __syncthreads();
@@ -353,7 +362,7 @@ __device__ __forceinline__ void merge_parts(const Item* partials, uint32_t count
         item[0].merge(partials[static_cast<int64_t>(s) * stride + i]);
       }
     }
-    merge_rows(item, parts, part, column, columns, shared);
+    merge_rows(item, 1, parts, part, column, columns, shared);
     if (BRAZE_HOOK(writes_part, part == 0) && i < width) f(i, item[0]);
   }
 }
@@ -384,7 +393,7 @@ __device__ __forceinline__ bool reduce_group(const NormGrid& grid, Item* partial
     Item mine[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) mine[j] = make(lane + j);
-    merge_rows(mine, grid.active / columns, row, column, columns, shared);
+    merge_rows(mine, lanes - lane, grid.active / columns, row, column, columns, shared);
     if (BRAZE_HOOK(writes_row, row == 0)) {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
@@ -415,7 +424,7 @@ __device__ __forceinline__ bool reduce_group(const NormGrid& grid, Item* partial
   }
   uint32_t count = grid.splits;
   int64_t stride = width;
-  if (BRAZE_HOOK(two_levels, grid.splits > kOneLevel)) {
+  if (grid.splits > kOneLevel) {
     const uint32_t part = split / kFan, first = part * kFan;
     const uint32_t blocks = min(uint32_t{kFan}, grid.splits - first);
     unsigned int* const ticket = tickets + grid.groups + group * norm_parts(grid.splits) + part;
