@@ -152,8 +152,8 @@ def loops_of(blocks: list[Block], order: list[int]) -> dict[int, set[int]]:
 
 def hot_loops(body: list[Instruction]) -> Iterator[tuple[list[Block], list[int], list[int]]]:
     """Blocks, a loop's own ones in order, and those that lead back, for each loop that accesses
-    16 bytes at a time, the one with most accesses first. A loop within it that does so too is not
-    its own."""
+    16 bytes at a time: innermost ones first, and of those the one with most accesses. A loop within
+    it that does so too is not its own."""
     blocks = blocks_of(body)
     order = ordered(blocks)
     loops = loops_of(blocks, order)
@@ -164,10 +164,11 @@ def hot_loops(body: list[Instruction]) -> Iterator[tuple[list[Block], list[int],
     found = []
     for header, loop in loops.items():
         inner = [other for h, other in loops.items() if h != header and other < loop]
-        own = loop.difference(*(other for other in inner if accesses(other)))
+        hot = [other for other in inner if accesses(other)]
+        own = loop.difference(*hot)
         if accesses(own):
-            found.append((accesses(own), header, own))
-    for _, header, own in sorted(found, key=lambda f: (-f[0], f[1])):
+            found.append((bool(hot), -accesses(own), header, own))
+    for _, _, header, own in sorted(found, key=lambda f: f[:3]):
         back = [k for k in own if header in blocks[k].next]
         yield blocks, [k for k in order if k in own], back
 
@@ -205,8 +206,9 @@ def hot_path(
                 for state, (total, _) in leaving[r].items():
                     if state not in best[to] or total < best[to][state][0]:
                         best[to][state] = total, r, state
+    sign = 1 if family.fewest else -1
     ends = [
-        (-units, leaving[rank[k]][state][0], rank[k], state)
+        (sign * units, leaving[rank[k]][state][0], rank[k], state)
         for k in back
         for state in leaving[rank[k]]
         if (units := state[0] // family.loads) > 0
@@ -219,7 +221,7 @@ def hot_path(
     while r >= 0:
         path = blocks[own[r]].body + path
         _, r, state = best[r][leaving[r][state][1]]
-    return -units, [i for i in path if i.opcode != "NOP"]
+    return sign * units, [i for i in path if i.opcode != "NOP"]
 
 
 # -------------------------------------------------------------------- kernels
@@ -234,6 +236,7 @@ class Family:
     loads: int  # 16-byte accesses per 16-byte unit
     stores: int
     passes: str = ""  # a pattern of the work that the hot path does and others may leave out
+    fewest: bool = False  # no path has fewer accesses: more are of operands that may be absent
 
 
 STORED = {"Bf16": "bf16", "F16": "fp16", "float": "fp32"}
@@ -244,7 +247,7 @@ RANDOM = r"^IMAD\.(WIDE|HI)\.U32 .*-0x(2daee0ad|326172a9)"
 
 def _norm(step: str, inputs: str, loads: int, stores: int) -> Family:
     pattern = rf"batch_norm_{step}_kernel<(\w+), {inputs}(?P<mode>Plain\w*)>"
-    return Family(pattern, "", loads, stores)
+    return Family(pattern, "", loads, stores, fewest=True)
 
 
 def _step(rule: str, loads: int, stores: int) -> Family:
