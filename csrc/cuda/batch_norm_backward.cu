@@ -51,7 +51,11 @@ cudaError_t choose(const BackwardArgs& args, F&& f) {
                                written(args.grad[0].dx),
                                written(args.grad[1].dx),
                                written(args.grad_residual)};
-  const bool plain = is_plain(args.shape, mask, tensors);
+  const bool two = args.input[1].x != nullptr;
+  // What is rare in training, constant statistics and a dx that nobody wants, is not for them.
+  const bool all =
+      args.batch_statistics && args.grad[0].dx != nullptr && (!two || args.grad[1].dx != nullptr);
+  const bool plain = (Pass::kReduces || all) && is_plain(args.shape, mask, tensors);
   return with_dtype(args.shape.dtype, [&](auto storage) {
     using S = decltype(storage);
     const auto run = [&]<int kInputs, class Mode>(std::integral_constant<int, kInputs>, Mode) {
@@ -67,7 +71,6 @@ cudaError_t choose(const BackwardArgs& args, F&& f) {
     };
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;
-    const bool two = args.input[1].x != nullptr;
     if constexpr (!std::is_same_v<S, double>) {
       const bool relu = args.activation == Activation::relu;
       if (plain && relu && mask) return two ? run(Two{}, PlainMask{}) : run(One{}, PlainMask{});

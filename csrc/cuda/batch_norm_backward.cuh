@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(f
   for (int k = 0; k < kInputs; ++k) {
     const void* const coefficients = a.args.grad[k].coefficients;
     normalizer[k].load(a.args.input[k].stats, a.grid, channels);
-    if (a.args.grad[k].dx == nullptr) continue;
+    if (!Mode::kPlain && a.args.grad[k].dx == nullptr) continue;
     channels.load(on_grad[k], coefficients, kOnGrad, a.grid);
     channels.load(on_input[k], coefficients, kOnInput, a.grid);
     channels.load(constant[k], coefficients, kConstant, a.grid);
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(f
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       units[i].place = walk.template next<decltype(whole)::value>();
-      units[i].template load<Mode>(a, a.reads_x);
+      units[i].template load<Mode>(a, Mode::kPlain || a.reads_x);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
@@ -274,11 +274,11 @@ __global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(f
       }
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
-        if (a.args.grad[k].dx == nullptr) continue;
+        if (!Mode::kPlain && a.args.grad[k].dx == nullptr) continue;
         out.clear();
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          out.set(j, BRAZE_HOOK(batch_gradient, a.args.batch_statistics)
+          out.set(j, Mode::kPlain || BRAZE_HOOK(batch_gradient, a.args.batch_statistics)
                          ? input_gradient(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
                                           on_grad[k][j], on_input[k][j], constant[k][j])
                          : input_gradient(d[j], on_grad[k][j]));
