@@ -92,11 +92,10 @@ void shifts_of(const S* x, const Geometry& g, int64_t width, int64_t pixels, T* 
   }
 }
 
-// In double: for values whose squares are beyond fp32.
+// Adds the sums in double: for values whose squares are beyond fp32.
 template <class S, class T>
 void sum_exactly(const S* x, const Geometry& g, const Matrix& m, int64_t width,
                  BlockMoments<T>& out) {
-  for (int64_t c = 0; c < width; ++c) out.shifts[c] = out.sums[c] = out.squares[c] = 0;
   for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
     for (int64_t j = 0; j < (r < m.rows ? m.columns : m.tail); ++j) {
       const int64_t c = g.one_channel ? 0 : g.span > 1 ? j / g.span : j % width;
