@@ -88,7 +88,7 @@ struct Loaded {
   template <class T>
   BRAZE_INLINE void differentiate(const uint8_t* bits, int64_t c, const Constants<T>* k) {
     if constexpr (kCase.mask) {
-      d = select(V::Mask::from_bits(load_bits<V>(bits)), d, V(0));
+      d = two_slope_gradient(d, V::Mask::from_bits(load_bits<V>(bits)), 1, 0);
     } else if constexpr (kNeedsZ) {
       V z = k[0].z(x[0], c, Whole{});
       if constexpr (kCase.two) z += k[1].z(x[1], c, Whole{});
@@ -287,10 +287,10 @@ struct Reduce {
     template <class T, GradientCase kCase, class S>
     BRAZE_INLINE void add(int v, const Loaded<kCase, V, S>& from, const Constants<T>* k,
                           int64_t c) {
-      grad[v] += from.d;
       unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
-        const V centred = from.x[i] - V::load(k[i].mean + c);
-        input[i][v] = fused_multiply_add(from.d, centred, input[i][v]);
+        V unused = 0;
+        add_gradient(from.d, from.x[i], V::load(k[i].mean + c), i == 0 ? grad[v] : unused,
+                     input[i][v]);
       });
     }
   };
