@@ -11,9 +11,9 @@ namespace {
 template <class T>
 constexpr int64_t kWidth = Vec<T>::kLanes;
 
-// body(count, first element, stride, columns) for all of a matrix, `count` rows at once, a
-// constant: so that constants stay in registers; far apart, because the hardware prefetches long
-// streams, not many short ones.
+// body(count, first element, stride) for all of a matrix, `count` rows at once, a constant: so that
+// constants stay in registers; far apart, because the hardware prefetches long streams, not many
+// short ones.
 template <int kCount, class Body>
 BRAZE_INLINE void rows_at_once(const Matrix& m, const Body& body) {
   const int64_t part = m.rows / kCount;
@@ -133,13 +133,6 @@ void fold_columns(const T* in, int64_t columns, int64_t width, int64_t span, dou
 BRAZE_INLINE int64_t mask_byte(const ActivationShape& shape, int64_t e) {
   const int64_t row = shape.row();
   return row % 8 == 0 ? e / 8 : e / row * ((row + 7) / 8) + e % row / 8;
-}
-
-// For loops over more arrays than the hardware looks ahead in.
-template <class S>
-BRAZE_INLINE void prefetch_ahead(const S* p) {
-  constexpr int kAhead = 512;  // bytes
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
 }
 
 // A plane that is cut up has this many sums: every so-manyth element is in one.
