@@ -21,18 +21,15 @@ struct GradientCase {
   bool operator==(const GradientCase&) const = default;
 };
 
-// What d is made of, from some element on. All but dy and x[0] may be null.
+// What d is made of, from some element on. dy2 may be null.
 template <class S>
-struct Sources {
-  const S *dy, *dy2, *x[2], *residual;
+struct Sources : Summands<S> {
+  const S *dy, *dy2;
 };
 
 template <class S>
 Sources<S> sources_at(const BackwardArgs& a, int64_t e) {
-  return {moved<S>(a.dy, e),
-          moved<S>(a.dy2, e),
-          {moved<S>(a.input[0].x, e), moved<S>(a.input[1].x, e)},
-          moved<S>(a.residual, e)};
+  return {summands_at<S>(a, e), moved<S>(a.dy, e), moved<S>(a.dy2, e)};
 }
 
 // dy + dy2, rounded to their type as autograd's sums are: so it can be kept in memory, exactly.
@@ -46,19 +43,6 @@ BRAZE_INLINE Vec<T> gradient_of_output(const Sources<S>& from, int64_t j, N n) {
     d = Vec<T>::load(sum);
   }
   return d;
-}
-
-// z of n elements from j, whose constants are from column c.
-template <class S, class T, class N>
-BRAZE_INLINE Vec<T> joined(const Sources<S>& from, bool two, const Vec<T>* x, int64_t j, int64_t c,
-                           N n, const Constants<T>* k) {
-  Vec<T> z = k[0].z(x[0], c, n);
-  if (two) {
-    z += k[1].z(x[1], c, n);
-  } else if (from.residual != nullptr) {
-    z += Vec<T>::load(from.residual + j, n);
-  }
-  return z;
 }
 
 // What a vector of a hot case is made of.
@@ -121,11 +105,8 @@ void gradient_any(const BackwardArgs& a, int64_t e, int64_t n, const uint8_t* bi
     return;
   }
   alignas(64) T z[kPiece];
-  each_vector<Vec<T>>(n, [&](int64_t j, auto left) BRAZE_LAMBDA {
-    Vec<T> x[2] = {Vec<T>::load(from.x[0] + j, left), 0};
-    if (from.x[1] != nullptr) x[1] = Vec<T>::load(from.x[1] + j, left);
-    joined(from, from.x[1] != nullptr, x, j, to.at(column + j), left, k).store(z + j);
-  });
+  each_vector<Vec<T>>(n, [&](int64_t j, auto left)
+                             BRAZE_LAMBDA { from.z(j, to.at(column + j), left, k).store(z + j); });
   activations.of<T>().gradient[static_cast<int>(a.activation)](d, z, whole_vectors<T>(n),
                                                                parameter);
 }

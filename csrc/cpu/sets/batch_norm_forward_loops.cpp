@@ -214,28 +214,13 @@ struct ApplyCase {
 };
 
 template <class S>
-struct Rows {
-  const S *x, *x2, *residual;
+struct Rows : Summands<S> {
   S* y;
 };
 
 template <class S>
 Rows<S> rows_at(const ApplyArgs& a, int64_t e) {
-  return {moved<S>(a.input[0].x, e), moved<S>(a.input[1].x, e), moved<S>(a.residual, e),
-          static_cast<S*>(a.y) + e};
-}
-
-// z of n elements from j, whose constants are from column c.
-template <class S, class T, class N>
-BRAZE_INLINE Vec<T> joined(const Rows<S>& rows, bool two, int64_t j, int64_t c, N n,
-                           const Constants<T>* k) {
-  Vec<T> z = k[0].z(Vec<T>::load(rows.x + j, n), c, n);
-  if (two) {
-    z += k[1].z(Vec<T>::load(rows.x2 + j, n), c, n);
-  } else if (rows.residual != nullptr) {
-    z += Vec<T>::load(rows.residual + j, n);
-  }
-  return z;
+  return {summands_at<S>(a, e), static_cast<S*>(a.y) + e};
 }
 
 // What no hot case serves: any arguments, any number of elements.
@@ -250,7 +235,7 @@ template <class S, class T>
     const int64_t whole = whole_vectors<T>(count);
     const Rows<S> rows = rows_at<S>(a, e + begin);
     each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
-      joined(rows, rows.x2 != nullptr, j, to.at(column + begin + j), left, k).store(z + j);
+      rows.z(j, to.at(column + begin + j), left, k).store(z + j);
     });
     if (bits != nullptr) {
       uint8_t own[kPiece / 8];
@@ -278,7 +263,7 @@ void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
   rows_at_once<kApplyRows>(m, [&](auto count, int64_t e, int64_t stride) {
     constexpr int kCount = decltype(count)::value;
     const Rows<S> rows = rows_at<S>(a, e);
-    const S* const added = kCase.two ? rows.x2 : rows.residual;
+    const S* const added = kCase.two ? rows.x[1] : rows.residual;
     JoinedBits joined_bits[kCount];
     uint8_t* bits[kCount] = {};
     if constexpr (kCase.mask) {
@@ -294,7 +279,7 @@ void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
               shift = V::load(k[0].shift + c);
       unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
         const int64_t at = r * stride + j;
-        V z = normalize(V::load_in_any_order(rows.x + at), mean, scale, shift);
+        V z = normalize(V::load_in_any_order(rows.x[0] + at), mean, scale, shift);
         if constexpr (kCase.two) {
           z += k[1].z(V::load_in_any_order(added + at), c, Whole{});
         } else if (added != nullptr) {
