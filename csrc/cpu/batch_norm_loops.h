@@ -166,10 +166,6 @@ constexpr int64_t kPlaneSums = 32;
 
 // A piece of what no hot case serves, between memory and the loops of activation_loops.h.
 constexpr int64_t kPiece = 512;
-template <class T>
-BRAZE_INLINE int64_t whole_vectors(int64_t n) {
-  return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
-}
 
 // Up to 8 bytes as a number, and back.
 BRAZE_INLINE uint64_t load_bytes(const uint8_t* p, int64_t n) {

@@ -107,8 +107,7 @@ void gradient_any(const BackwardArgs& a, int64_t e, int64_t n, const uint8_t* bi
   alignas(64) T z[kPiece];
   each_vector<Vec<T>>(n, [&](int64_t j, auto left)
                              BRAZE_LAMBDA { from.z(j, to.at(column + j), left, k).store(z + j); });
-  activations.of<T>().gradient[static_cast<int>(a.activation)](d, z, whole_vectors<T>(n),
-                                                               parameter);
+  activations.of<T>().gradient[static_cast<int>(a.activation)](d, z, n, parameter);
 }
 
 // The hot cases, each with loops of its own.

@@ -232,19 +232,18 @@ template <class S, class T>
   alignas(64) T z[kPiece];
   for (int64_t begin = 0; begin < n; begin += kPiece) {
     const int64_t count = std::min(kPiece, n - begin);
-    const int64_t whole = whole_vectors<T>(count);
     const Rows<S> rows = rows_at<S>(a, e + begin);
     each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
       rows.z(j, to.at(column + begin + j), left, k).store(z + j);
     });
     if (bits != nullptr) {
       uint8_t own[kPiece / 8];
-      loops.upper[act](z, whole, own);
+      loops.upper[act](z, count, own);
       if (count % 8 != 0) own[count / 8] &= static_cast<uint8_t>((1 << count % 8) - 1);
       std::memcpy(bits + begin / 8, own, static_cast<size_t>((count + 7) / 8));
     }
     if (a.activation != Activation::identity) {
-      loops.value[act](z, whole, static_cast<T>(a.parameter));
+      loops.value[act](z, count, static_cast<T>(a.parameter));
     }
     each_vector<Vec<T>>(count, [&](int64_t j, auto left)
                                    BRAZE_LAMBDA { Vec<T>::load(z + j).store(rows.y + j, left); });

@@ -220,9 +220,8 @@ void activate_any(const Tile<S>& tile, const DropoutArgs& args) {
   alignas(64) T value[kDropoutTile + V::kLanes];
   each_vector<V>(tile.n, [t = tile, &value](int64_t i, auto count)
                              BRAZE_LAMBDA { load<V>(t.x + i, count).store(value + i); });
-  const int64_t lanes = V::kLanes, whole = (tile.n + lanes - 1) / lanes * lanes;
   const auto a = static_cast<size_t>(args.activation);
-  (backward ? loops.derivative : loops.value)[a](value, whole, static_cast<T>(args.parameter));
+  (backward ? loops.derivative : loops.value)[a](value, tile.n, static_cast<T>(args.parameter));
   const T factor = static_cast<T>(args.terms.scale);
   each_vector<V>(tile.n, [t = tile, &value, factor, backward, threshold = args.threshold](
                              int64_t i, auto count) BRAZE_LAMBDA {
