@@ -383,18 +383,19 @@ void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t 
     double* const into = parts + part * kPartRows * g.row() + first;
     for (int s = 0; s < used; ++s) std::fill_n(into + s * g.row(), width, 0.0);
     for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
-      Matrix m = g.matrix(column, b);
+      const Matrix m = g.matrix(column, b);
       const int64_t count = g.one_channel ? kPlaneSums : std::max(m.columns, m.tail);
       for (int s = 0; s < used; ++s) std::fill_n(rows[s], count, T(0));
-      for (int64_t i = g.images(b); i > 0; --i, m.offset += g.image_stride()) {
-        loop(a, m, to, k, sums, kept);
+      Matrix image = m;
+      for (int64_t i = g.images(b); i > 0; --i, image.offset += g.image_stride()) {
+        loop(a, image, to, k, sums, kept);
       }
       for (int s = 0; to.in_pairs && !to.one_channel && s < used; ++s) {
         reorder_pairs<false>(rows[s], m.columns);
       }
       if (m.tail > 0) {  // only the last block has one
         set(to.in_order());
-        const int64_t e = m.offset - g.image_stride() + m.rows * m.stride;
+        const int64_t e = m.offset + m.rows * m.stride;
         Reduce::rows<1>(a, e, 0, m.tail, BitsOfRows<1>(a, e, 0, m.tail), 0, to.in_order(), k, sums,
                         kept);
       }
