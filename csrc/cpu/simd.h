@@ -436,7 +436,7 @@ struct Lanes {
 
   // Of a, or of the first n lanes of it, n >= 0; what memory has no lane for is 0.
   template <class S>
-  static BRAZE_INLINE Lanes load(const S* p) {
+  static BRAZE_INLINE Lanes load(const S* p, Whole = {}) {
     if constexpr (kOne) {
       return {reg::load<E, N>(p), {}};
     } else {
@@ -457,15 +457,7 @@ struct Lanes {
     return load(all);
   }
   template <class S>
-  static BRAZE_INLINE Lanes load(const S* p, Whole) {
-    return load(p);
-  }
-  template <class S>
-  BRAZE_INLINE void store(S* p, Whole) const {
-    store(p);
-  }
-  template <class S>
-  BRAZE_INLINE void store(S* p) const {
+  BRAZE_INLINE void store(S* p, Whole = {}) const {
     if constexpr (kOne) {
       reg::store<E, N>(lo, p);
     } else {
@@ -491,9 +483,9 @@ struct Lanes {
   template <class S>
   static constexpr bool kInPairs = reg::kPairs && N * sizeof(E) == 2 * kRegister &&
                                    (std::is_same_v<S, Bf16> || std::is_same_v<S, uint16_t>);
-  template <class S>
-  static BRAZE_INLINE Lanes load_in_any_order(const S* p) {
-    if constexpr (kInPairs<S>) {
+  template <class S, class Count = Whole>
+  static BRAZE_INLINE Lanes load_in_any_order(const S* p, Count n = {}) {
+    if constexpr (kInPairs<S> && std::is_same_v<Count, Whole>) {
       using InMemory = typename RegisterOf<uint32_t, N / 2>::InMemory;
       const Register<uint32_t, N / 2> pairs = *reinterpret_cast<const InMemory*>(p);
       using R = Register<E, N / 2>;
@@ -503,15 +495,15 @@ struct Lanes {
         return {Half(bits_as<R>(pairs & 0xffffu), {}), Half(bits_as<R>(pairs >> 16), {})};
       }
     } else {
-      return load(p);
+      return load(p, n);
     }
   }
-  template <class S>
-  BRAZE_INLINE void store_in_any_order(S* p) const {
-    if constexpr (kInPairs<S>) {
+  template <class S, class Count = Whole>
+  BRAZE_INLINE void store_in_any_order(S* p, Count n = {}) const {
+    if constexpr (kInPairs<S> && std::is_same_v<Count, Whole>) {
       reg::store_pairs<N / 2>(lo.lo, hi.lo, p);
     } else {
-      store(p);
+      store(p, n);
     }
   }
   // Of a mask: its bits, and the mask that has them.
