@@ -157,7 +157,7 @@ def test_ratchet_fails_in_both_directions() -> None:
     assert cuda_gates.differences(one(38), one(38)) == []
     assert cuda_gates.differences(one(38), one(40)) == ["k on sm_90: registers 38 -> 40"]
     assert cuda_gates.differences(one(38), one(32)) == ["k on sm_90: registers 38 -> 32"]
-    assert cuda_gates.differences({}, one(38)) == ["k: new kernel, not pinned"]
+    assert cuda_gates.differences({}, one(38)) == ["k: new, not pinned"]
     assert cuda_gates.differences(one(38), {}) == ["k: gone"]
 
 

@@ -250,7 +250,7 @@ def differences(pinned: Kernels, present: Kernels) -> list[str]:
     for name in sorted(pinned.keys() | present.keys()):
         old, new = pinned.get(name), present.get(name)
         if old is None or new is None:
-            lines.append(f"{name}: {'new kernel, not pinned' if old is None else 'gone'}")
+            lines.append(f"{name}: {'new, not pinned' if old is None else 'gone'}")
             continue
         for arch in sorted(old.keys() | new.keys()):
             before, after = old.get(arch, {}), new.get(arch, {})

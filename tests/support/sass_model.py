@@ -49,11 +49,11 @@ class Instruction:
 
     def conditional(self) -> bool:
         """Whether the next one may follow a branch or an exit."""
-        return bool(self.predicate) or "," in self.operands or ".DIV" in self.opcode
+        return bool(self.predicate) or "," in self.operands
 
 
-TARGETED = ("BRA", "JMP", "CALL", "BSSY", "WARPSYNC")
-LEAVING = ("BRA", "JMP", "BRX", "JMX", "EXIT", "RET")
+TARGETED = ("BRA", "CALL", "BSSY", "WARPSYNC")
+LEAVING = ("BRA", "BRX", "EXIT", "RET")
 
 
 def functions(sass: str) -> dict[str, list[Instruction]]:
@@ -100,15 +100,16 @@ def blocks_of(body: list[Instruction]) -> list[Block]:
     switch: Block | None = None  # the nearest indirect branch before
     for k, block in enumerate(blocks):
         last, more = block.body[-1], k + 1 < len(blocks)
-        if last.name() in ("BRX", "JMX"):
+        if last.name() == "BRX":
             switch = block
         if last.name() in LEAVING and not last.conditional():
             if switch and more and blocks[k + 1].body[0].address not in targets:
                 switch.next.append(k + 1)  # nothing else leads there: a case of the switch
         elif last.name() != "CALL" and more:
             block.next.append(k + 1)
-        if last.name() in ("BRA", "JMP") and ".DIV" not in last.opcode and last.target() in at:
-            block.next.append(at[last.target()])
+        target = last.target()
+        if last.name() == "BRA" and ".DIV" not in last.opcode and target in at:
+            block.next.append(at[target])
     return blocks
 
 
@@ -136,34 +137,16 @@ def loops_of(blocks: list[Block], order: list[int]) -> dict[int, set[int]]:
     for k in order:
         for s in blocks[k].next:
             before[s].append(k)
-    above = {0: 0}  # immediate dominators
-
-    def common(a: int, b: int) -> int:
-        while a != b:
-            if rank[a] < rank[b]:
-                a, b = b, a
-            a = above[a]
-        return a
-
-    changed = True
-    while changed:
-        changed = False
-        for k in order[1:]:
-            known = [p for p in before[k] if p in above]
-            parent = known[0]
-            for p in known[1:]:
-                parent = common(parent, p)
-            if above.get(k) != parent:
-                above[k], changed = parent, True
     loops: dict[int, set[int]] = {}
     for k in order:
-        for header in blocks[k].next:
-            if rank[header] <= rank[k] and common(header, k) == header:
-                loop, todo = loops.setdefault(header, {header}), [k]
-                while todo:
-                    if (p := todo.pop()) not in loop:
-                        loop.add(p)
-                        todo += before[p]
+        for header in (s for s in blocks[k].next if rank[s] <= rank[k]):
+            loop, todo = {header}, [k]
+            while todo:
+                if (p := todo.pop()) not in loop:
+                    loop.add(p)
+                    todo += before[p]
+            if header == 0 or 0 not in loop:  # or it can be entered past its header
+                loops.setdefault(header, set()).update(loop)
     return loops
 
 
@@ -299,7 +282,7 @@ class Row:
     mode: str
     dtype: str
     elements: int  # of one thread's way around the loop
-    bytes: int  # that these elements read and write
+    bits: int  # that these elements read and write
     instructions: int
     alu: int
     registers: int
@@ -307,7 +290,7 @@ class Row:
     in_flight: int  # bytes that these blocks' loads have under way
 
     def _share(self, instructions: int, per_cycle: int) -> float:
-        return instructions * (COPY_RATE / self.bytes) / (CYCLES * per_cycle * 32)
+        return instructions * (8 * COPY_RATE / self.bits) / (CYCLES * per_cycle * 32)
 
     @property
     def need_issue(self) -> float:
@@ -324,7 +307,7 @@ class Row:
         return {figure: getattr(self, figure) for figure in FIGURES}
 
 
-FIGURES = ("elements", "bytes", "instructions", "alu", "registers", "blocks", "in_flight")
+FIGURES = ("elements", "bits", "instructions", "alu", "registers", "blocks", "in_flight")
 
 
 def resident_blocks(registers: int, shared: int) -> int:
@@ -366,7 +349,7 @@ def rows_of(name: str, body: list[Instruction], registers: int, shared: int) -> 
         dtype = STORED.get(match[1]) or dtype_of(path)
         row = name if match[1] else f"{name} {dtype}"
         elements = units * 16 // BYTES[dtype]
-        mask = elements // 8 if "Mask" in mode else 0
+        mask = elements if "Mask" in mode else 0
         resident = resident_blocks(registers, shared)
         rows.setdefault(
             row,
@@ -374,7 +357,7 @@ def rows_of(name: str, body: list[Instruction], registers: int, shared: int) -> 
                 mode=mode,
                 dtype=dtype,
                 elements=elements,
-                bytes=units * 16 * (family.loads + family.stores) + mask,
+                bits=units * 128 * (family.loads + family.stores) + mask,
                 instructions=len(path),
                 alu=sum(i.name() in ALU for i in path),
                 registers=registers,
@@ -444,7 +427,7 @@ def document(
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in sorted(rows.items()):
-        per_element = (f"{n / row.elements:.2f}" for n in (row.bytes, row.instructions, row.alu))
+        per_element = (f"{n / row.elements:.2f}" for n in (row.bits / 8, row.instructions, row.alu))
         cells = [
             f"`{name}`", row.mode, row.dtype, *per_element, f"{row.need_issue:.2f}",
             f"{row.need_alu:.2f}", row.registers, row.blocks, f"{row.in_flight / 1024:.0f}",

@@ -60,7 +60,9 @@ TEST(plain_units) {
                         {2, 136, 70, true},
                         {13, 2, 320, false},
                         {19, 40, 49, false},
-                        {11, 24, 36, false}}) {
+                        {11, 24, 36, false},
+                        {9, 24, 12, false},
+                        {9, 24, 6, false}}) {
     for (const DType dtype : {DType::bf16, DType::f32, DType::f16}) {
       if (small() && dtype == DType::f16) continue;
       for (int k = 0; k < 6; ++k) {
@@ -160,6 +162,7 @@ TEST(failing_calls) {
     int calls = 0;
     for (bool failed = true; failed && calls < 20; ++calls) {
       Problem p(joined(DType::f32, true));
+      p.set_stats();
       const std::vector<char> before = p.results();
       const Memory forward = memory_for(p.statistics_args(0));
       const Memory backward = memory_for(p.backward_args());
