@@ -6,7 +6,7 @@
 namespace braze::cuda {
 
 struct ApplyArgument {
-  ApplyArgs args;
+  RunningApplyArgs args;  // without stats to write: an ApplyArgs
   NormGrid grid;
 };
 
@@ -14,8 +14,32 @@ struct ApplyArgument {
 template <class S, class Mode>
 constexpr int kApplyLanes = Mode::kMask ? 8 : kVector<S>;
 
+// Of layers that normalise with their running statistics: mean, scale and shift of the group's
+// channels, per input, in arrays of kMaxWidth. One block of the group writes them to stats.
+template <class T, int kInputs>
+__device__ __forceinline__ void make_group_stats(const ApplyArgument& a, uint32_t block,
+                                                 T* shared) {
+  const NormGrid& grid = a.grid;
+  const int64_t first = int64_t{group_of(grid, block)} * grid.width;
+#pragma unroll
+  for (int k = 0; k < kInputs; ++k) {
+    const BatchNormChannels& b = a.args.channels[k];
+    T* const to = shared + 3 * k * kMaxWidth;
+    for (int i = static_cast<int>(threadIdx.x); i < grid.width; i += static_cast<int>(blockDim.x)) {
+      const int64_t c = first + i;
+      if (c >= BRAZE_HOOK(running_channels, grid.channels)) break;
+      const BatchNormStats<T> s = stats_of<T>(c, load_number(b.running_mean, b.running_dtype, c, 0),
+                                              load_number(b.running_var, b.running_dtype, c, 1), b);
+      to[i] = s.mean;
+      to[kMaxWidth + i] = s.scale;
+      to[2 * kMaxWidth + i] = s.shift;
+      if (split_of(grid, block) == 0) write_stats(a.args.stats[k], grid.channels, c, s);
+    }
+  }
+}
+
 template <class S, int kInputs, class Mode>
-__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(!Mode::kMask)))
+__global__ void __launch_bounds__(kNormThreads, (kBlocksAtOnce<kInputs, Mode>))
     batch_norm_apply_kernel(BRAZE_GRID_CONSTANT(ApplyArgument) a) {
   using T = Arithmetic<S>;
   constexpr int kLanes = kApplyLanes<S, Mode>;
@@ -24,18 +48,32 @@ __global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(!
                           : kInputs == 1 && kLanes == kVector<S> ? 4
                                                                  : 2;
   using Elements = Pack<S, kLanes>;
-  const T parameter = static_cast<T>(a.args.parameter);
   // From the end: what the pass before read last may be in the cache still.
   const uint32_t block = gridDim.x - 1 - blockIdx.x;
+  BRAZE_SHARED(T, shared, 3 * kInputs * kMaxWidth);
+  const bool from_running = BRAZE_HOOK(from_running, a.args.stats[0] != nullptr);
+  if (from_running) {
+    make_group_stats<T, kInputs>(a, block, shared);
+    __syncthreads();
+  }
   Walk<S, kLanes, true, Mode::kPlain> walk(a.grid, block);
   if (walk.left() <= 0) return;
   Normalizer<T, kLanes> normalizer[kInputs];
   const Channels<kLanes> channels(a.grid, block);
 #pragma unroll
-  for (int k = 0; k < kInputs; ++k) normalizer[k].load(a.args.input[k].stats, a.grid, channels);
+  for (int k = 0; k < kInputs; ++k) {
+    if (from_running) {
+      const T* const of_input = shared + 3 * k * kMaxWidth;
+      channels.load(normalizer[k].mean, of_input);
+      channels.load(normalizer[k].scale, of_input + kMaxWidth);
+      channels.load(normalizer[k].shift, of_input + 2 * kMaxWidth);
+    } else {
+      normalizer[k].load(a.args.input[k].stats, a.grid, channels);
+    }
+  }
   const bool has_residual = BRAZE_HOOK(has_residual, kInputs == 1 && a.args.residual != nullptr);
   for_units<kUnroll>(walk, [&](auto whole, bool) {
-    Unit units[kUnroll];
+    Unit<Mode::kPlain> units[kUnroll];
     Elements x[kInputs][kUnroll], residual[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) units[i] = walk.template next<decltype(whole)::value>();
@@ -63,6 +101,7 @@ __global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(!
       [[maybe_unused]] uint32_t bits = 0;
       with_activation_of<Mode>(a.args.activation, [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
+        const T parameter = static_cast<T>(a.args.parameter);
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           y.set(j, activate<kActivation>(z[j], parameter));

@@ -29,17 +29,16 @@ struct BackwardArgument {
 };
 
 // What a unit needs in both passes.
-template <class S, int kInputs>
+template <class S, int kInputs, class Mode>
 struct BackwardUnit {
   using T = Arithmetic<S>;
   static constexpr int kLanes = kVector<S>;
   using Elements = Pack<S, kLanes>;
-  Unit place;
+  Unit<Mode::kPlain> place;
   Elements x[kInputs], dy, dy2, residual;
   uint32_t mask;
 
   // What may be absent is in registers all the same, and zeros there.
-  template <class Mode>
   __device__ __forceinline__ void load(const BackwardArgument& a, bool reads_x) {
     const BackwardArgs& args = a.args;
 #pragma unroll
@@ -59,7 +58,6 @@ struct BackwardUnit {
   }
 
   // d of each lane; 0 where dy is, as in lanes that the unit lacks.
-  template <class Mode>
   __device__ __forceinline__ void gradient(const BackwardArgument& a,
                                            const Normalizer<T, kLanes> (&normalizer)[kInputs],
                                            T (&d)[kLanes]) const {
@@ -105,10 +103,14 @@ struct BackwardUnit {
   }
 };
 
+// Two inputs with eight lanes of four coefficients each take the room of two blocks.
+template <class S, int kInputs, class Mode>
+constexpr int kGradBlocks = kInputs == 2 && kVector<S> == 8 ? 1 : kBlocksAtOnce<kInputs, Mode>;
+
 // Units at once; more where one block has a multiprocessor to itself.
-template <int kInputs, class Mode>
+template <class Mode, int kBlocks>
 constexpr int kBackwardUnroll = std::is_same_v<Mode, AnyCurved> ? 1
-                                : kInputs == 2 && !Mode::kPlain ? 3
+                                : kBlocks == 1                  ? 3
                                                                 : 2;
 
 template <class T>
@@ -156,11 +158,11 @@ __device__ __forceinline__ void finish_input(const BackwardArgument& a, int k, i
 // --- the kernels ---
 
 template <class S, int kInputs, class Mode>
-__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(true)))
+__global__ void __launch_bounds__(kNormThreads, (kBlocksAtOnce<kInputs, Mode>))
     batch_norm_reduce_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
   using T = Arithmetic<S>;
   using Item = SumsItem<kInputs>;
-  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kInputs, Mode>;
+  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<Mode, kBlocksAtOnce<kInputs, Mode>>;
   BRAZE_SHARED(double, shared, kMergeNumbers<Item>);
   const NormGrid& grid = a.grid;
   Walk<S, kLanes, false, Mode::kPlain> walk(grid, blockIdx.x);
@@ -171,16 +173,16 @@ __global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(t
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) normalizer[k].load(a.args.input[k].stats, grid, channels);
     for_units<kUnroll>(walk, [&](auto whole, bool) {
-      BackwardUnit<S, kInputs> units[kUnroll];
+      BackwardUnit<S, kInputs, Mode> units[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
         units[i].place = walk.template next<decltype(whole)::value>();
-        units[i].template load<Mode>(a, true);
+        units[i].load(a, true);
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
         T d[kLanes];
-        units[i].template gradient<Mode>(a, normalizer, d);
+        units[i].gradient(a, normalizer, d);
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           T ignored = grad[j];
@@ -234,10 +236,10 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 template <class S, int kInputs, class Mode>
-__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(false)))
+__global__ void __launch_bounds__(kNormThreads, (kGradBlocks<S, kInputs, Mode>))
     batch_norm_apply_grad_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
   using T = Arithmetic<S>;
-  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kInputs, Mode>;
+  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<Mode, kGradBlocks<S, kInputs, Mode>>;
   // From the end: what reduce read last may be in the cache still.
   const uint32_t block = gridDim.x - 1 - blockIdx.x;
   Walk<S, kLanes, true, Mode::kPlain> walk(a.grid, block);
@@ -255,16 +257,16 @@ __global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(f
     channels.load(constant[k], coefficients, kConstant, a.grid);
   }
   for_units<kUnroll>(walk, [&](auto whole, bool) {
-    BackwardUnit<S, kInputs> units[kUnroll];
+    BackwardUnit<S, kInputs, Mode> units[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       units[i].place = walk.template next<decltype(whole)::value>();
-      units[i].template load<Mode>(a, Mode::kPlain || a.reads_x);
+      units[i].load(a, Mode::kPlain || a.reads_x);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       T d[kLanes];
-      units[i].template gradient<Mode>(a, normalizer, d);
+      units[i].gradient(a, normalizer, d);
       Pack<S, kLanes> out;
       if (BRAZE_HOOK(wants_residual, kInputs == 1 && a.args.grad_residual != nullptr)) {
         out.clear();

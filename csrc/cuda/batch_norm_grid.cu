@@ -9,9 +9,6 @@
 namespace braze::cuda {
 namespace {
 
-// Units of 16 bytes that a block reads of one pixel: a few hundred bytes in a row are all that
-// memory wants, and the narrower the slab, the fewer partial results there are.
-constexpr int64_t kBlockColumns = 16;
 // Fewer units than this keep a thread's loads from overlapping.
 constexpr int64_t kMinUnits = 4;
 

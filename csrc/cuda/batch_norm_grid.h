@@ -23,6 +23,11 @@ constexpr int kNormThreads = 256;  // at most
 // A thread adds up so many values in the arithmetic type; wider numbers take over from there.
 constexpr int kMaxRun = 256;
 
+// Units of 16 bytes that a block reads of one pixel: a few hundred bytes in a row are all that
+// memory wants, and the narrower the slab, the fewer partial results there are.
+constexpr int64_t kBlockColumns = 16;
+constexpr int kMaxWidth = 8 * kBlockColumns;  // channels of a group
+
 struct NormGrid {
   int64_t channels, length;  // length: elements of a row
   int64_t rows;              // of a group: pixels, or images

@@ -30,7 +30,7 @@ cudaError_t choose_statistics(const StatisticsArgs& args, F&& f) {
 }
 
 template <class S, int kInputs>
-cudaError_t choose_apply(const ApplyArgs& args, cudaStream_t stream) {
+cudaError_t choose_apply_of(const RunningApplyArgs& args, cudaStream_t stream) {
   const NormTensors tensors = {args.input[0].x, args.input[1].x, args.residual, args.y};
   const auto run = [&]<class Mode>(Mode) {
     const auto kernel = batch_norm_apply_kernel<S, kInputs, Mode>;
@@ -55,6 +55,15 @@ cudaError_t choose_apply(const ApplyArgs& args, cudaStream_t stream) {
   }
   if (mask) return run(AnyMask{});
   return is_curved(args.activation) ? run(AnyCurved{}) : run(Any{});
+}
+
+cudaError_t choose_apply(const RunningApplyArgs& args, cudaStream_t stream) {
+  return with_dtype(args.shape.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    return args.input[1].x == nullptr && args.stats[1] == nullptr
+               ? choose_apply_of<S, 1>(args, stream)
+               : choose_apply_of<S, 2>(args, stream);
+  });
 }
 
 }  // namespace
@@ -93,22 +102,16 @@ cudaError_t batch_norm_combine(const CombineArgs& args, const NormScratch& scrat
                                                        kNormThreads, 0, stream, argument);
 }
 
-cudaError_t batch_norm_from_running(const FromRunningArgs& args, cudaStream_t stream) {
-  const unsigned blocks = channel_blocks(args.shape.c);
-  if (blocks == 0) return cudaSuccess;
-  return args.shape.dtype == DType::f64 ? BRAZE_LAUNCH(batch_norm_from_running_kernel<double>,
-                                                       blocks, kNormThreads, 0, stream, args)
-                                        : BRAZE_LAUNCH(batch_norm_from_running_kernel<float>,
-                                                       blocks, kNormThreads, 0, stream, args);
-}
-
 cudaError_t batch_norm_apply(const ApplyArgs& args, cudaStream_t stream) {
   if (args.shape.numel() == 0) return cudaSuccess;
-  return with_dtype(args.shape.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    return args.input[1].x == nullptr ? choose_apply<S, 1>(args, stream)
-                                      : choose_apply<S, 2>(args, stream);
-  });
+  RunningApplyArgs more;
+  static_cast<ApplyArgs&>(more) = args;
+  return choose_apply(more, stream);
+}
+
+// Even without elements there are stats to make.
+cudaError_t batch_norm_apply(const RunningApplyArgs& args, cudaStream_t stream) {
+  return args.shape.c == 0 ? cudaSuccess : choose_apply(args, stream);
 }
 
 }  // namespace braze::cuda

@@ -30,8 +30,8 @@ cudaError_t batch_norm_statistics(const StatisticsArgs& args, const NormScratch&
                                   cudaStream_t stream);
 cudaError_t batch_norm_combine(const CombineArgs& args, const NormScratch& scratch,
                                cudaStream_t stream);
-cudaError_t batch_norm_from_running(const FromRunningArgs& args, cudaStream_t stream);
 cudaError_t batch_norm_apply(const ApplyArgs& args, cudaStream_t stream);
+cudaError_t batch_norm_apply(const RunningApplyArgs& args, cudaStream_t stream);
 cudaError_t batch_norm_reduce(const BackwardArgs& args, const NormScratch& scratch,
                               cudaStream_t stream);
 cudaError_t batch_norm_coefficients(const CoefficientsArgs& args, cudaStream_t stream);

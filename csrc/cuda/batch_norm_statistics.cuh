@@ -39,33 +39,12 @@ struct CombineArgument {
   unsigned int* ticket;  // zero
 };
 
-// --- one channel's numbers ---
-
-__device__ __forceinline__ double load_number(const void* data, DType dtype, int64_t i,
-                                              double otherwise) {
-  return data == nullptr ? otherwise : Single<double>::load(data, dtype, i);
-}
-
-template <class T>
-__device__ __forceinline__ void write_stats(void* stats, int64_t channels, int64_t c, double mean,
-                                            double variance, const BatchNormChannels& b) {
-  const BatchNormStats<T> s =
-      make_stats<T>(mean, variance, b.eps, load_number(b.weight, b.param_dtype, c, 1),
-                    load_number(b.bias, b.param_dtype, c, 0));
-  T* const to = static_cast<T*>(stats) + c;
-  to[kMean * channels] = s.mean;
-  to[kMeanLow * channels] = s.mean_low;
-  to[kInvstd * channels] = s.invstd;
-  to[kScale * channels] = s.scale;
-  to[kShift * channels] = s.shift;
-}
-
 // Of a batch, with what the running statistics take from it.
 template <class T>
 __device__ __forceinline__ void finish_channel(void* stats, int64_t channels, int64_t c,
                                                const ChannelMoments& m,
                                                const BatchNormChannels& b) {
-  write_stats<T>(stats, channels, c, m.mean, variance_of(m), b);
+  write_stats(stats, channels, c, stats_of<T>(c, m.mean, variance_of(m), b));
   if (b.running_mean == nullptr || BRAZE_HOOK(no_values, m.count == 0)) return;
   double momentum = b.momentum;
   if (BRAZE_HOOK(cumulative, b.cumulative))
@@ -100,7 +79,7 @@ __global__ void __launch_bounds__(kNormThreads, 2)
   int count = 0;  // of values per lane, or of all lanes where they are one channel's
   for_units<kUnroll>(walk, [&](auto whole, bool first) {
     constexpr bool kWhole = decltype(whole)::value;
-    Unit units[kUnroll];
+    Unit<Mode::kPlain> units[kUnroll];
     Pack<S, kLanes> x[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) units[i] = walk.template next<kWhole>();
@@ -188,16 +167,6 @@ __global__ void __launch_bounds__(kNormThreads)
     finish_channel<T>(a.args.stats, channels, c, channel_moments(all), a.args.channels);
   }
   count_batch(a.args.channels.batches_tracked, a.ticket, BRAZE_HOOK(block_finishers, gridDim.x));
-}
-
-template <class T>
-__global__ void __launch_bounds__(kNormThreads)
-    batch_norm_from_running_kernel(BRAZE_GRID_CONSTANT(FromRunningArgs) args) {
-  const int64_t c = int64_t{blockIdx.x} * kNormThreads + threadIdx.x;
-  if (c >= args.shape.c) return;
-  const BatchNormChannels& b = args.channels;
-  write_stats<T>(args.stats, args.shape.c, c, load_number(b.running_mean, b.running_dtype, c, 0),
-                 load_number(b.running_var, b.running_dtype, c, 1), b);
 }
 
 }  // namespace braze::cuda

@@ -41,12 +41,9 @@ struct PlainMask : PlainRelu {
   static constexpr bool kMask = true;
 };
 
-// Blocks of one multiprocessor, which decide on the registers of a thread. A kernel that keeps
-// `few` numbers per lane leaves room for a third.
+// Blocks of one multiprocessor, which decide on the registers of a thread.
 template <int kInputs, class Mode>
-constexpr int blocks_at_once(bool few) {
-  return !Mode::kPlain ? 3 - kInputs : kInputs == 1 && few ? 3 : 2;
-}
+constexpr int kBlocksAtOnce = kInputs == 1 || Mode::kPlain ? 2 : 1;
 
 template <class Mode, class F>
 __device__ __forceinline__ void with_activation_of(Activation activation, F&& f) {
@@ -57,6 +54,8 @@ __device__ __forceinline__ void with_activation_of(Activation activation, F&& f)
   }
 }
 
+// kPlain: `vector` or empty.
+template <bool kPlain>
 struct Unit {
   int64_t offset;  // of lane 0, in elements
   int64_t mask;    // of the byte that has lane 0's bit
@@ -104,9 +103,9 @@ class Walk {
 
   // The next unit, or an empty one when none is left. kSure: one is.
   template <bool kSure>
-  __device__ __forceinline__ Unit next() {
+  __device__ __forceinline__ Unit<kPlain> next() {
     constexpr uint32_t kAll = (1u << kLanes) - 1;
-    Unit unit;
+    Unit<kPlain> unit;
     unit.offset = base_ + word_ * kLanes;
     if constexpr (kPlain) {
       unit.vector = kSure || BRAZE_HOOK(units_left, left_ > 0);
@@ -187,7 +186,8 @@ struct Pack {
     for (int i = 0; i < kWords; ++i) words[i] = {};
   }
 
-  __device__ __forceinline__ void load(const void* data, const Unit& unit) {
+  template <bool kPlain>
+  __device__ __forceinline__ void load(const void* data, const Unit<kPlain>& unit) {
     const S* const from = static_cast<const S*>(data) + unit.offset;
     if (unit.vector) {
 #pragma unroll
@@ -198,14 +198,17 @@ struct Pack {
       return;
     }
     clear();
+    if constexpr (!kPlain) {
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) {
-      if (unit.has(j)) set(j, static_cast<T>(from_storage(from[j])));
+      for (int j = 0; j < kLanes; ++j) {
+        if (unit.has(j)) set(j, static_cast<T>(from_storage(from[j])));
+      }
     }
   }
 
   // Of a tensor that may be absent: then zeros.
-  __device__ __forceinline__ void load(const void* data, const Unit& unit, bool present) {
+  template <bool kPlain>
+  __device__ __forceinline__ void load(const void* data, const Unit<kPlain>& unit, bool present) {
     if (present) {
       load(data, unit);
     } else {
@@ -213,7 +216,8 @@ struct Pack {
     }
   }
 
-  __device__ __forceinline__ void store(void* data, const Unit& unit) const {
+  template <bool kPlain>
+  __device__ __forceinline__ void store(void* data, const Unit<kPlain>& unit) const {
     S* const to = static_cast<S*>(data) + unit.offset;
     if (unit.vector) {
 #pragma unroll
@@ -223,31 +227,33 @@ struct Pack {
       }
       return;
     }
+    if constexpr (!kPlain) {
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) {
-      if (BRAZE_HOOK(stored_lane, unit.has(j))) to_storage(get(j), to[j]);
+      for (int j = 0; j < kLanes; ++j) {
+        if (BRAZE_HOOK(stored_lane, unit.has(j))) to_storage(get(j), to[j]);
+      }
     }
   }
 };
 
-// The channel of each lane of a thread.
+// The channel of each lane of a thread, among those of its group.
 template <int kLanes>
 struct Channels {
-  int64_t of[kLanes];
+  int64_t first;  // of the group
+  int of[kLanes];
 
-  __device__ __forceinline__ Channels(const NormGrid& grid, uint32_t block) {
-    const int64_t group = group_of(grid, block);
-    int64_t channel = group;
-    int place = 0;  // among the elements that a row has of the channel
+  __device__ __forceinline__ Channels(const NormGrid& grid, uint32_t block)
+      : first(int64_t{group_of(grid, block)} * grid.width) {
+    int channel = 0, place = 0;  // place: among the elements that a row has of the channel
     if (BRAZE_HOOK(own_channel, grid.per_lane)) {
-      const int word = static_cast<int>(threadIdx.x) % grid.words, element = word * kLanes;
+      const int element = static_cast<int>(threadIdx.x) % grid.words * kLanes;
       channel = element / grid.share;
-      place = element - static_cast<int>(channel) * grid.share;
-      channel += group * grid.width;
+      place = element - channel * grid.share;
     }
+    const int last = static_cast<int>(min(int64_t{grid.width}, grid.channels - first)) - 1;
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
-      of[j] = min(channel, grid.channels - 1);
+      of[j] = min(channel, last);
       if (grid.per_lane && ++place == BRAZE_HOOK(share, grid.share)) {
         place = 0;
         ++channel;
@@ -255,13 +261,17 @@ struct Channels {
     }
   }
 
+  // Of T from[], which begins with the group's first channel.
+  template <class T>
+  __device__ __forceinline__ void load(T (&values)[kLanes], const T* from) const {
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) values[j] = from[of[j]];
+  }
   // Row `row` of T table[][channels].
   template <class T>
   __device__ __forceinline__ void load(T (&values)[kLanes], const void* table, int row,
                                        const NormGrid& grid) const {
-    const T* const from = static_cast<const T*>(table) + row * grid.channels;
-#pragma unroll
-    for (int j = 0; j < kLanes; ++j) values[j] = from[of[j]];
+    load(values, static_cast<const T*>(table) + row * grid.channels + first);
   }
 };
 
@@ -280,6 +290,33 @@ struct Normalizer {
     return normalize(x, mean[j], scale[j], shift[j]);
   }
 };
+
+// --- one channel's numbers ---
+
+__device__ __forceinline__ double load_number(const void* data, DType dtype, int64_t i,
+                                              double otherwise) {
+  return data == nullptr ? otherwise : Single<double>::load(data, dtype, i);
+}
+
+template <class T>
+__device__ __forceinline__ BatchNormStats<T> stats_of(int64_t c, double mean, double variance,
+                                                      const BatchNormChannels& b) {
+  return make_stats<T>(mean, variance, b.eps, load_number(b.weight, b.param_dtype, c, 1),
+                       load_number(b.bias, b.param_dtype, c, 0));
+}
+
+template <class T>
+__device__ __forceinline__ void write_stats(void* stats, int64_t channels, int64_t c,
+                                            const BatchNormStats<T>& s) {
+  T* const to = static_cast<T*>(stats) + c;
+  to[kMean * channels] = s.mean;
+  to[kMeanLow * channels] = s.mean_low;
+  to[kInvstd * channels] = s.invstd;
+  to[kScale * channels] = s.scale;
+  to[kShift * channels] = s.shift;
+}
+
+// --- the end of a reduction ---
 
 // Items of a thread that are merged at once: more cost registers, fewer cost barriers.
 constexpr int kTogether = 4;
@@ -422,26 +459,31 @@ __device__ __forceinline__ bool reduce_group(const NormGrid& grid, Item* partial
       own[c] = item;
     }
   }
-  uint32_t count = grid.splits;
-  int64_t stride = width;
-  if (grid.splits > kOneLevel) {
-    const uint32_t part = split / kFan, first = part * kFan;
-    const uint32_t blocks = min(uint32_t{kFan}, grid.splits - first);
-    unsigned int* const ticket = tickets + grid.groups + group * norm_parts(grid.splits) + part;
+  // Blocks of the group merge in one step, or in two: those of a part, then what the parts gave.
+  bool in_parts = grid.splits > kOneLevel;
+#pragma unroll 1
+  for (;; in_parts = false) {
+    const uint32_t parts = norm_parts(grid.splits), part = split / kFan;
+    const bool of_parts = grid.splits > kOneLevel && !in_parts;
+    const uint32_t first = in_parts ? part * kFan : 0;
+    const uint32_t blocks = in_parts   ? min(uint32_t{kFan}, grid.splits - first)
+                            : of_parts ? parts
+                                       : grid.splits;
+    const int64_t stride =
+        of_parts ? BRAZE_HOOK(part_stride, int64_t{kFan} * width) : int64_t{width};
+    unsigned int* const ticket = tickets + (in_parts ? grid.groups + group * parts + part : group);
     if (!is_last_block(ticket, blocks)) return false;
     Item* const here = all + static_cast<int64_t>(first) * width;
-    merge_parts(here, blocks, width, width, shared,
-                [&](int i, const Item& item) { here[i] = item; });
-    count = norm_parts(grid.splits);
-    stride = BRAZE_HOOK(part_stride, int64_t{kFan} * width);
+    merge_parts(here, blocks, stride, width, shared, [&](int i, const Item& item) {
+      const int64_t c = static_cast<int64_t>(group) * width + i;
+      if (in_parts) {
+        here[i] = item;
+      } else if (BRAZE_HOOK(has_channel, c < grid.channels)) {
+        f(c, item);
+      }
+    });
+    if (!in_parts) return true;
   }
-  if (!is_last_block(tickets + group, count)) return false;
-  merge_parts(static_cast<const Item*>(all), count, stride, width, shared,
-              [&](int i, const Item& item) {
-                const int64_t channel = static_cast<int64_t>(group) * width + i;
-                if (BRAZE_HOOK(has_channel, channel < grid.channels)) f(channel, item);
-              });
-  return true;
 }
 
 }  // namespace braze::cuda

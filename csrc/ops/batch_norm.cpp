@@ -23,22 +23,14 @@ Side make_side(const char* suffix, const at::Tensor& input, const Norm& norm, bo
           ChannelTensors("batch_norm_act", suffix, input, norm, training)};
 }
 
-void make_stats_of(Side& side, const ActivationShape& shape, bool training) {
-  if (training) {
-    StatisticsArgs args;
-    args.shape = shape;
-    args.x = side.x.const_data_ptr();
-    args.channels = side.channels.plain();
-    args.stats = side.stats.mutable_data_ptr();
-    launch(side.x, args);
-    side.channels.written();
-  } else {
-    FromRunningArgs args;
-    args.shape = shape;
-    args.channels = side.channels.plain();
-    args.stats = side.stats.mutable_data_ptr();
-    launch(side.x, args);
-  }
+void make_stats_of(Side& side, const ActivationShape& shape) {
+  StatisticsArgs args;
+  args.shape = shape;
+  args.x = side.x.const_data_ptr();
+  args.channels = side.channels.plain();
+  args.stats = side.stats.mutable_data_ptr();
+  launch(side.x, args);
+  side.channels.written();
 }
 
 }  // namespace
@@ -64,9 +56,9 @@ ForwardResult batch_norm_act_forward(const at::Tensor& input, BRAZE_NORM_PARAMET
   const at::Tensor y = new_like(x);
   const at::Tensor mask = new_mask(x, shape, masked);
 
-  make_stats_of(first, shape, training);
-  if (second) make_stats_of(*second, shape, training);
-  ApplyArgs args;
+  if (training) make_stats_of(first, shape);
+  if (training && second) make_stats_of(*second, shape);
+  RunningApplyArgs args;
   args.shape = shape;
   args.input[0] = {x.const_data_ptr(), first.stats.const_data_ptr()};
   if (second) args.input[1] = {second->x.const_data_ptr(), second->stats.const_data_ptr()};
@@ -75,7 +67,17 @@ ForwardResult batch_norm_act_forward(const at::Tensor& input, BRAZE_NORM_PARAMET
   args.parameter = parameter;
   args.y = y.mutable_data_ptr();
   if (masked) args.mask = mask.mutable_data_ptr<uint8_t>();
-  launch(x, args);
+  if (training) {
+    launch<ApplyArgs>(x, args);
+  } else {
+    const auto use_running = [&](int k, Side& side) {
+      args.channels[k] = side.channels.plain();
+      args.stats[k] = side.stats.mutable_data_ptr();
+    };
+    use_running(0, first);
+    if (second) use_running(1, *second);
+    launch(x, args);
+  }
   return {y, first.stats, second ? second->stats : new_array(x, {0}), mask};
 }
 

@@ -108,12 +108,12 @@ void launch_on_cuda(int device, const at::Tensor& like, const CombineArgs& args)
   reduce_with(device, like, args, "the statistics", cuda::batch_norm_combine);
 }
 template <>
-void launch_on_cuda(int device, const at::Tensor&, const FromRunningArgs& args) {
-  run(device, "the statistics",
-      [&](cudaStream_t stream) { return cuda::batch_norm_from_running(args, stream); });
+void launch_on_cuda(int device, const at::Tensor&, const ApplyArgs& args) {
+  run(device, "the forward pass",
+      [&](cudaStream_t stream) { return cuda::batch_norm_apply(args, stream); });
 }
 template <>
-void launch_on_cuda(int device, const at::Tensor&, const ApplyArgs& args) {
+void launch_on_cuda(int device, const at::Tensor&, const RunningApplyArgs& args) {
   run(device, "the forward pass",
       [&](cudaStream_t stream) { return cuda::batch_norm_apply(args, stream); });
 }

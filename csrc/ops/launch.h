@@ -35,7 +35,7 @@ struct LaunchRows {
   static LaunchRows on_cuda() { return {{launch_on_cuda<Args>...}}; }
 };
 
-struct Launches : LaunchRows<StatisticsArgs, CombineArgs, FromRunningArgs, ApplyArgs, BackwardArgs,
+struct Launches : LaunchRows<StatisticsArgs, CombineArgs, ApplyArgs, RunningApplyArgs, BackwardArgs,
                              ReduceArgs, CoefficientsArgs, ApplyGradArgs, DrawArgs, DropoutArgs> {};
 
 const Launches& cpu_launches();

@@ -28,12 +28,15 @@ void launch_on_cpu(int, const at::Tensor&, const CombineArgs& args) {
   cpu::combine(args);
 }
 template <>
-void launch_on_cpu(int, const at::Tensor&, const FromRunningArgs& args) {
-  cpu::from_running(args);
-}
-template <>
 void launch_on_cpu(int, const at::Tensor&, const ApplyArgs& args) {
   if (args.shape.numel() != 0) cpu::apply(args, allowed_threads());
+}
+template <>
+void launch_on_cpu(int device, const at::Tensor& like, const RunningApplyArgs& args) {
+  for (int k = 0; k < 2; ++k) {
+    if (args.stats[k] != nullptr) cpu::from_running(args.from_running(k));
+  }
+  launch_on_cpu<ApplyArgs>(device, like, args);
 }
 template <>
 void launch_on_cpu(int, const at::Tensor& like, const BackwardArgs& args) {

@@ -3,7 +3,7 @@
 //
 //   statistics    x -> stats (and the running statistics), or x -> moments for another process
 //   combine       moments of all processes -> stats (and the running statistics)
-//   from_running  running statistics -> stats
+//   from_running  running statistics -> stats; a part of apply on a GPU, which saves a launch
 //   apply         x, stats [, x2, stats2 | residual] -> y [, mask]
 //   reduce        dy [, dy2], x, stats ... -> sums, coefficients, grad_weight, grad_bias
 //   coefficients  sums of all processes -> coefficients
@@ -93,6 +93,14 @@ struct ApplyArgs {
   double parameter = 0;
   void* y = nullptr;
   uint8_t* mask = nullptr;  // null: not wanted; else derivative_is_upper of each element
+};
+
+// The same of layers that normalise with their running statistics: makes stats first.
+struct RunningApplyArgs : ApplyArgs {
+  BatchNormChannels channels[2];
+  void* stats[2] = {};  // input[k].stats, to be written
+
+  BRAZE_INLINE FromRunningArgs from_running(int k) const { return {shape, channels[k], stats[k]}; }
 };
 
 struct InputGradient {

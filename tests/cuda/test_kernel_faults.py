@@ -64,7 +64,8 @@ FAULTS = {
         curved_and_masked: zero; mask_row: minus_one; one_phase: one; may_move: one; moves: zero
         phase_zero: one; whole_vectors: one; channel_groups: minus_one; warps: minus_one
         least_splits: one; stride_words: zero; channel_blocks: zero; share: plus_one
-        channel_begin: zero; part_stride: twice; in_one_warp: one; writes_part: one
+        from_running: zero; running_channels: minus_one; channel_begin: zero; part_stride: twice
+        in_one_warp: one; writes_part: one
     """,
     "dropout": """
         lane: last_bit_flipped; seed: low_bits_32; offset: zero; random_block: low_bits_28

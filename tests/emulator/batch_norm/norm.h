@@ -85,7 +85,7 @@ class Problem {
 
   // Launch, wait, compare; false if something was wrong.
   bool check_statistics();
-  bool check_from_running();
+  bool apply_running();
   bool check_apply();
   bool check_backward();
   bool check_all();
