@@ -70,12 +70,13 @@ __device__ __forceinline__ void update_at(const Operands& t,
 // --- one chunk ---
 
 template <class Rule, class Access, class T, bool kPlain>
-__device__ __forceinline__ void update_vectors(const Operands& t, int64_t first, int count,
+__device__ __forceinline__ void update_vectors(const Operands& t, int64_t begin, int head,
+                                               int count,
                                                const typename Rule::template Args<T>& a) {
 #pragma unroll 1
   for (int v = static_cast<int>(threadIdx.x); v < BRAZE_HOOK(vector_end, count);
        v += kBlockThreads) {
-    const int64_t i = first + v * Access::kCount;
+    const int64_t i = begin + (head + v * Access::kCount);
     const int64_t positions[kNumColumns] = {i, i, i, i, i, i};
     update_at<Rule, Access, T, kPlain>(t, positions, a);
   }
@@ -101,17 +102,16 @@ __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, i
       count = BRAZE_HOOK(vector_count, (size - head) / width);
     }
   }
-  const int64_t first = begin + head;
   if constexpr (kWide) {
-    update_vectors<Rule, Uniform<double, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<double, T>, T, kPlain>(t, begin, head, count, a);
   } else if (common == static_cast<int>(DType::f32)) {
-    update_vectors<Rule, Uniform<float, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<float, T>, T, kPlain>(t, begin, head, count, a);
   } else if (common == static_cast<int>(DType::bf16)) {
-    update_vectors<Rule, Uniform<Bf16, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<Bf16, T>, T, kPlain>(t, begin, head, count, a);
   } else if (common == static_cast<int>(DType::f16)) {
-    update_vectors<Rule, Uniform<F16, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<F16, T>, T, kPlain>(t, begin, head, count, a);
   } else if constexpr (!kPlain) {
-    update_vectors<Rule, Mixed<T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Mixed<T>, T, kPlain>(t, begin, head, count, a);
   }
   const int vectorised = count * width;
 #pragma unroll 1
@@ -131,18 +131,46 @@ __device__ __forceinline__ const char* section(const StepArgument& argument, uin
   return base + (offset & ~kResident);
 }
 
-// The tensor that `chunk` belongs to: the last one that does not begin after it.
-__device__ __forceinline__ int find_tensor(const TensorEntry* entries, int count, int64_t chunk) {
-  int low = 0, high = count;
+// Element i of the section, by words: those of the argument come from constant memory, and nvcc
+// must not make one load of that and the other.
+template <class T>
+__device__ __forceinline__ T read_section(const StepArgument& argument, uint32_t offset,
+                                          int i = 0) {
+  constexpr int kWords = sizeof(T) / 4;
+  uint32_t words[kWords];
+  if (offset & kResident) {
+    const auto* from = reinterpret_cast<const uint32_t*>(section(argument, offset)) + i * kWords;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = __ldg(from + w);
+  } else {
+    const auto* from = reinterpret_cast<const uint32_t*>(argument.bytes + offset) + i * kWords;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = from[w];
+  }
+  T result;
+  memcpy(&result, words, sizeof(result));
+  return result;
+}
+
+// What a block does to one tensor: elements [begin, end).
+struct ChunkOfTensor {
+  TensorEntry entry;
+  TensorNow now;
+  int64_t begin, end;
+};
+
+// The tensor that a chunk belongs to is the last one that does not begin after it.
+__device__ __forceinline__ ChunkOfTensor find_chunk(const StepArgument& argument, int64_t chunk) {
+  int low = 0, high = argument.num_tensors;
   while (BRAZE_HOOK(candidates, high - low) > 1) {
     const int middle = (low + high) / 2;
-    if (entries[middle].first_chunk <= BRAZE_HOOK(wanted_chunk, chunk)) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+    const auto entry = read_section<TensorEntry>(argument, argument.entries, middle);
+    (entry.first_chunk <= BRAZE_HOOK(wanted_chunk, chunk) ? low : high) = middle;
   }
-  return low;
+  const auto entry = read_section<TensorEntry>(argument, argument.entries, low);
+  const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
+  return {entry, read_section<TensorNow>(argument, argument.now, low), begin,
+          min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel))};
 }
 
 template <bool kPlain>
@@ -227,31 +255,23 @@ __device__ inline void advance_steps(const StepArgument& argument, bool skipped)
 // multiprocessor holds, and this saves a third of them.
 constexpr int blocks_per_multiprocessor(bool plain) { return plain ? 3 : 2; }
 
-// Arguments come ready from the host.
+// Arguments come ready from the host. A block per chunk: the hardware gives the next one to whoever
+// is through.
 template <class Rule, bool kPlain>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
     step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
-  const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
-  const auto* now = reinterpret_cast<const TensorNow*>(section(argument, argument.now));
-  for (int64_t chunk = argument.chunk_begin + blockIdx.x; chunk < argument.chunk_end;
-       chunk += gridDim.x) {
-    const int i = find_tensor(entries, argument.num_tensors, chunk);
-    const TensorEntry& entry = entries[i];
-    const Operands t = make_operands<kPlain>(argument, entry, now[i]);
-    const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
-    const int64_t end = min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel));
-    const uint32_t hyper = now[i].hyper;
-    if (!kPlain && entry.is_double) {
-      using Args = typename Rule::template Args<double>;
-      const char* args = section(argument, argument.wide_hypers) +
-                         (hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin));
-      update_chunk<Rule, double, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
-    } else {
-      using Args = typename Rule::template Args<float>;
-      const char* args = section(argument, argument.hypers) +
-                         (hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin));
-      update_chunk<Rule, float, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
-    }
+  const auto [entry, now, begin, end] = find_chunk(argument, argument.chunk_begin + blockIdx.x);
+  const Operands t = make_operands<kPlain>(argument, entry, now);
+  if (!kPlain && entry.is_double) {
+    using Args = typename Rule::template Args<double>;
+    const uint32_t at = now.hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin);
+    const auto args = read_section<Args>(argument, argument.wide_hypers + at);
+    update_chunk<Rule, double, kPlain>(t, begin, end, args);
+  } else {
+    using Args = typename Rule::template Args<float>;
+    const uint32_t at = now.hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin);
+    const auto args = read_section<Args>(argument, argument.hypers + at);
+    update_chunk<Rule, float, kPlain>(t, begin, end, args);
   }
 }
 
@@ -261,23 +281,20 @@ template <class Rule, bool kPlain>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
     device_step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
   BRAZE_SHARED(Prepared<Rule>, prepared, 1);
-  const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
-  const auto* now = reinterpret_cast<const TensorNow*>(section(argument, argument.now));
   const bool skipped =
       argument.found_inf != nullptr && BRAZE_HOOK(found_inf, *argument.found_inf) != 0.0f;
   uint32_t prepared_hyper = 0;
   double prepared_step = -1;
   const int64_t chunk_end = skipped ? argument.chunk_begin : argument.chunk_end;
   for (int64_t chunk = argument.chunk_begin + blockIdx.x; chunk < chunk_end; chunk += gridDim.x) {
-    const int i = find_tensor(entries, argument.num_tensors, chunk);
-    const TensorEntry& entry = entries[i];
+    const auto [entry, now, begin, end] = find_chunk(argument, chunk);
     const auto& hyper = *reinterpret_cast<const DeviceHyper<Rule>*>(
-        section(argument, argument.hypers) + (now[i].hyper - argument.hypers_begin));
+        section(argument, argument.hypers) + (now.hyper - argument.hypers_begin));
     const double step =
         entry.step == nullptr ? hyper.inputs.step : read_scalar(entry.step, step_dtype(entry)) + 1;
-    if (BRAZE_HOOK(other_hyper, prepared_hyper != now[i].hyper) ||
+    if (BRAZE_HOOK(other_hyper, prepared_hyper != now.hyper) ||
         BRAZE_HOOK(other_step, prepared_step != step)) {
-      prepared_hyper = now[i].hyper;
+      prepared_hyper = now.hyper;
       prepared_step = step;
       __syncthreads();  // the block is through with the arguments of its previous chunk
       if (threadIdx.x == 0) {
@@ -289,14 +306,14 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
       }
       __syncthreads();
     }
-    Operands t = make_operands<kPlain>(argument, entry, now[i]);
+    Operands t = make_operands<kPlain>(argument, entry, now);
     t.flags |= BRAZE_HOOK(penalty, prepared[0].penalty);
-    const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
-    const int64_t end = min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel));
     if (!kPlain && entry.is_double) {
-      update_chunk<Rule, double, kPlain>(t, begin, end, prepared[0].d);
+      const auto args = prepared[0].d;
+      update_chunk<Rule, double, kPlain>(t, begin, end, args);
     } else {
-      update_chunk<Rule, float, kPlain>(t, begin, end, prepared[0].f);
+      const auto args = prepared[0].f;
+      update_chunk<Rule, float, kPlain>(t, begin, end, args);
     }
   }
   advance_steps(argument, skipped);

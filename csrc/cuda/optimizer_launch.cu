@@ -228,20 +228,23 @@ cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale sca
   argument_.grad_scale = scale.grad_scale;
   argument_.found_inf = scale.found_inf;
   argument_.blocks_done = kOnDevice && has_steps_ ? blocks_done_ : nullptr;
-  const bool resident = (argument_.entries & kResident) != 0;
-  if (resident) {
+  const bool uploads = (argument_.entries & kResident) != 0;
+  if (uploads) {
     if (const cudaError_t error = BRAZE_HOOK(upload, table_.upload(stream)); error != cudaSuccess)
       return error;
   }
   argument_.resident = table_.device();
   const auto run = [&](auto kernel) {
-    int64_t blocks = 0;
-    if (const cudaError_t error = resident_blocks(kernel, blocks); error != cudaSuccess) {
-      return error;
+    int64_t blocks = BRAZE_HOOK(chunks, chunks);
+    if constexpr (kOnDevice) {  // what a block has made of hypers serves for its next chunks too
+      int64_t resident = 0;
+      if (const cudaError_t error = resident_blocks(kernel, resident); error != cudaSuccess) {
+        return error;
+      }
+      blocks = std::clamp<int64_t>(blocks, 1, resident);
     }
-    const unsigned int grid =
-        static_cast<unsigned int>(std::clamp<int64_t>(BRAZE_HOOK(chunks, chunks), 1, blocks));
-    return BRAZE_LAUNCH(kernel, grid, kBlockThreads, 0, stream, argument_);
+    return BRAZE_LAUNCH(kernel, static_cast<unsigned int>(blocks), kBlockThreads, 0, stream,
+                        argument_);
   };
   cudaError_t error;
   if constexpr (kOnDevice) {
@@ -252,7 +255,7 @@ cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale sca
     error = run(step_kernel<Rule, false>);
   }
   // The launch is on its way, so this is no error of it.
-  if (error == cudaSuccess && resident) (void)table_.mark_read(stream);
+  if (error == cudaSuccess && uploads) (void)table_.mark_read(stream);
   return error;
 }
 
