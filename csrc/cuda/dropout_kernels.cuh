@@ -11,7 +11,6 @@
 namespace braze::cuda {
 
 constexpr int kDropoutThreads = 256;
-constexpr int kAtOnce = 2;  // accesses of one thread that are under way together
 
 __device__ __forceinline__ RandomLanes block_lanes(const RandomState& random, uint64_t block) {
   return random_lanes(BRAZE_HOOK(seed, random.seed), BRAZE_HOOK(offset, random.offset),
@@ -95,7 +94,7 @@ __device__ __forceinline__ void drop_accesses(const DropoutArgs& a, int64_t begi
                                               const RandomState& random) {
   using T = Arithmetic<S>;
   constexpr bool kTwo = kStep == DropoutStep::add || kStep == DropoutStep::activate_grad;
-  constexpr int kCount = Access::kCount;
+  constexpr int kCount = Access::kCount, kAtOnce = kTwo ? 1 : 2;  // two loads of a thread
   const DropoutTerms<T> terms = round_terms<T>(a.terms);
   const T parameter = static_cast<T>(a.parameter);
 #pragma unroll 1
