@@ -255,11 +255,8 @@ __device__ inline void advance_steps(const StepArgument& argument, bool skipped)
 // multiprocessor holds, and this saves a third of them.
 constexpr int blocks_per_multiprocessor(bool plain) { return plain ? 3 : 2; }
 
-// Arguments come ready from the host. A block per chunk: the hardware gives the next one to whoever
-// is through.
 template <class Rule, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
-    step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
+__device__ __forceinline__ void step_chunk(const StepArgument& argument) {
   const auto [entry, now, begin, end] = find_chunk(argument, argument.chunk_begin + blockIdx.x);
   const Operands t = make_operands<kPlain>(argument, entry, now);
   if (!kPlain && entry.is_double) {
@@ -273,6 +270,20 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
     const auto args = read_section<Args>(argument, argument.hypers + at);
     update_chunk<Rule, float, kPlain>(t, begin, end, args);
   }
+}
+
+// Arguments come ready from the host. A block per chunk: the hardware gives the next one to whoever
+// is through.
+template <class Rule, bool kPlain>
+__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
+    step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
+  step_chunk<Rule, kPlain>(argument);
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(true))
+    small_step_kernel(BRAZE_GRID_CONSTANT(SmallStepArgument) argument) {
+  step_chunk<Rule, true>(reinterpret_cast<const StepArgument&>(argument));
 }
 
 // Step counts, loss scale or hyper-parameters are in device memory: each block makes the arguments

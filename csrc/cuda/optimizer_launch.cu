@@ -167,8 +167,9 @@ StepLauncher::HyperRange StepLauncher::hyper_range(size_t first, size_t count, b
 }
 
 // Fills the argument (and the resident table's image) for tensors [first, first + count). What does
-// not fit the argument goes to device memory, what changes least first.
-void StepLauncher::place(size_t first, size_t count, bool capturing) {
+// not fit the argument goes to device memory, what changes least first. Returns the bytes used of
+// the argument.
+size_t StepLauncher::place(size_t first, size_t count, bool capturing) {
   struct Section {
     const char* data;
     size_t bytes;
@@ -217,12 +218,13 @@ void StepLauncher::place(size_t first, size_t count, bool capturing) {
     *sections[s].offset = static_cast<uint32_t>(offset) | (resident ? kResident : 0u);
     offset += align16(sections[s].bytes);
   }
+  return in_argument;
 }
 
 template <class Rule, bool kOnDevice>
 cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale scale, bool capturing,
                                        cudaStream_t stream) {
-  place(first, count, capturing);
+  const size_t used = place(first, count, capturing);
   int64_t chunks = argument_.chunk_end - argument_.chunk_begin;
   if (chunks <= 0 && BRAZE_HOOK(counts_nothing, !(kOnDevice && has_steps_))) return cudaSuccess;
   argument_.grad_scale = scale.grad_scale;
@@ -234,7 +236,7 @@ cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale sca
       return error;
   }
   argument_.resident = table_.device();
-  const auto run = [&](auto kernel) {
+  const auto run = [&]<class Argument>(void (*kernel)(Argument)) {
     int64_t blocks = BRAZE_HOOK(chunks, chunks);
     if constexpr (kOnDevice) {  // what a block has made of hypers serves for its next chunks too
       int64_t resident = 0;
@@ -244,13 +246,16 @@ cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale sca
       blocks = std::clamp<int64_t>(blocks, 1, resident);
     }
     return BRAZE_LAUNCH(kernel, static_cast<unsigned int>(blocks), kBlockThreads, 0, stream,
-                        argument_);
+                        reinterpret_cast<const Argument&>(argument_));
   };
   cudaError_t error;
   if constexpr (kOnDevice) {
     error = plain_ ? run(device_step_kernel<Rule, true>) : run(device_step_kernel<Rule, false>);
   } else if constexpr (Rule::kUpdatesParam) {
-    error = plain_ ? run(step_kernel<Rule, true>) : run(step_kernel<Rule, false>);
+    const bool small = BRAZE_HOOK(fits_small, used <= sizeof(SmallStepArgument::bytes));
+    error = !plain_ ? run(step_kernel<Rule, false>)
+            : small ? run(small_step_kernel<Rule>)
+                    : run(step_kernel<Rule, true>);
   } else {
     error = run(step_kernel<Rule, false>);
   }

@@ -44,7 +44,7 @@ FAULTS = {
         column_is_read: one; counts_nothing: one; capturing: zero; chunks: one
         forget_uploaded: zero; mark_copied: zero; wait_for_copy: zero; upload: zero
         capture_mode: zero; restore_mode: zero; fill_zeros: zero; taken_words: zero
-        other_blocks: plus_one zero
+        other_blocks: plus_one zero; fits_small: one
     """,
     "batch_norm": """
         active_thread: one; has_units: one; own_units: plus_one minus_one; walks_back: zero
