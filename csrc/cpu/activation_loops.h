@@ -8,7 +8,7 @@
 
 namespace braze::cpu {
 
-// n: a multiple of the lanes of a vector. [activation]
+// Arrays are read and written in whole vectors, beyond n. [activation]
 template <class T>
 struct ActivationLoops {
   using Value = void (*)(T* z, int64_t n, T parameter);                 // z = activation(z)

@@ -52,9 +52,7 @@ void* place_to_keep(const BackwardArgs& a) {
   const bool exact = wide || selects || act == Activation::identity;
   if ((act == Activation::identity && a.dy2 == nullptr) || !exact || !needs_sums(a)) return nullptr;
   if (a.grad_residual != nullptr) return a.grad_residual;
-  // The loops that read two inputs know no fp64.
-  const bool in_loop = a.input[1].x == nullptr || a.shape.dtype != DType::f64;
-  const bool of_inputs = a.dy2 == nullptr && in_loop && a.residual == nullptr && a.mask == nullptr;
+  const bool of_inputs = a.dy2 == nullptr && a.residual == nullptr && a.mask == nullptr;
   if (of_inputs && (selects || act == Activation::hardswish)) return nullptr;
   return a.grad[0].dx != nullptr ? a.grad[0].dx : a.grad[1].dx;
 }

@@ -11,9 +11,9 @@ namespace {
 template <class T>
 constexpr int64_t kWidth = Vec<T>::kLanes;
 
-// body(count, first element, stride, columns) for all of a matrix, `count` rows at once, a
-// constant: so that constants stay in registers; far apart, because the hardware prefetches long
-// streams, not many short ones.
+// body(count, first element, stride) for all of a matrix, `count` rows at once, a constant: so that
+// constants stay in registers; far apart, because the hardware prefetches long streams, not many
+// short ones.
 template <int kCount, class Body>
 BRAZE_INLINE void rows_at_once(const Matrix& m, const Body& body) {
   const int64_t part = m.rows / kCount;
@@ -94,6 +94,32 @@ struct Constants {
   }
 };
 
+// `elements` after p, if there is a p.
+template <class S>
+BRAZE_INLINE const S* moved(const void* p, int64_t elements) {
+  return p == nullptr ? nullptr : static_cast<const S*>(p) + elements;
+}
+
+// What z is made of, from some element on. All but x[0] may be null, x[1] or residual is.
+template <class S>
+struct Summands {
+  const S *x[2], *residual;
+
+  // z of n elements from j, whose constants are from column c.
+  template <class T, class N>
+  BRAZE_INLINE Vec<T> z(int64_t j, int64_t c, N n, const Constants<T>* k) const {
+    Vec<T> z = k[0].z(Vec<T>::load(x[0] + j, n), c, n);
+    if (residual != nullptr) return z + Vec<T>::load(residual + j, n);
+    if (x[1] != nullptr) return z + k[1].z(Vec<T>::load(x[1] + j, n), c, n);
+    return z;
+  }
+};
+
+template <class S, class Args>
+Summands<S> summands_at(const Args& a, int64_t e) {
+  return {{moved<S>(a.input[0].x, e), moved<S>(a.input[1].x, e)}, moved<S>(a.residual, e)};
+}
+
 // The sum of n neighbours, in an order that does not depend on the instruction set.
 template <class S>
 double sum_of(const S* in, int64_t n) {
@@ -135,28 +161,11 @@ BRAZE_INLINE int64_t mask_byte(const ActivationShape& shape, int64_t e) {
   return row % 8 == 0 ? e / 8 : e / row * ((row + 7) / 8) + e % row / 8;
 }
 
-// For loops over more arrays than the hardware looks ahead in.
-template <class S>
-BRAZE_INLINE void prefetch_ahead(const S* p) {
-  constexpr int kAhead = 512;  // bytes
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
-}
-
 // A plane that is cut up has this many sums: every so-manyth element is in one.
 constexpr int64_t kPlaneSums = 32;
 
-// `elements` after p, if there is a p.
-template <class S>
-BRAZE_INLINE const S* moved(const void* p, int64_t elements) {
-  return p == nullptr ? nullptr : static_cast<const S*>(p) + elements;
-}
-
 // A piece of what no hot case serves, between memory and the loops of activation_loops.h.
 constexpr int64_t kPiece = 512;
-template <class T>
-BRAZE_INLINE int64_t whole_vectors(int64_t n) {
-  return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
-}
 
 // Up to 8 bytes as a number, and back.
 BRAZE_INLINE uint64_t load_bytes(const uint8_t* p, int64_t n) {

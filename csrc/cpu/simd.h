@@ -42,26 +42,21 @@ BRAZE_INLINE R by_lane(F&& f) {
   return out;
 }
 
-template <class R>
-constexpr bool kFloats = sizeof(R{}[0]) == 4;
+// What to return where R has lanes of 32 bits, and where of 64; the other is not compiled.
+#define BRAZE_RETURN(narrow, wide)   \
+  if constexpr (sizeof(R{}[0]) == 4) \
+    return narrow;                   \
+  else                               \
+    return wide
 
 template <class R>
 BRAZE_INLINE R fma(R a, R b, R c) {
 #if BRAZE_LEVEL >= 2
-  if constexpr (kFloats<R>)
-    return _mm512_fmadd_ps(a, b, c);
-  else
-    return _mm512_fmadd_pd(a, b, c);
+  BRAZE_RETURN(_mm512_fmadd_ps(a, b, c), _mm512_fmadd_pd(a, b, c));
 #elif BRAZE_LEVEL == 1
-  if constexpr (kFloats<R>)
-    return _mm256_fmadd_ps(a, b, c);
-  else
-    return _mm256_fmadd_pd(a, b, c);
+  BRAZE_RETURN(_mm256_fmadd_ps(a, b, c), _mm256_fmadd_pd(a, b, c));
 #elif defined(__aarch64__)
-  if constexpr (kFloats<R>)
-    return vfmaq_f32(c, a, b);
-  else
-    return vfmaq_f64(c, a, b);
+  BRAZE_RETURN(vfmaq_f32(c, a, b), vfmaq_f64(c, a, b));
 #else
   return by_lane<R>([&](size_t i) BRAZE_LAMBDA { return fused_multiply_add(a[i], b[i], c[i]); });
 #endif
@@ -70,25 +65,13 @@ BRAZE_INLINE R fma(R a, R b, R c) {
 template <class R>
 BRAZE_INLINE R sqrt(R a) {
 #if BRAZE_LEVEL >= 2
-  if constexpr (kFloats<R>)
-    return _mm512_maskz_sqrt_ps(0xffff, a);
-  else
-    return _mm512_maskz_sqrt_pd(0xff, a);
+  BRAZE_RETURN(_mm512_maskz_sqrt_ps(0xffff, a), _mm512_maskz_sqrt_pd(0xff, a));
 #elif BRAZE_LEVEL == 1
-  if constexpr (kFloats<R>)
-    return _mm256_sqrt_ps(a);
-  else
-    return _mm256_sqrt_pd(a);
+  BRAZE_RETURN(_mm256_sqrt_ps(a), _mm256_sqrt_pd(a));
 #elif defined(__x86_64__)
-  if constexpr (kFloats<R>)
-    return _mm_sqrt_ps(a);
-  else
-    return _mm_sqrt_pd(a);
+  BRAZE_RETURN(_mm_sqrt_ps(a), _mm_sqrt_pd(a));
 #elif defined(__aarch64__)
-  if constexpr (kFloats<R>)
-    return vsqrtq_f32(a);
-  else
-    return vsqrtq_f64(a);
+  BRAZE_RETURN(vsqrtq_f32(a), vsqrtq_f64(a));
 #else
   return by_lane<R>([&](size_t i) BRAZE_LAMBDA { return square_root(a[i]); });
 #endif
@@ -98,15 +81,9 @@ BRAZE_INLINE R sqrt(R a) {
 template <class R>
 BRAZE_INLINE R larger(R a, R b) {
 #if BRAZE_LEVEL >= 2
-  if constexpr (kFloats<R>)
-    return _mm512_maskz_max_ps(0xffff, a, b);
-  else
-    return _mm512_maskz_max_pd(0xff, a, b);
+  BRAZE_RETURN(_mm512_maskz_max_ps(0xffff, a, b), _mm512_maskz_max_pd(0xff, a, b));
 #elif BRAZE_LEVEL == 1
-  if constexpr (kFloats<R>)
-    return _mm256_max_ps(a, b);
-  else
-    return _mm256_max_pd(a, b);
+  BRAZE_RETURN(_mm256_max_ps(a, b), _mm256_max_pd(a, b));
 #else
   return a > b ? a : b;
 #endif
@@ -114,15 +91,9 @@ BRAZE_INLINE R larger(R a, R b) {
 template <class R>
 BRAZE_INLINE R smaller(R a, R b) {
 #if BRAZE_LEVEL >= 2
-  if constexpr (kFloats<R>)
-    return _mm512_maskz_min_ps(0xffff, a, b);
-  else
-    return _mm512_maskz_min_pd(0xff, a, b);
+  BRAZE_RETURN(_mm512_maskz_min_ps(0xffff, a, b), _mm512_maskz_min_pd(0xff, a, b));
 #elif BRAZE_LEVEL == 1
-  if constexpr (kFloats<R>)
-    return _mm256_min_ps(a, b);
-  else
-    return _mm256_min_pd(a, b);
+  BRAZE_RETURN(_mm256_min_ps(a, b), _mm256_min_pd(a, b));
 #else
   return a < b ? a : b;
 #endif
@@ -159,20 +130,14 @@ BRAZE_INLINE R multiply_low(R a, R b) {
 template <class R>
 BRAZE_INLINE uint32_t bits(R mask) {
 #if BRAZE_LEVEL >= 2
-  if constexpr (kFloats<R>)
-    return _mm512_movepi32_mask(bits_as<__m512i>(mask));
-  else
-    return _mm512_movepi64_mask(bits_as<__m512i>(mask));
+  BRAZE_RETURN(_mm512_movepi32_mask(bits_as<__m512i>(mask)),
+               _mm512_movepi64_mask(bits_as<__m512i>(mask)));
 #elif BRAZE_LEVEL == 1
-  if constexpr (kFloats<R>)
-    return static_cast<uint32_t>(_mm256_movemask_ps(bits_as<__m256>(mask)));
-  else
-    return static_cast<uint32_t>(_mm256_movemask_pd(bits_as<__m256d>(mask)));
+  BRAZE_RETURN(static_cast<uint32_t>(_mm256_movemask_ps(bits_as<__m256>(mask))),
+               static_cast<uint32_t>(_mm256_movemask_pd(bits_as<__m256d>(mask))));
 #elif defined(__x86_64__)
-  if constexpr (kFloats<R>)
-    return static_cast<uint32_t>(_mm_movemask_ps(bits_as<__m128>(mask)));
-  else
-    return static_cast<uint32_t>(_mm_movemask_pd(bits_as<__m128d>(mask)));
+  BRAZE_RETURN(static_cast<uint32_t>(_mm_movemask_ps(bits_as<__m128>(mask))),
+               static_cast<uint32_t>(_mm_movemask_pd(bits_as<__m128d>(mask))));
 #else
   uint32_t out = 0;
   for (size_t i = 0; i < sizeof(R) / sizeof(mask[0]); ++i) out |= (mask[i] & 1u) << i;
@@ -184,10 +149,8 @@ BRAZE_INLINE uint32_t bits(R mask) {
 template <class R>
 BRAZE_INLINE R from_bits(uint32_t bits) {
 #if BRAZE_LEVEL >= 2
-  if constexpr (kFloats<R>)
-    return bits_as<R>(_mm512_movm_epi32(static_cast<__mmask16>(bits)));
-  else
-    return bits_as<R>(_mm512_movm_epi64(static_cast<__mmask8>(bits)));
+  BRAZE_RETURN(bits_as<R>(_mm512_movm_epi32(static_cast<__mmask16>(bits))),
+               bits_as<R>(_mm512_movm_epi64(static_cast<__mmask8>(bits))));
 #else
   using E = std::remove_cvref_t<decltype(R{}[0])>;
   const R which = [&]<size_t... i>(std::index_sequence<i...>) {
@@ -196,6 +159,8 @@ BRAZE_INLINE R from_bits(uint32_t bits) {
   return (which & static_cast<E>(bits)) == which;
 #endif
 }
+
+#undef BRAZE_RETURN
 
 template <int N>
 BRAZE_INLINE Register<uint32_t, N> widen(const uint16_t* p) {
@@ -436,7 +401,7 @@ struct Lanes {
 
   // Of a, or of the first n lanes of it, n >= 0; what memory has no lane for is 0.
   template <class S>
-  static BRAZE_INLINE Lanes load(const S* p) {
+  static BRAZE_INLINE Lanes load(const S* p, Whole = {}) {
     if constexpr (kOne) {
       return {reg::load<E, N>(p), {}};
     } else {
@@ -457,15 +422,7 @@ struct Lanes {
     return load(all);
   }
   template <class S>
-  static BRAZE_INLINE Lanes load(const S* p, Whole) {
-    return load(p);
-  }
-  template <class S>
-  BRAZE_INLINE void store(S* p, Whole) const {
-    store(p);
-  }
-  template <class S>
-  BRAZE_INLINE void store(S* p) const {
+  BRAZE_INLINE void store(S* p, Whole = {}) const {
     if constexpr (kOne) {
       reg::store<E, N>(lo, p);
     } else {
@@ -491,9 +448,9 @@ struct Lanes {
   template <class S>
   static constexpr bool kInPairs = reg::kPairs && N * sizeof(E) == 2 * kRegister &&
                                    (std::is_same_v<S, Bf16> || std::is_same_v<S, uint16_t>);
-  template <class S>
-  static BRAZE_INLINE Lanes load_in_any_order(const S* p) {
-    if constexpr (kInPairs<S>) {
+  template <class S, class Count = Whole>
+  static BRAZE_INLINE Lanes load_in_any_order(const S* p, Count n = {}) {
+    if constexpr (kInPairs<S> && std::is_same_v<Count, Whole>) {
       using InMemory = typename RegisterOf<uint32_t, N / 2>::InMemory;
       const Register<uint32_t, N / 2> pairs = *reinterpret_cast<const InMemory*>(p);
       using R = Register<E, N / 2>;
@@ -503,15 +460,15 @@ struct Lanes {
         return {Half(bits_as<R>(pairs & 0xffffu), {}), Half(bits_as<R>(pairs >> 16), {})};
       }
     } else {
-      return load(p);
+      return load(p, n);
     }
   }
-  template <class S>
-  BRAZE_INLINE void store_in_any_order(S* p) const {
-    if constexpr (kInPairs<S>) {
+  template <class S, class Count = Whole>
+  BRAZE_INLINE void store_in_any_order(S* p, Count n = {}) const {
+    if constexpr (kInPairs<S> && std::is_same_v<Count, Whole>) {
       reg::store_pairs<N / 2>(lo.lo, hi.lo, p);
     } else {
-      store(p);
+      store(p, n);
     }
   }
   // Of a mask: its bits, and the mask that has them.

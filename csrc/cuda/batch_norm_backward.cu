@@ -5,7 +5,7 @@
 namespace braze::cuda {
 namespace {
 
-BackwardArgument make_argument(const BackwardArgs& args, bool reduction) {
+BackwardArgument make_argument(const BackwardArgs& args) {
   BackwardArgument argument = {};
   argument.args = args;
   const Slopes<double> slopes = slopes_of(args.activation, args.parameter);
@@ -13,76 +13,97 @@ BackwardArgument make_argument(const BackwardArgs& args, bool reduction) {
   argument.lower = slopes.lower;
   argument.recompute =
       BRAZE_HOOK(without_mask, args.mask == nullptr) && args.activation != Activation::identity;
-  argument.reads_x = reduction || BRAZE_HOOK(recomputes, argument.recompute) ||
-                     BRAZE_HOOK(needs_x, args.batch_statistics);
+  argument.reads_x =
+      BRAZE_HOOK(recomputes, argument.recompute) || BRAZE_HOOK(needs_x, args.batch_statistics);
   return argument;
 }
 
-template <class Kernel>
-cudaError_t fill_grid(Kernel kernel, int lanes, bool reduction, BackwardArgument& argument,
-                      NormLaunch& launch) {
-  int64_t resident = 0;
-  if (const cudaError_t error = resident_blocks(kernel, resident); error != cudaSuccess) {
-    return error;
+// Reduce and apply_grad by their template arguments, and what a launch of them needs.
+struct Reduce {
+  static constexpr bool kReduces = true;
+  template <class S, int kInputs, class Mode>
+  static auto kernel() {
+    return batch_norm_reduce_kernel<S, kInputs, Mode>;
   }
-  const BackwardArgs& a = argument.args;
-  const void* const none = nullptr;
-  const cudaError_t error =
-      make_norm_launch(a.shape, {lanes, a.mask != nullptr, reduction, resident},
-                       {a.dy, a.dy2, a.input[0].x, a.input[1].x,
-                        argument.recompute ? a.residual : none, reduction ? none : a.grad[0].dx,
-                        reduction ? none : a.grad[1].dx, reduction ? none : a.grad_residual},
-                       launch);
-  argument.grid = launch.grid;
-  return error;
-}
+};
+struct ApplyGrad {
+  static constexpr bool kReduces = false;
+  template <class S, int kInputs, class Mode>
+  static auto kernel() {
+    return batch_norm_apply_grad_kernel<S, kInputs, Mode>;
+  }
+};
 
-// Calls f with the storage type, the number of inputs and whether the activation is curved.
-template <class F>
+// Calls f(kernel, argument, launch, bytes of a partial item) for the kernel that these tensors
+// take.
+template <class Pass, class F>
 cudaError_t choose(const BackwardArgs& args, F&& f) {
-  const bool curved = is_curved(args.activation);
-  if (BRAZE_HOOK(curved_and_masked, curved && args.mask != nullptr)) return cudaErrorInvalidValue;
+  const bool curved = is_curved(args.activation), mask = args.mask != nullptr;
+  if (BRAZE_HOOK(curved_and_masked, curved && mask)) return cudaErrorInvalidValue;
+  BackwardArgument argument = make_argument(args);
+  const void* const none = nullptr;
+  const auto written = [&](const void* tensor) { return Pass::kReduces ? none : tensor; };
+  const NormTensors tensors = {args.dy,
+                               args.dy2,
+                               args.input[0].x,
+                               args.input[1].x,
+                               argument.recompute ? args.residual : none,
+                               written(args.grad[0].dx),
+                               written(args.grad[1].dx),
+                               written(args.grad_residual)};
+  const bool two = args.input[1].x != nullptr;
+  // What is rare in training, constant statistics and a dx that nobody wants, is not for them.
+  const bool all =
+      args.batch_statistics && args.grad[0].dx != nullptr && (!two || args.grad[1].dx != nullptr);
+  const bool plain = (Pass::kReduces || all) && is_plain(args.shape, mask, tensors);
   return with_dtype(args.shape.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const auto run = [&]<int kInputs, class Mode>(std::integral_constant<int, kInputs>, Mode) {
+      const auto kernel = Pass::template kernel<S, kInputs, Mode>();
+      int64_t resident = 0;
+      cudaError_t error = resident_blocks(kernel, resident);
+      NormLaunch launch;
+      const NormDemand demand{kVector<S>, Mode::kPlain, mask, Pass::kReduces, resident};
+      if (error == cudaSuccess) error = make_norm_launch(args.shape, demand, tensors, launch);
+      if (error != cudaSuccess) return error;
+      argument.grid = launch.grid;
+      return f(kernel, argument, launch, sizeof(SumsItem<kInputs>));
+    };
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;
-    if (args.input[1].x == nullptr) {
-      return curved ? f(storage, One{}, std::true_type{}) : f(storage, One{}, std::false_type{});
+    if constexpr (!std::is_same_v<S, double>) {
+      const bool relu = args.activation == Activation::relu;
+      if (plain && relu && mask) return two ? run(Two{}, PlainMask{}) : run(One{}, PlainMask{});
+      if (plain && !two && !mask) {
+        if (args.activation == Activation::identity) return run(One{}, PlainIdentity{});
+        if (relu && args.residual == nullptr) return run(One{}, PlainRelu{});
+      }
     }
-    return curved ? f(storage, Two{}, std::true_type{}) : f(storage, Two{}, std::false_type{});
+    if (two) return curved ? run(Two{}, AnyCurved{}) : run(Two{}, Any{});
+    return curved ? run(One{}, AnyCurved{}) : run(One{}, Any{});
   });
 }
 
 }  // namespace
 
 cudaError_t batch_norm_scratch(const BackwardArgs& args, NormScratchSize& size) {
-  return choose(args, [&](auto storage, auto inputs, auto curved) {
-    using S = decltype(storage);
-    BackwardArgument argument = make_argument(args, true);
-    NormLaunch launch;
-    const cudaError_t error = fill_grid(batch_norm_reduce_kernel<S, inputs(), curved()>, kVector<S>,
-                                        true, argument, launch);
-    if (error != cudaSuccess) return error;
-    size.workspace =
-        size_t{launch.blocks} * static_cast<size_t>(launch.grid.width) * sizeof(SumsItem<inputs()>);
-    size.tickets = launch.grid.groups;
-    return cudaSuccess;
-  });
+  return choose<Reduce>(
+      args, [&](auto, const BackwardArgument&, const NormLaunch& launch, size_t item) {
+        size.workspace = size_t{launch.blocks} * static_cast<size_t>(launch.grid.width) * item;
+        size.tickets = norm_tickets(launch.grid);
+        return cudaSuccess;
+      });
 }
 
 cudaError_t batch_norm_reduce(const BackwardArgs& args, const NormScratch& scratch,
                               cudaStream_t stream) {
   if (args.shape.c == 0) return cudaSuccess;
-  return choose(args, [&](auto storage, auto inputs, auto curved) {
-    using S = decltype(storage);
-    const auto kernel = batch_norm_reduce_kernel<S, inputs(), curved()>;
-    BackwardArgument argument = make_argument(args, true);
-    NormLaunch launch;
-    const cudaError_t error = fill_grid(kernel, kVector<S>, true, argument, launch);
-    if (error != cudaSuccess) return error;
-    argument.partials = static_cast<double*>(scratch.workspace);
-    argument.tickets = scratch.tickets;
-    return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
-  });
+  return choose<Reduce>(
+      args, [&](auto kernel, BackwardArgument& argument, const NormLaunch& launch, size_t) {
+        argument.partials = static_cast<double*>(scratch.workspace);
+        argument.tickets = scratch.tickets;
+        return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
+      });
 }
 
 cudaError_t batch_norm_coefficients(const CoefficientsArgs& args, cudaStream_t stream) {
@@ -96,15 +117,10 @@ cudaError_t batch_norm_coefficients(const CoefficientsArgs& args, cudaStream_t s
 
 cudaError_t batch_norm_apply_grad(const BackwardArgs& args, cudaStream_t stream) {
   if (args.shape.numel() == 0) return cudaSuccess;
-  return choose(args, [&](auto storage, auto inputs, auto curved) {
-    using S = decltype(storage);
-    const auto kernel = batch_norm_apply_grad_kernel<S, inputs(), curved()>;
-    BackwardArgument argument = make_argument(args, false);
-    NormLaunch launch;
-    const cudaError_t error = fill_grid(kernel, kVector<S>, false, argument, launch);
-    if (error != cudaSuccess) return error;
-    return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
-  });
+  return choose<ApplyGrad>(
+      args, [&](auto kernel, const BackwardArgument& argument, const NormLaunch& launch, size_t) {
+        return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
+      });
 }
 
 }  // namespace braze::cuda

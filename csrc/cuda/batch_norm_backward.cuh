@@ -22,10 +22,10 @@ struct BackwardArgument {
   BackwardArgs args;
   NormGrid grid;
   double* partials;       // [groups][splits][width] items; reduce's alone
-  unsigned int* tickets;  // [groups], zero
+  unsigned int* tickets;  // norm_tickets(grid), zero; reduce's alone
   double upper, lower;    // the two derivatives, where there are two
   bool recompute;         // z decides on the derivative
-  bool reads_x;
+  bool reads_x;           // apply_grad's alone; reduce does anyway
 };
 
 // What a unit needs in both passes.
@@ -38,25 +38,32 @@ struct BackwardUnit {
   Elements x[kInputs], dy, dy2, residual;
   uint32_t mask;
 
-  __device__ __forceinline__ void load(const BackwardArgument& a) {
+  // What may be absent is in registers all the same, and zeros there.
+  template <class Mode>
+  __device__ __forceinline__ void load(const BackwardArgument& a, bool reads_x) {
     const BackwardArgs& args = a.args;
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) x[k].load(args.input[k].x, place, a.reads_x);
+    for (int k = 0; k < kInputs; ++k) x[k].load(args.input[k].x, place, reads_x);
     dy.load(args.dy, place);
     dy2.load(args.dy2, place, BRAZE_HOOK(has_dy2, args.dy2 != nullptr));
-    residual.load(
-        args.residual, place,
-        BRAZE_HOOK(reads_residual, kInputs == 1 && a.recompute && args.residual != nullptr));
-    mask = args.mask != nullptr && place.lanes != 0
-               ? args.mask[place.mask] >> BRAZE_HOOK(mask_bit, place.bit)
-               : 0;
+    if constexpr (!Mode::kPlain) {
+      residual.load(
+          args.residual, place,
+          BRAZE_HOOK(reads_residual, kInputs == 1 && a.recompute && args.residual != nullptr));
+    }
+    if constexpr (!Mode::kPlain || Mode::kMask) {
+      mask = args.mask != nullptr && place.lanes != 0
+                 ? args.mask[place.mask] >> BRAZE_HOOK(mask_bit, place.bit)
+                 : 0;
+    }
   }
 
   // d of each lane; 0 where dy is, as in lanes that the unit lacks.
-  template <bool kCurved>
+  template <class Mode>
   __device__ __forceinline__ void gradient(const BackwardArgument& a,
                                            const Normalizer<T, kLanes> (&normalizer)[kInputs],
                                            T (&d)[kLanes]) const {
+    constexpr bool kCurved = std::is_same_v<Mode, AnyCurved>;
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) d[j] = dy.get(j);
     if (a.args.dy2 != nullptr) {
@@ -64,26 +71,31 @@ struct BackwardUnit {
       for (int j = 0; j < kLanes; ++j) d[j] += dy2.get(j);
     }
     T z[kLanes] = {};
-    if (kCurved || BRAZE_HOOK(recompute, a.recompute)) {
+    const bool recompute = kCurved || (Mode::kPlain ? std::is_same_v<Mode, PlainRelu>
+                                                    : BRAZE_HOOK(recompute, a.recompute));
+    if (recompute) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         z[j] = normalizer[0](x[0].get(j), j);
         if constexpr (kInputs == 2) z[j] += normalizer[1](x[1].get(j), j);
       }
-      if (kInputs == 1 && a.args.residual != nullptr) {
+      if (!Mode::kPlain && kInputs == 1 && a.args.residual != nullptr) {
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) z[j] += residual.get(j);
       }
     }
     const T parameter = static_cast<T>(a.args.parameter);
-    if (BRAZE_HOOK(masked, !kCurved && a.args.mask != nullptr)) {
-      const T upper = static_cast<T>(a.upper), lower = static_cast<T>(a.lower);
+    const bool masked =
+        Mode::kPlain ? Mode::kMask : BRAZE_HOOK(masked, !kCurved && a.args.mask != nullptr);
+    if (masked) {
+      const T upper = Mode::kPlain ? T(1) : static_cast<T>(a.upper),
+              lower = Mode::kPlain ? T(0) : static_cast<T>(a.lower);
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         d[j] = two_slope_gradient(d[j], (mask >> j & 1u) != 0, upper, lower);
       }
     } else {
-      with_activation<kKernelTakes<kCurved>>(a.args.activation, [&](auto activation) {
+      with_activation_of<Mode>(a.args.activation, [&](auto activation) {
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           d[j] = activation_gradient<decltype(activation)::value>(d[j], z[j], parameter);
@@ -93,8 +105,11 @@ struct BackwardUnit {
   }
 };
 
-template <bool kCurved>
-constexpr int kBackwardUnroll = kCurved ? 1 : 2;
+// Units at once; more where one block has a multiprocessor to itself.
+template <int kInputs, class Mode>
+constexpr int kBackwardUnroll = std::is_same_v<Mode, AnyCurved> ? 1
+                                : kInputs == 2 && !Mode::kPlain ? 3
+                                                                : 2;
 
 template <class T>
 __device__ __forceinline__ BatchNormStats<T> load_stats(const void* stats, int64_t channels,
@@ -140,33 +155,32 @@ __device__ __forceinline__ void finish_input(const BackwardArgument& a, int k, i
 
 // --- the kernels ---
 
-template <class S, int kInputs, bool kCurved>
-__global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
+template <class S, int kInputs, class Mode>
+__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(true)))
     batch_norm_reduce_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
   using T = Arithmetic<S>;
   using Item = SumsItem<kInputs>;
-  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kCurved>;
-  BRAZE_SHARED(double, shared, (kMergeNumbers<Item, kLanes>));
+  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kInputs, Mode>;
+  BRAZE_SHARED(double, shared, kMergeNumbers<Item>);
   const NormGrid& grid = a.grid;
-  Walk<S, kLanes, false> walk(grid, blockIdx.x);
+  Walk<S, kLanes, false, Mode::kPlain> walk(grid, blockIdx.x);
   T grad[kLanes] = {}, grad_input[kInputs][kLanes] = {};
   if (walk.left() > 0) {
     Normalizer<T, kLanes> normalizer[kInputs];
+    const Channels<kLanes> channels(grid, blockIdx.x);
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) {
-      normalizer[k].load(a.args.input[k].stats, grid, walk.channel());
-    }
-    while (walk.left() > 0) {
+    for (int k = 0; k < kInputs; ++k) normalizer[k].load(a.args.input[k].stats, grid, channels);
+    for_units<kUnroll>(walk, [&](auto whole, bool) {
       BackwardUnit<S, kInputs> units[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        units[i].place = walk.next();
-        units[i].load(a);
+        units[i].place = walk.template next<decltype(whole)::value>();
+        units[i].template load<Mode>(a, true);
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
         T d[kLanes];
-        units[i].template gradient<kCurved>(a, normalizer, d);
+        units[i].template gradient<Mode>(a, normalizer, d);
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           T ignored = grad[j];
@@ -177,44 +191,32 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
           }
         }
       }
-    }
+    });
   }
 
-  const int thread = static_cast<int>(threadIdx.x);
-  const int columns = grid.channels_last ? static_cast<int>(grid.words) : 1;
-  const int lanes = grid.channels_last ? kLanes : 1;
-  const int row = thread / columns, column = thread - row * columns;
-  Item* const all = reinterpret_cast<Item*>(a.partials);
-  Item* const to = all + int64_t{blockIdx.x} * grid.width + column * lanes;
-  const auto item_of = [&](int lane) {
+  const auto sums_of = [&](int lane) {
     Item item;
     item.number[0] = grad[lane];
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) item.number[1 + k] = grad_input[k][lane];
     return item;
   };
-  merge_rows<Item, kLanes>(
-      lanes, grid.active / columns, row, column, columns, shared,
-      [&](int lane) {
-        Item item = item_of(lane);
-        if (BRAZE_HOOK(one_channel, !grid.channels_last)) {  // one channel
+  const auto item_of = [&](int lane) {
+    Item item = sums_of(lane);
+    if (BRAZE_HOOK(one_channel, !grid.per_lane)) {
 #pragma unroll
-          for (int j = 1; j < kLanes; ++j) item.merge(item_of(j));
-        }
-        return item;
-      },
-      [&](int lane, const Item& item) {
-        if (BRAZE_HOOK(partial_sums, lane < lanes)) to[lane] = item;
-      });
-  const uint32_t group = group_of(grid, blockIdx.x);
-  if (!is_last_block(a.tickets + group, grid.splits)) return;
-  const Item* const partials = all + static_cast<int64_t>(group) * grid.splits * grid.width;
-  merge_splits(grid, group, partials, shared, [&](int64_t c, const Item& item) {
+      for (int j = 1; j < kLanes; ++j) item.merge(sums_of(j));
+    }
+    return item;
+  };
+  const auto finish = [&](int64_t c, const Item& item) {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
       finish_input<T>(a, k, c, item.number[0], item.number[1 + BRAZE_HOOK(second_sum, k)]);
     }
-  });
+  };
+  reduce_group<Item, kLanes>(grid, reinterpret_cast<Item*>(a.partials), a.tickets, shared, item_of,
+                             finish);
 }
 
 template <class T>
@@ -231,37 +233,38 @@ __global__ void __launch_bounds__(kNormThreads)
                         load_stats<T>(args.stats, channels, c)));
 }
 
-template <class S, int kInputs, bool kCurved>
-__global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
+template <class S, int kInputs, class Mode>
+__global__ void __launch_bounds__(kNormThreads, (blocks_at_once<kInputs, Mode>(false)))
     batch_norm_apply_grad_kernel(BRAZE_GRID_CONSTANT(BackwardArgument) a) {
   using T = Arithmetic<S>;
-  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kCurved>;
+  constexpr int kLanes = kVector<S>, kUnroll = kBackwardUnroll<kInputs, Mode>;
   // From the end: what reduce read last may be in the cache still.
-  Walk<S, kLanes, true> walk(a.grid, gridDim.x - 1 - blockIdx.x);
+  const uint32_t block = gridDim.x - 1 - blockIdx.x;
+  Walk<S, kLanes, true, Mode::kPlain> walk(a.grid, block);
   if (walk.left() <= 0) return;
   Normalizer<T, kLanes> normalizer[kInputs];
   T on_grad[kInputs][kLanes], on_input[kInputs][kLanes], constant[kInputs][kLanes];
+  const Channels<kLanes> channels(a.grid, block);
 #pragma unroll
   for (int k = 0; k < kInputs; ++k) {
-    const int64_t channel = walk.channel();
     const void* const coefficients = a.args.grad[k].coefficients;
-    normalizer[k].load(a.args.input[k].stats, a.grid, channel);
-    if (a.args.grad[k].dx == nullptr) continue;
-    load_channels(on_grad[k], coefficients, kOnGrad, a.grid, channel);
-    load_channels(on_input[k], coefficients, kOnInput, a.grid, channel);
-    load_channels(constant[k], coefficients, kConstant, a.grid, channel);
+    normalizer[k].load(a.args.input[k].stats, a.grid, channels);
+    if (!Mode::kPlain && a.args.grad[k].dx == nullptr) continue;
+    channels.load(on_grad[k], coefficients, kOnGrad, a.grid);
+    channels.load(on_input[k], coefficients, kOnInput, a.grid);
+    channels.load(constant[k], coefficients, kConstant, a.grid);
   }
-  while (walk.left() > 0) {
+  for_units<kUnroll>(walk, [&](auto whole, bool) {
     BackwardUnit<S, kInputs> units[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      units[i].place = walk.next();
-      units[i].load(a);
+      units[i].place = walk.template next<decltype(whole)::value>();
+      units[i].template load<Mode>(a, Mode::kPlain || a.reads_x);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       T d[kLanes];
-      units[i].template gradient<kCurved>(a, normalizer, d);
+      units[i].template gradient<Mode>(a, normalizer, d);
       Pack<S, kLanes> out;
       if (BRAZE_HOOK(wants_residual, kInputs == 1 && a.args.grad_residual != nullptr)) {
         out.clear();
@@ -271,11 +274,11 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
       }
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
-        if (a.args.grad[k].dx == nullptr) continue;
+        if (!Mode::kPlain && a.args.grad[k].dx == nullptr) continue;
         out.clear();
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          out.set(j, BRAZE_HOOK(batch_gradient, a.args.batch_statistics)
+          out.set(j, Mode::kPlain || BRAZE_HOOK(batch_gradient, a.args.batch_statistics)
                          ? input_gradient(d[j], units[i].x[k].get(j), normalizer[k].mean[j],
                                           on_grad[k][j], on_input[k][j], constant[k][j])
                          : input_gradient(d[j], on_grad[k][j]));
@@ -283,7 +286,7 @@ __global__ void __launch_bounds__(kNormThreads, kInputs == 1 ? 2 : 1)
         out.store(a.args.grad[k].dx, units[i].place);
       }
     }
-  }
+  });
 }
 
 }  // namespace braze::cuda

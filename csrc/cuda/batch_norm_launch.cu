@@ -8,50 +8,62 @@
 namespace braze::cuda {
 namespace {
 
-template <class S>
-cudaError_t statistics_launch(const StatisticsArgs& args, NormLaunch& launch) {
-  int64_t resident = 0;
-  if (const cudaError_t error = resident_blocks(batch_norm_statistics_kernel<S>, resident);
-      error != cudaSuccess) {
-    return error;
-  }
-  return make_norm_launch(args.shape, {kVector<S>, false, true, resident}, {args.x}, launch);
-}
-
-template <class S, int kInputs, bool kCurved, bool kMask>
-cudaError_t launch_apply(const ApplyArgs& args, cudaStream_t stream) {
-  const auto kernel = batch_norm_apply_kernel<S, kInputs, kCurved, kMask>;
-  int64_t resident = 0;
-  cudaError_t error = resident_blocks(kernel, resident);
-  if (error != cudaSuccess) return error;
-  NormLaunch launch;
-  error = make_norm_launch(args.shape, {kApplyLanes<S, kMask>, kMask, false, resident},
-                           {args.input[0].x, args.input[1].x, args.residual, args.y}, launch);
-  if (error != cudaSuccess) return error;
-  const ApplyArgument argument{args, launch.grid};
-  return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
+// Calls f(kernel, launch) for the kernel that this tensor takes.
+template <class F>
+cudaError_t choose_statistics(const StatisticsArgs& args, F&& f) {
+  return with_dtype(args.shape.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const auto run = [&]<class Mode>(Mode) {
+      const auto kernel = batch_norm_statistics_kernel<S, Mode>;
+      int64_t resident = 0;
+      cudaError_t error = resident_blocks(kernel, resident);
+      NormLaunch launch;
+      const NormDemand demand{kVector<S>, Mode::kPlain, false, true, resident};
+      if (error == cudaSuccess) error = make_norm_launch(args.shape, demand, {args.x}, launch);
+      return error == cudaSuccess ? f(kernel, launch) : error;
+    };
+    if constexpr (!std::is_same_v<S, double>) {
+      if (is_plain(args.shape, false, {args.x})) return run(PlainIdentity{});
+    }
+    return run(Any{});
+  });
 }
 
 template <class S, int kInputs>
 cudaError_t choose_apply(const ApplyArgs& args, cudaStream_t stream) {
-  if (args.mask != nullptr) {
-    return has_two_slopes(args.activation) ? launch_apply<S, kInputs, false, true>(args, stream)
-                                           : cudaErrorInvalidValue;
+  const NormTensors tensors = {args.input[0].x, args.input[1].x, args.residual, args.y};
+  const auto run = [&]<class Mode>(Mode) {
+    const auto kernel = batch_norm_apply_kernel<S, kInputs, Mode>;
+    int64_t resident = 0;
+    cudaError_t error = resident_blocks(kernel, resident);
+    NormLaunch launch;
+    const NormDemand demand{kApplyLanes<S, Mode>, Mode::kPlain, Mode::kMask, false, resident};
+    if (error == cudaSuccess) error = make_norm_launch(args.shape, demand, tensors, launch);
+    if (error != cudaSuccess) return error;
+    const ApplyArgument argument{args, launch.grid};
+    return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
+  };
+  const bool mask = args.mask != nullptr, relu = args.activation == Activation::relu;
+  if (mask && !has_two_slopes(args.activation)) return cudaErrorInvalidValue;
+  if constexpr (!std::is_same_v<S, double>) {
+    if (is_plain(args.shape, mask, tensors)) {
+      if (relu) return mask ? run(PlainMask{}) : run(PlainRelu{});
+      if constexpr (kInputs == 1) {
+        if (args.activation == Activation::identity) return run(PlainIdentity{});
+      }
+    }
   }
-  return is_curved(args.activation) ? launch_apply<S, kInputs, true, false>(args, stream)
-                                    : launch_apply<S, kInputs, false, false>(args, stream);
+  if (mask) return run(AnyMask{});
+  return is_curved(args.activation) ? run(AnyCurved{}) : run(Any{});
 }
 
 }  // namespace
 
 cudaError_t batch_norm_scratch(const StatisticsArgs& args, NormScratchSize& size) {
-  return with_dtype(args.shape.dtype, [&](auto storage) {
-    NormLaunch launch;
-    const cudaError_t error = statistics_launch<decltype(storage)>(args, launch);
-    if (error != cudaSuccess) return error;
+  return choose_statistics(args, [&](auto, const NormLaunch& launch) {
     size.workspace =
         size_t{launch.blocks} * static_cast<size_t>(launch.grid.width) * sizeof(MomentsItem);
-    size.tickets = size_t{launch.grid.groups} + BRAZE_HOOK(batch_ticket, 1);
+    size.tickets = norm_tickets(launch.grid);
     return cudaSuccess;
   });
 }
@@ -63,15 +75,10 @@ cudaError_t batch_norm_scratch(const CombineArgs&, NormScratchSize& size) {
 
 cudaError_t batch_norm_statistics(const StatisticsArgs& args, const NormScratch& scratch,
                                   cudaStream_t stream) {
-  return with_dtype(args.shape.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    NormLaunch launch;
-    const cudaError_t error = statistics_launch<S>(args, launch);
-    if (error != cudaSuccess) return error;
+  return choose_statistics(args, [&](auto kernel, const NormLaunch& launch) {
     const StatisticsArgument argument{
         args, launch.grid, static_cast<MomentsItem*>(scratch.workspace), scratch.tickets};
-    return BRAZE_LAUNCH(batch_norm_statistics_kernel<S>, launch.blocks, launch.threads, 0, stream,
-                        argument);
+    return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
   });
 }
 

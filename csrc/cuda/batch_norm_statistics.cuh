@@ -31,7 +31,7 @@ struct StatisticsArgument {
   StatisticsArgs args;
   NormGrid grid;
   MomentsItem* partials;  // [groups][splits][width]
-  unsigned int* tickets;  // [groups + 1], zero
+  unsigned int* tickets;  // norm_tickets(grid), zero
 };
 
 struct CombineArgument {
@@ -88,30 +88,31 @@ __device__ __forceinline__ void count_batch(int64_t* batches_tracked, unsigned i
 
 // --- the kernels ---
 
-template <class S>
+template <class S, class Mode>
 __global__ void __launch_bounds__(kNormThreads, 2)
     batch_norm_statistics_kernel(BRAZE_GRID_CONSTANT(StatisticsArgument) a) {
   using T = Arithmetic<S>;
   constexpr int kLanes = kVector<S>, kUnroll = 4;
-  BRAZE_SHARED(double, shared, (kMergeNumbers<MomentsItem, kLanes>));
+  BRAZE_SHARED(double, shared, kMergeNumbers<MomentsItem>);
   const NormGrid& grid = a.grid;
-  Walk<S, kLanes, false> walk(grid, blockIdx.x);
+  Walk<S, kLanes, false, Mode::kPlain> walk(grid, blockIdx.x);
   T shift[kLanes] = {}, sum[kLanes] = {}, square[kLanes] = {};
   int count = 0;  // of values per lane, or of all lanes where they are one channel's
-  for (bool first = true; walk.left() > 0; first = false) {
+  for_units<kUnroll>(walk, [&](auto whole, bool first) {
+    constexpr bool kWhole = decltype(whole)::value;
     Unit units[kUnroll];
     Pack<S, kLanes> x[kUnroll];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) units[i] = walk.next();
+    for (int i = 0; i < kUnroll; ++i) units[i] = walk.template next<kWhole>();
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) x[i].load(a.args.x, units[i]);
     int values = 0;
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      values += BRAZE_HOOK(values_last, grid.channels_last) ? units[i].lanes != 0
-                                                            : __popc(units[i].lanes);
+      values +=
+          BRAZE_HOOK(values_last, grid.per_lane) ? units[i].lanes != 0 : __popc(units[i].lanes);
     }
-    if (first) {
+    if (!kWhole && first) {
       // The mean of the thread's first values: near enough, whatever the others hold.
       T all = 0;
 #pragma unroll
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kNormThreads, 2)
       }
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        shift[j] = make_shift(BRAZE_HOOK(shift_each, grid.channels_last) ? shift[j] : all,
+        shift[j] = make_shift(BRAZE_HOOK(shift_each, grid.per_lane) ? shift[j] : all,
                               static_cast<T>(values));
       }
     }
@@ -135,36 +136,22 @@ __global__ void __launch_bounds__(kNormThreads, 2)
                    sum[j], square[j]);
       }
     }
-  }
+  });
 
-  const int thread = static_cast<int>(threadIdx.x);
-  const int columns = grid.channels_last ? static_cast<int>(grid.words) : 1;
-  const int lanes = grid.channels_last ? kLanes : 1;
-  const int row = thread / columns, column = thread - row * columns;
-  MomentsItem* const to = a.partials + int64_t{blockIdx.x} * grid.width + column * lanes;
-  merge_rows<MomentsItem, kLanes>(
-      lanes, grid.active / columns, row, column, columns, shared,
-      [&](int lane) {
-        double all = sum[lane], all_squares = square[lane];
-        if (BRAZE_HOOK(one_shift, !grid.channels_last)) {  // one channel, one shift
+  const auto item_of = [&](int lane) {
+    double all = sum[lane], all_squares = square[lane];
+    if (BRAZE_HOOK(one_shift, !grid.per_lane)) {  // one channel, one shift
 #pragma unroll
-          for (int j = 1; j < kLanes; ++j) {
-            all += sum[j];
-            all_squares += square[j];
-          }
-        }
-        MomentsItem item;
-        item.set({shift[lane], static_cast<double>(count), all, all_squares});
-        return item;
-      },
-      [&](int lane, const MomentsItem& item) {
-        if (BRAZE_HOOK(partial_moments, lane < lanes)) to[lane] = item;
-      });
-  const uint32_t group = group_of(grid, blockIdx.x);
-  if (!is_last_block(a.tickets + group, grid.splits)) return;
-  const MomentsItem* const partials =
-      a.partials + static_cast<int64_t>(group) * grid.splits * grid.width;
-  merge_splits(grid, group, partials, shared, [&](int64_t c, const MomentsItem& item) {
+      for (int j = 1; j < kLanes; ++j) {
+        all += sum[j];
+        all_squares += square[j];
+      }
+    }
+    MomentsItem item;
+    item.set({shift[lane], static_cast<double>(count), all, all_squares});
+    return item;
+  };
+  const auto finish = [&](int64_t c, const MomentsItem& item) {
     const ChannelMoments m = channel_moments(item.moments());
     if (a.args.moments == nullptr) {
       finish_channel<T>(a.args.stats, grid.channels, c, m, a.args.channels);
@@ -174,9 +161,12 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     to[kMomentsMean * grid.channels] = static_cast<T>(m.mean);
     to[kMomentsM2 * grid.channels] = static_cast<T>(m.m2);
     to[kMomentsCount * grid.channels] = static_cast<T>(m.count);
-  });
+  };
+  if (!reduce_group<MomentsItem, kLanes>(grid, a.partials, a.tickets, shared, item_of, finish)) {
+    return;
+  }
   if (BRAZE_HOOK(no_moments, a.args.moments == nullptr)) {
-    count_batch(a.args.channels.batches_tracked, a.tickets + grid.groups,
+    count_batch(a.args.channels.batches_tracked, a.tickets + norm_tickets(grid) - 1,
                 BRAZE_HOOK(group_finishers, grid.groups));
   }
 }

@@ -54,16 +54,17 @@ FAULTS = {
         own_channel: zero; other_blocks: plus_one zero; reset_ticket: zero; rows_and_one: minus_one
         upper_rows: plus_one; writes_row: one; splits_each: minus_one; whole_part: one
         has_channel: one; narrow_grid: one; values_last: one zero; shift_each: one zero
-        counted_lane: one; one_shift: zero; partial_moments: one; no_values: zero; cumulative: zero
+        counted_lane: one; one_shift: zero; partial_items: one; no_values: zero; cumulative: zero
         this_batch: zero; running_mean: zero; running_var: off_by_a_thousandth; counts_batch: one
         no_moments: one; group_finishers: one; block_finishers: one; processes: minus_one
         finished_channels: minus_one; has_residual: zero; mask_lanes: all_bits; has_dy2: zero
         reads_residual: zero; mask_bit: zero; recompute: zero; masked: zero; one_channel: zero
-        partial_sums: one; first_input: one; batch_coefficients: one; batch_gradient: one
+        shared_channel: zero; first_input: one; batch_coefficients: one; batch_gradient: one
         second_sum: zero; wants_residual: zero; without_mask: zero; recomputes: zero; needs_x: zero
         curved_and_masked: zero; mask_row: minus_one; one_phase: one; may_move: one; moves: zero
         phase_zero: one; whole_vectors: one; channel_groups: minus_one; warps: minus_one
-        least_splits: one; stride_words: zero; batch_ticket: zero; channel_blocks: zero
+        least_splits: one; stride_words: zero; channel_blocks: zero; share: plus_one
+        channel_begin: zero; part_stride: twice; in_one_warp: one; writes_part: one
     """,
     "dropout": """
         lane: last_bit_flipped; seed: low_bits_32; offset: zero; random_block: low_bits_28

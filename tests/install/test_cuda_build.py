@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cuda_gates
 import pytest
+import sass_model
 
 pytestmark = [
     pytest.mark.cpu_only("is about the build"),
@@ -89,15 +90,20 @@ def test_same_bits_as_the_cpu_is_asked_for(commands: Commands) -> None:
         assert "-std=c++20" in command["command"] and "-Werror" in command["command"]
 
 
-def test_figures_are_pinned(kernels: cuda_gates.Kernels) -> None:
-    version, scalar, pinned = cuda_gates.read_ratchet()
-    if cuda_gates.nvcc_version() != version:
-        pytest.skip(f"pinned with nvcc {version}, this is {cuda_gates.nvcc_version()}")
-    problems = [
-        *cuda_gates.broken_rules(kernels, scalar),
-        *cuda_gates.differences(pinned, kernels),
-    ]
-    assert not problems, "\n".join([*problems, f"if this is meant: {cuda_gates.PIN}"])
+def test_figures_are_pinned(commands: Commands, kernels: cuda_gates.Kernels) -> None:
+    ratchet = cuda_gates.read_ratchet()
+    if cuda_gates.nvcc_version() != ratchet.nvcc:
+        pytest.skip(f"pinned with nvcc {ratchet.nvcc}, this is {cuda_gates.nvcc_version()}")
+    rows = cuda_gates.hot_rows(cuda_gates.cuda_objects(commands), kernels)
+    problems, changes = cuda_gates.problems_and_changes(ratchet, kernels, rows)
+    assert not problems + changes, "\n".join(
+        [*problems, *changes, f"if this is meant: {cuda_gates.PIN}"]
+    )
+
+
+def test_every_family_of_hot_kernels_is_there(kernels: cuda_gates.Kernels) -> None:
+    matched = {known[0] for name in kernels if (known := sass_model.family_of(name))}
+    assert matched == set(sass_model.FAMILIES)
 
 
 # ------------------------------------------- positive controls: seeded bugs
@@ -151,7 +157,7 @@ def test_ratchet_fails_in_both_directions() -> None:
     assert cuda_gates.differences(one(38), one(38)) == []
     assert cuda_gates.differences(one(38), one(40)) == ["k on sm_90: registers 38 -> 40"]
     assert cuda_gates.differences(one(38), one(32)) == ["k on sm_90: registers 38 -> 32"]
-    assert cuda_gates.differences({}, one(38)) == ["k: new kernel, not pinned"]
+    assert cuda_gates.differences({}, one(38)) == ["k: new, not pinned"]
     assert cuda_gates.differences(one(38), {}) == ["k: gone"]
 
 
@@ -165,10 +171,10 @@ def test_split_accesses_are_reported() -> None:
 
 
 def test_ratchet_survives_a_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version, scalar, pinned = cuda_gates.read_ratchet()
+    ratchet = cuda_gates.read_ratchet()
     text = cuda_gates.RATCHET.read_text()
     monkeypatch.setattr(cuda_gates, "RATCHET", tmp_path / "ratchet.json")
-    cuda_gates.write_ratchet(version, scalar, pinned)
+    cuda_gates.write_ratchet(ratchet)
     assert cuda_gates.RATCHET.read_text() == text
 
 

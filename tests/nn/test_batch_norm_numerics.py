@@ -7,6 +7,7 @@ import braze  # noqa: F401  (registers the operators)
 import pytest
 import torch
 from batch_norm_reference import Config, act_args
+from devices import MODE
 from op_table import BF16, FP16, FP32, FP64, values
 from torch import Tensor
 
@@ -89,17 +90,20 @@ def test_constant_channel(dtype: torch.dtype, value: float, last: bool) -> None:
 
 
 @LAYOUTS
-def test_huge_values_give_no_nan(last: bool) -> None:
-    x = values((4, 3, 6, 6), 1)
+@pytest.mark.parametrize("size", [6, 20])  # 20: planes of one channel in several images
+def test_huge_values_give_no_nan(size: int, last: bool) -> None:
+    x = values((4, 3, size, size), 1)
     x[:, 1] *= 1e30
     x = laid_out(x, last)
     y = ops.batch_norm_act(x, None, None, None, None, None, 0.1, EPS, True, "relu", 0.0, None)
     assert not y.isnan().any()
     wide = x.double()
-    others = reference.batch_norm_act(wide, *[None] * 5, 0.1, EPS, True, "relu", 0.0, None)
-    torch.testing.assert_close(y[:, ::2].double(), others[:, ::2], rtol=1e-5, atol=1e-5)
+    want = reference.batch_norm_act(wide, *[None] * 5, 0.1, EPS, True, "relu", 0.0, None)
+    # The CPU takes sums of squares beyond fp32 again in double, devices find an infinite variance.
+    known = slice(None, None, 1 if MODE == "cpu" else 2)
+    torch.testing.assert_close(y[:, known].double(), want[:, known], rtol=1e-5, atol=1e-5)
     y64 = ops.batch_norm_act(wide, *[None] * 5, 0.1, EPS, True, "relu", 0.0, None)
-    torch.testing.assert_close(y64, others, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(y64, want, rtol=1e-9, atol=1e-9)
 
 
 @LAYOUTS

@@ -4,8 +4,9 @@
     .venv/bin/python tests/support/cuda_gates.py --pin    make the present figures the pinned ones
 
 Pinned per kernel and architecture: registers, stack and shared bytes, local memory accesses
-(spills), and 128-bit global loads and stores. Any difference fails, improvements too: they are
-pinned, and so cannot be lost again unnoticed.
+(spills), and 128-bit global loads and stores. Pinned per hot loop: sass_model.py's figures, which
+must keep to limits too, and which docs/cuda_model.md shows. Any difference fails, improvements too:
+they are pinned, and so cannot be lost again unnoticed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import sass_model
+
 ROOT = Path(__file__).parents[2]
 RATCHET = ROOT / "tests/support/cuda_ratchet.json"
+PAGE = ROOT / "docs/cuda_model.md"
 BUILD = ROOT / "build/cuda-check"
 PIN = ".venv/bin/python tests/support/cuda_gates.py --pin"
 FIGURES = ("registers", "stack", "shared", "local", "loads128", "stores128")
@@ -32,6 +37,18 @@ Kernels = dict[str, dict[str, dict[str, int]]]
 
 class GateError(RuntimeError):
     """The figures cannot be had, or do not obey the rules."""
+
+
+@dataclass
+class Ratchet:
+    """What is pinned, and what the rules are."""
+
+    nvcc: str = ""
+    scalar: list[str] = field(default_factory=list)  # kernels that need no 16-byte accesses
+    kernels: Kernels = field(default_factory=Kernels)
+    limits: dict[str, float] = field(default_factory=dict)
+    excused: dict[str, str] = field(default_factory=dict)  # row: why it may miss a limit
+    model: Kernels = field(default_factory=Kernels)  # rows of the model, on its one architecture
 
 
 def nvcc_module() -> ModuleType:
@@ -153,31 +170,52 @@ def parse(resources: str, sass: str) -> Kernels:
             arch = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             name = match[1]
-        elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", line):
-            figures, operation = kernels[name][arch], match[1]
+        elif match := sass_model.INSTRUCTION.match(line):
+            figures, operation = kernels[name][arch], match["opcode"]
             if re.match(r"(LDL|STL)\b", operation):
                 figures["local"] += 1
-            elif re.match(r"LDG?\..*\b128\b", operation):
+            elif sass_model.LOAD128.match(operation):
                 figures["loads128"] += 1
-            elif re.match(r"STG?\..*\b128\b", operation):
+            elif sass_model.STORE128.match(operation):
                 figures["stores128"] += 1
     return kernels
 
 
+def dump(file: Path, *options: str) -> str:
+    """What cuobjdump says of ``file``."""
+    environ = {**os.environ, "PATH": f"{tool('nvdisasm').parent}:{os.environ['PATH']}"}
+    return _run([str(tool("cuobjdump")), *options, str(file)], environ)
+
+
+def demangled(mangled: str) -> str:
+    return short(_run(["c++filt", mangled]).strip())
+
+
 def measure(objects: list[Path]) -> Kernels:
     """Figures of every kernel in ``objects`` by short name and architecture."""
-    environ = {**os.environ, "PATH": f"{tool('nvdisasm').parent}:{os.environ['PATH']}"}
-    cuobjdump, result = str(tool("cuobjdump")), Kernels()
+    result = Kernels()
     for file in objects:
-        dumps = [
-            _run([cuobjdump, option, str(file)], environ) for option in ("-res-usage", "-sass")
-        ]
-        for mangled, by_arch in parse(dumps[0], dumps[1]).items():
-            name = short(_run(["c++filt", mangled]).strip())
+        for mangled, by_arch in parse(dump(file, "-res-usage"), dump(file, "-sass")).items():
+            name = demangled(mangled)
             if name in result:
                 raise GateError(f"two kernels are called {name}: give one another name")
             result[name] = by_arch
     return dict(sorted(result.items()))
+
+
+def hot_rows(objects: list[Path], kernels: Kernels) -> dict[str, sass_model.Row]:
+    """The model's rows of ``objects``, whose figures are ``kernels``."""
+    rows: dict[str, sass_model.Row] = {}
+    for file in objects:
+        sass = dump(file, "-arch", sass_model.ARCH, "-sass")
+        for mangled, body in sass_model.functions(sass).items():
+            name = demangled(mangled)
+            figures = kernels[name][sass_model.ARCH]
+            found = sass_model.rows_of(name, body, figures["registers"], figures["shared"])
+            if sass_model.family_of(name) and not found:
+                raise GateError(f"{name} has no loop with the accesses of its family")
+            rows |= found
+    return dict(sorted(rows.items()))
 
 
 def broken_rules(kernels: Kernels, scalar: list[str]) -> list[str]:
@@ -212,13 +250,13 @@ def differences(pinned: Kernels, present: Kernels) -> list[str]:
     for name in sorted(pinned.keys() | present.keys()):
         old, new = pinned.get(name), present.get(name)
         if old is None or new is None:
-            lines.append(f"{name}: {'new kernel, not pinned' if old is None else 'gone'}")
+            lines.append(f"{name}: {'new, not pinned' if old is None else 'gone'}")
             continue
         for arch in sorted(old.keys() | new.keys()):
             before, after = old.get(arch, {}), new.get(arch, {})
             changed = [
                 f"{figure} {before.get(figure)} -> {after.get(figure)}"
-                for figure in FIGURES
+                for figure in before | after
                 if before.get(figure) != after.get(figure)
             ]
             if changed:
@@ -226,24 +264,49 @@ def differences(pinned: Kernels, present: Kernels) -> list[str]:
     return lines
 
 
-def read_ratchet() -> tuple[str, list[str], Kernels]:
-    """The compiler's version, the kernels that may be scalar, and the pinned figures."""
+def problems_and_changes(
+    ratchet: Ratchet, kernels: Kernels, rows: dict[str, sass_model.Row]
+) -> tuple[list[str], list[str]]:
+    """What breaks a rule, and what is not as it was pinned."""
+    problems = broken_rules(kernels, ratchet.scalar)
+    problems += sass_model.broken_limits(rows, ratchet.limits, ratchet.excused)
+    changes = differences(ratchet.kernels, kernels) + differences(ratchet.model, pinned(rows))
+    if not PAGE.exists() or PAGE.read_text() != page(ratchet, rows):
+        changes.append(f"{PAGE.name} is not made of these figures")
+    return problems, changes
+
+
+def pinned(rows: dict[str, sass_model.Row]) -> Kernels:
+    return {name: {sass_model.ARCH: row.figures()} for name, row in rows.items()}
+
+
+def page(ratchet: Ratchet, rows: dict[str, sass_model.Row]) -> str:
+    return sass_model.document(rows, ratchet.limits, ratchet.excused, PIN)
+
+
+COLUMNS = {"kernels": FIGURES, "model": sass_model.FIGURES}
+
+
+def read_ratchet() -> Ratchet:
     data = json.loads(RATCHET.read_text())
-    kernels = {
-        name: {arch: dict(zip(FIGURES, row, strict=True)) for arch, row in by_arch.items()}
-        for name, by_arch in data["kernels"].items()
-    }
-    return data["nvcc"], data["scalar"], kernels
+    del data["figures"]
+    for part, columns in COLUMNS.items():
+        data[part] = {
+            name: {arch: dict(zip(columns, row, strict=True)) for arch, row in by_arch.items()}
+            for name, by_arch in data[part].items()
+        }
+    return Ratchet(**data)
 
 
-def write_ratchet(version: str, scalar: list[str], kernels: Kernels) -> None:
+def write_ratchet(ratchet: Ratchet) -> None:
     """One line per kernel and architecture, so that a diff reads as a table."""
-    rows = {
-        name: {arch: [figures[f] for f in FIGURES] for arch, figures in by_arch.items()}
-        for name, by_arch in kernels.items()
-    }
-    head = {"figures": FIGURES, "nvcc": version, "scalar": scalar, "kernels": rows}
-    text = json.dumps(head, indent=1)
+    data = {"figures": COLUMNS, **vars(ratchet)}
+    for part in COLUMNS:
+        data[part] = {
+            name: {arch: [*figures.values()] for arch, figures in by_arch.items()}
+            for name, by_arch in data[part].items()
+        }
+    text = json.dumps(data, indent=1)
     text = re.sub(r"\[[^\[\]]*\]", lambda row: " ".join(row[0].split()), text)
     RATCHET.write_text(text + "\n")
 
@@ -251,21 +314,24 @@ def write_ratchet(version: str, scalar: list[str], kernels: Kernels) -> None:
 def main() -> int:
     """Compares or pins. Returns 0, or 1 after printing what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pin", action="store_true", help=f"rewrite {RATCHET.name}")
+    parser.add_argument("--pin", action="store_true", help=f"rewrite {RATCHET.name}, {PAGE.name}")
     pin = parser.parse_args().pin
+    ratchet = read_ratchet()
     try:
-        commands = compile_objects()
-        kernels = measure(cuda_objects(commands))
+        objects = cuda_objects(compile_objects())
+        kernels = measure(objects)
+        rows = hot_rows(objects, kernels)
     except GateError as error:
         print(error, file=sys.stderr)
         return 1
-    _, scalar, pinned = read_ratchet() if RATCHET.exists() else ("", [], Kernels())
-    problems = broken_rules(kernels, scalar)
-    changes = differences(pinned, kernels)
+    problems, changes = problems_and_changes(ratchet, kernels, rows)
     print(*problems, *changes, sep="\n")
     if pin:
-        write_ratchet(nvcc_version(), [s for s in scalar if s in kernels], kernels)
-        print(f"pinned {len(kernels)} kernels")
+        ratchet.nvcc, ratchet.kernels, ratchet.model = nvcc_version(), kernels, pinned(rows)
+        ratchet.scalar = [name for name in ratchet.scalar if name in kernels]
+        write_ratchet(ratchet)
+        PAGE.write_text(page(ratchet, rows))
+        print(f"pinned {len(kernels)} kernels, {len(rows)} hot loops")
         return 1 if problems else 0
     if changes:
         print(f"if this is meant: {PIN}")

@@ -6,35 +6,32 @@
 namespace braze::cpu::BRAZE_SET {
 namespace {
 
-template <class T, class Body>
-void each_vector(int64_t n, const Body& body) {
-  for (int64_t i = 0; i < n; i += Vec<T>::kLanes) body(i);
-}
-
 template <Activation kA, class T>
 void value(T* z, int64_t n, T parameter) {
-  each_vector<T>(n, [=](int64_t i) { activate<kA>(Vec<T>::load(z + i), parameter).store(z + i); });
+  for (int64_t i = 0; i < n; i += Vec<T>::kLanes) {
+    activate<kA>(Vec<T>::load(z + i), parameter).store(z + i);
+  }
 }
 
 template <Activation kA, class T>
 void derivative(T* z, int64_t n, T parameter) {
-  each_vector<T>(n, [=](int64_t i) {
+  for (int64_t i = 0; i < n; i += Vec<T>::kLanes) {
     activation_derivative<kA>(Vec<T>::load(z + i), parameter).store(z + i);
-  });
+  }
 }
 
 template <Activation kA, class T>
 void gradient(T* d, const T* z, int64_t n, T parameter) {
-  each_vector<T>(n, [=](int64_t i) {
+  for (int64_t i = 0; i < n; i += Vec<T>::kLanes) {
     activation_gradient<kA>(Vec<T>::load(d + i), Vec<T>::load(z + i), parameter).store(d + i);
-  });
+  }
 }
 
 template <Activation kA, class T>
 void upper(const T* z, int64_t n, uint8_t* bits) {
-  each_vector<T>(n, [=](int64_t i) {
+  for (int64_t i = 0; i < n; i += Vec<T>::kLanes) {
     store_bits<Vec<T>>(derivative_is_upper<kA>(Vec<T>::load(z + i)).bits(), bits + i / 8);
-  });
+  }
 }
 
 template <Activation kA, class T>

@@ -21,18 +21,15 @@ struct GradientCase {
   bool operator==(const GradientCase&) const = default;
 };
 
-// What d is made of, from some element on. All but dy and x[0] may be null.
+// What d is made of, from some element on. dy2 may be null.
 template <class S>
-struct Sources {
-  const S *dy, *dy2, *x[2], *residual;
+struct Sources : Summands<S> {
+  const S *dy, *dy2;
 };
 
 template <class S>
 Sources<S> sources_at(const BackwardArgs& a, int64_t e) {
-  return {moved<S>(a.dy, e),
-          moved<S>(a.dy2, e),
-          {moved<S>(a.input[0].x, e), moved<S>(a.input[1].x, e)},
-          moved<S>(a.residual, e)};
+  return {summands_at<S>(a, e), moved<S>(a.dy, e), moved<S>(a.dy2, e)};
 }
 
 // dy + dy2, rounded to their type as autograd's sums are: so it can be kept in memory, exactly.
@@ -46,19 +43,6 @@ BRAZE_INLINE Vec<T> gradient_of_output(const Sources<S>& from, int64_t j, N n) {
     d = Vec<T>::load(sum);
   }
   return d;
-}
-
-// z of n elements from j, whose constants are from column c.
-template <class S, class T, class N>
-BRAZE_INLINE Vec<T> joined(const Sources<S>& from, bool two, const Vec<T>* x, int64_t j, int64_t c,
-                           N n, const Constants<T>* k) {
-  Vec<T> z = k[0].z(x[0], c, n);
-  if (two) {
-    z += k[1].z(x[1], c, n);
-  } else if (from.residual != nullptr) {
-    z += Vec<T>::load(from.residual + j, n);
-  }
-  return z;
 }
 
 // What a vector of a hot case is made of.
@@ -88,7 +72,7 @@ struct Loaded {
   template <class T>
   BRAZE_INLINE void differentiate(const uint8_t* bits, int64_t c, const Constants<T>* k) {
     if constexpr (kCase.mask) {
-      d = select(V::Mask::from_bits(load_bits<V>(bits)), d, V(0));
+      d = two_slope_gradient(d, V::Mask::from_bits(load_bits<V>(bits)), 1, 0);
     } else if constexpr (kNeedsZ) {
       V z = k[0].z(x[0], c, Whole{});
       if constexpr (kCase.two) z += k[1].z(x[1], c, Whole{});
@@ -121,13 +105,9 @@ void gradient_any(const BackwardArgs& a, int64_t e, int64_t n, const uint8_t* bi
     return;
   }
   alignas(64) T z[kPiece];
-  each_vector<Vec<T>>(n, [&](int64_t j, auto left) BRAZE_LAMBDA {
-    Vec<T> x[2] = {Vec<T>::load(from.x[0] + j, left), 0};
-    if (from.x[1] != nullptr) x[1] = Vec<T>::load(from.x[1] + j, left);
-    joined(from, from.x[1] != nullptr, x, j, to.at(column + j), left, k).store(z + j);
-  });
-  activations.of<T>().gradient[static_cast<int>(a.activation)](d, z, whole_vectors<T>(n),
-                                                               parameter);
+  each_vector<Vec<T>>(n, [&](int64_t j, auto left)
+                             BRAZE_LAMBDA { from.z(j, to.at(column + j), left, k).store(z + j); });
+  activations.of<T>().gradient[static_cast<int>(a.activation)](d, z, n, parameter);
 }
 
 // The hot cases, each with loops of its own.
@@ -287,10 +267,10 @@ struct Reduce {
     template <class T, GradientCase kCase, class S>
     BRAZE_INLINE void add(int v, const Loaded<kCase, V, S>& from, const Constants<T>* k,
                           int64_t c) {
-      grad[v] += from.d;
       unrolled<kInputs>([&](auto i) BRAZE_LAMBDA {
-        const V centred = from.x[i] - V::load(k[i].mean + c);
-        input[i][v] = fused_multiply_add(from.d, centred, input[i][v]);
+        V unused = 0;
+        add_gradient(from.d, from.x[i], V::load(k[i].mean + c), i == 0 ? grad[v] : unused,
+                     input[i][v]);
       });
     }
   };
@@ -403,18 +383,19 @@ void reduce_of(const BackwardArgs& a, const Geometry& g, int64_t begin, int64_t 
     double* const into = parts + part * kPartRows * g.row() + first;
     for (int s = 0; s < used; ++s) std::fill_n(into + s * g.row(), width, 0.0);
     for (int64_t b = g.first_block(part); b < g.first_block(part + 1); ++b) {
-      Matrix m = g.matrix(column, b);
+      const Matrix m = g.matrix(column, b);
       const int64_t count = g.one_channel ? kPlaneSums : std::max(m.columns, m.tail);
       for (int s = 0; s < used; ++s) std::fill_n(rows[s], count, T(0));
-      for (int64_t i = g.images(b); i > 0; --i, m.offset += g.image_stride()) {
-        loop(a, m, to, k, sums, kept);
+      Matrix image = m;
+      for (int64_t i = g.images(b); i > 0; --i, image.offset += g.image_stride()) {
+        loop(a, image, to, k, sums, kept);
       }
       for (int s = 0; to.in_pairs && !to.one_channel && s < used; ++s) {
         reorder_pairs<false>(rows[s], m.columns);
       }
       if (m.tail > 0) {  // only the last block has one
         set(to.in_order());
-        const int64_t e = m.offset - g.image_stride() + m.rows * m.stride;
+        const int64_t e = m.offset + m.rows * m.stride;
         Reduce::rows<1>(a, e, 0, m.tail, BitsOfRows<1>(a, e, 0, m.tail), 0, to.in_order(), k, sums,
                         kept);
       }

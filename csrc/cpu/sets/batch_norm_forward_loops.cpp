@@ -92,11 +92,10 @@ void shifts_of(const S* x, const Geometry& g, int64_t width, int64_t pixels, T* 
   }
 }
 
-// In double: for values whose squares are beyond fp32.
+// Adds the sums in double: for values whose squares are beyond fp32.
 template <class S, class T>
 void sum_exactly(const S* x, const Geometry& g, const Matrix& m, int64_t width,
                  BlockMoments<T>& out) {
-  for (int64_t c = 0; c < width; ++c) out.shifts[c] = out.sums[c] = out.squares[c] = 0;
   for (int64_t r = 0; r < m.rows + (m.tail > 0); ++r) {
     for (int64_t j = 0; j < (r < m.rows ? m.columns : m.tail); ++j) {
       const int64_t c = g.one_channel ? 0 : g.span > 1 ? j / g.span : j % width;
@@ -215,28 +214,13 @@ struct ApplyCase {
 };
 
 template <class S>
-struct Rows {
-  const S *x, *x2, *residual;
+struct Rows : Summands<S> {
   S* y;
 };
 
 template <class S>
 Rows<S> rows_at(const ApplyArgs& a, int64_t e) {
-  return {moved<S>(a.input[0].x, e), moved<S>(a.input[1].x, e), moved<S>(a.residual, e),
-          static_cast<S*>(a.y) + e};
-}
-
-// z of n elements from j, whose constants are from column c.
-template <class S, class T, class N>
-BRAZE_INLINE Vec<T> joined(const Rows<S>& rows, bool two, int64_t j, int64_t c, N n,
-                           const Constants<T>* k) {
-  Vec<T> z = k[0].z(Vec<T>::load(rows.x + j, n), c, n);
-  if (two) {
-    z += k[1].z(Vec<T>::load(rows.x2 + j, n), c, n);
-  } else if (rows.residual != nullptr) {
-    z += Vec<T>::load(rows.residual + j, n);
-  }
-  return z;
+  return {summands_at<S>(a, e), static_cast<S*>(a.y) + e};
 }
 
 // What no hot case serves: any arguments, any number of elements.
@@ -248,19 +232,18 @@ template <class S, class T>
   alignas(64) T z[kPiece];
   for (int64_t begin = 0; begin < n; begin += kPiece) {
     const int64_t count = std::min(kPiece, n - begin);
-    const int64_t whole = whole_vectors<T>(count);
     const Rows<S> rows = rows_at<S>(a, e + begin);
     each_vector<Vec<T>>(count, [&](int64_t j, auto left) BRAZE_LAMBDA {
-      joined(rows, rows.x2 != nullptr, j, to.at(column + begin + j), left, k).store(z + j);
+      rows.z(j, to.at(column + begin + j), left, k).store(z + j);
     });
     if (bits != nullptr) {
       uint8_t own[kPiece / 8];
-      loops.upper[act](z, whole, own);
+      loops.upper[act](z, count, own);
       if (count % 8 != 0) own[count / 8] &= static_cast<uint8_t>((1 << count % 8) - 1);
       std::memcpy(bits + begin / 8, own, static_cast<size_t>((count + 7) / 8));
     }
     if (a.activation != Activation::identity) {
-      loops.value[act](z, whole, static_cast<T>(a.parameter));
+      loops.value[act](z, count, static_cast<T>(a.parameter));
     }
     each_vector<Vec<T>>(count, [&](int64_t j, auto left)
                                    BRAZE_LAMBDA { Vec<T>::load(z + j).store(rows.y + j, left); });
@@ -279,7 +262,7 @@ void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
   rows_at_once<kApplyRows>(m, [&](auto count, int64_t e, int64_t stride) {
     constexpr int kCount = decltype(count)::value;
     const Rows<S> rows = rows_at<S>(a, e);
-    const S* const added = kCase.two ? rows.x2 : rows.residual;
+    const S* const added = kCase.two ? rows.x[1] : rows.residual;
     JoinedBits joined_bits[kCount];
     uint8_t* bits[kCount] = {};
     if constexpr (kCase.mask) {
@@ -295,7 +278,7 @@ void apply_hot(const ApplyArgs& a, const Matrix& m, const Spread& to,
               shift = V::load(k[0].shift + c);
       unrolled<kCount>([&](auto r) BRAZE_LAMBDA {
         const int64_t at = r * stride + j;
-        V z = normalize(V::load_in_any_order(rows.x + at), mean, scale, shift);
+        V z = normalize(V::load_in_any_order(rows.x[0] + at), mean, scale, shift);
         if constexpr (kCase.two) {
           z += k[1].z(V::load_in_any_order(added + at), c, Whole{});
         } else if (added != nullptr) {

@@ -136,23 +136,6 @@ struct Tile {
 template <class S>
 using VectorOf = std::conditional_t<sizeof(S) == 2, Wide<Arithmetic<S>>, Vec<Arithmetic<S>>>;
 
-template <class V, class P>
-BRAZE_INLINE V load(const P* p, Whole) {
-  return V::load_in_any_order(p);
-}
-template <class V, class P>
-BRAZE_INLINE V load(const P* p, int64_t n) {
-  return V::load(p, n);
-}
-template <class V, class P>
-BRAZE_INLINE void store(const V& value, P* p, Whole) {
-  value.store_in_any_order(p);
-}
-template <class V, class P>
-BRAZE_INLINE void store(const V& value, P* p, int64_t n) {
-  value.store(p, n);
-}
-
 template <class S, class Count>
 BRAZE_INLINE auto kept(const uint16_t* lanes, uint32_t threshold, Count count) {
   using V = VectorOf<S>;
@@ -160,53 +143,33 @@ BRAZE_INLINE auto kept(const uint16_t* lanes, uint32_t threshold, Count count) {
   using Numbers = std::conditional_t<sizeof(S) == 8, V, Lanes<int32_t, V::kLanes>>;
   const Numbers limit(static_cast<int32_t>(threshold));
   if constexpr (std::is_same_v<S, Bf16>) {
-    return load<Numbers>(lanes, count) >= limit;
+    return Numbers::load_in_any_order(lanes, count) >= limit;
   } else {
     return Numbers::load(lanes, count) >= limit;
   }
 }
 
-template <class S>
-void scale(const Tile<S>& tile, const DropoutArgs& args) {
+// kStep, whose activation is ReLU.
+template <class S, DropoutStep kStep>
+void step(const Tile<S>& tile, const DropoutArgs& args) {
   using V = VectorOf<S>;
-  const DropoutTerms<Arithmetic<S>> terms = round_terms<Arithmetic<S>>(args.terms);
-  each_vector<V>(tile.n,
-                 [t = tile, terms, threshold = args.threshold](int64_t i, auto count) BRAZE_LAMBDA {
-                   const V x = load<V>(t.x + i, count);
-                   store(drop(kept<S>(t.lanes + i, threshold, count), x, terms), t.out + i, count);
-                 });
-}
-
-template <class S>
-void add(const Tile<S>& tile, const DropoutArgs& args) {
-  using V = VectorOf<S>;
-  const auto factor = static_cast<Arithmetic<S>>(args.terms.scale);
-  each_vector<V>(
-      tile.n, [t = tile, factor, threshold = args.threshold](int64_t i, auto count) BRAZE_LAMBDA {
-        const V x = load<V>(t.x + i, count), residual = load<V>(t.second + i, count);
-        const V y = drop_and_add(kept<S>(t.lanes + i, threshold, count), x, residual, factor);
-        store(y, t.out + i, count);
-      });
-}
-
-template <class S>
-void relu(const Tile<S>& tile, const DropoutArgs& args) {
-  using V = VectorOf<S>;
-  const auto factor = static_cast<Arithmetic<S>>(args.terms.scale);
-  each_vector<V>(
-      tile.n, [t = tile, factor, threshold = args.threshold](int64_t i, auto count) BRAZE_LAMBDA {
-        const V y = activate<Activation::relu>(load<V>(t.x + i, count), Arithmetic<S>(0));
-        store(drop_value(kept<S>(t.lanes + i, threshold, count), y, factor), t.out + i, count);
-      });
-}
-
-template <class S>
-void relu_grad(const Tile<S>& tile, const DropoutArgs& args) {
-  using V = VectorOf<S>;
-  const auto factor = static_cast<Arithmetic<S>>(args.terms.scale);
-  each_vector<V>(tile.n, [t = tile, factor](int64_t i, auto count) BRAZE_LAMBDA {
-    const V y = load<V>(t.x + i, count), grad = load<V>(t.second + i, count);
-    store(relu_and_drop_grad(y, grad, factor), t.out + i, count);
+  using T = Arithmetic<S>;
+  const DropoutTerms<T> terms = round_terms<T>(args.terms);
+  each_vector<V>(tile.n, [t = tile, terms, threshold = args.threshold](int64_t i,
+                                                                       auto count) BRAZE_LAMBDA {
+    const auto load = [=](const S* p) BRAZE_LAMBDA { return V::load_in_any_order(p + i, count); };
+    const auto mask = [=] BRAZE_LAMBDA { return kept<S>(t.lanes + i, threshold, count); };
+    V y;
+    if constexpr (kStep == DropoutStep::scale) {
+      y = drop(mask(), load(t.x), terms);
+    } else if constexpr (kStep == DropoutStep::add) {
+      y = drop_and_add(mask(), load(t.x), load(t.second), terms.scale);
+    } else if constexpr (kStep == DropoutStep::activate) {
+      y = activate_and_drop<Activation::relu>(mask(), load(t.x), T(0), terms.scale);
+    } else {
+      y = relu_and_drop_grad(load(t.x), load(t.second), terms.scale);
+    }
+    y.store_in_any_order(t.out + i, count);
   });
 }
 
@@ -218,22 +181,23 @@ void activate_any(const Tile<S>& tile, const DropoutArgs& args) {
   const bool backward = args.step == DropoutStep::activate_grad;
   const ActivationLoops<T>& loops = activations.template of<T>();
   alignas(64) T value[kDropoutTile + V::kLanes];
-  each_vector<V>(tile.n, [t = tile, &value](int64_t i, auto count)
-                             BRAZE_LAMBDA { load<V>(t.x + i, count).store(value + i); });
-  const int64_t lanes = V::kLanes, whole = (tile.n + lanes - 1) / lanes * lanes;
+  each_vector<V>(tile.n, [t = tile, &value](int64_t i, auto count) BRAZE_LAMBDA {
+    V::load_in_any_order(t.x + i, count).store(value + i);
+  });
   const auto a = static_cast<size_t>(args.activation);
-  (backward ? loops.derivative : loops.value)[a](value, whole, static_cast<T>(args.parameter));
+  (backward ? loops.derivative : loops.value)[a](value, tile.n, static_cast<T>(args.parameter));
   const T factor = static_cast<T>(args.terms.scale);
   each_vector<V>(tile.n, [t = tile, &value, factor, backward, threshold = args.threshold](
                              int64_t i, auto count) BRAZE_LAMBDA {
     const V y = V::load(value + i);
     const auto mask = kept<S>(t.lanes + i, threshold, count);
+    V out;
     if (backward) {
-      const V grad = load<V>(t.second + i, count);
-      store(drop_gradient(mask, y, grad, factor), t.out + i, count);
+      out = drop_gradient(mask, y, V::load_in_any_order(t.second + i, count), factor);
     } else {
-      store(drop_value(mask, y, factor), t.out + i, count);
+      out = drop_value(mask, y, factor);
     }
+    out.store_in_any_order(t.out + i, count);
   });
 }
 
@@ -241,10 +205,10 @@ template <class S>
 auto loop_for(const DropoutArgs& args) {
   const bool is_relu = args.activation == Activation::relu;
   switch (args.step) {
-    case DropoutStep::scale: return scale<S>;
-    case DropoutStep::add: return add<S>;
-    case DropoutStep::activate: return is_relu ? relu<S> : activate_any<S>;
-    default: return is_relu ? relu_grad<S> : activate_any<S>;
+    case DropoutStep::scale: return step<S, DropoutStep::scale>;
+    case DropoutStep::add: return step<S, DropoutStep::add>;
+    case DropoutStep::activate: return is_relu ? step<S, DropoutStep::activate> : activate_any<S>;
+    default: return is_relu ? step<S, DropoutStep::activate_grad> : activate_any<S>;
   }
 }
 

@@ -31,18 +31,10 @@ void loop(const Arrays& arrays, int64_t n, const typename Rule::template Args<T>
   S* const state[] = {static_cast<S*>(arrays.state[0]), static_cast<S*>(arrays.state[1]),
                       static_cast<S*>(arrays.state[2])};
   const auto load = [](const auto* from, auto count) BRAZE_LAMBDA {
-    if constexpr (std::is_same_v<decltype(count), Whole> && std::is_same_v<P, S>) {
-      return V::load_in_any_order(from);
-    } else {
-      return V::load(from, count);
-    }
+    return std::is_same_v<P, S> ? V::load_in_any_order(from, count) : V::load(from, count);
   };
   const auto store = [](const V& value, auto* to, auto count) BRAZE_LAMBDA {
-    if constexpr (std::is_same_v<decltype(count), Whole> && std::is_same_v<P, S>) {
-      value.store_in_any_order(to);
-    } else {
-      value.store(to, count);
-    }
+    std::is_same_v<P, S> ? value.store_in_any_order(to, count) : value.store(to, count);
   };
   const auto update = [&]<size_t... k>(int64_t i, auto count,
                                        std::index_sequence<k...>) BRAZE_LAMBDA {
@@ -189,20 +181,12 @@ void scatter(const TensorWork& t, const Operand& operand, int64_t begin, int64_t
   });
 }
 
-// Between memory and a tile, whose rest is 0.
-template <class S, class T>
-void widen(const S* from, T* tile, int64_t n) {
+// T: what a tile has; the other is memory.
+template <class T, class From, class To>
+void convert(const From* from, To* to, int64_t n) {
   using V = Wide<T>;
-  int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) V::load(from + i).store(tile + i);
-  for (; i < n; i += Vec<T>::kLanes) Vec<T>::load(from + i, n - i).store(tile + i);
-}
-template <class T, class S>
-void narrow(const T* tile, S* to, int64_t n) {
-  using V = Wide<T>;
-  int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) V::load(tile + i).store(to + i);
-  for (; i < n; i += Vec<T>::kLanes) Vec<T>::load(tile + i).store(to + i, n - i);
+  each_vector<V>(n, [=](int64_t i, auto count)
+                        BRAZE_LAMBDA { V::load(from + i, count).store(to + i, count); });
 }
 
 // One operand's elements [begin, begin + n), n <= kTile, as an array of T: in place where
@@ -222,10 +206,10 @@ class View {
     with_dtype(operand.dtype, [&](auto element) {
       using S = decltype(element);
       const S* const memory = static_cast<const S*>(operand.data);
-      if (t.linear) return widen(memory + begin, tile_, n);
+      if (t.linear) return convert<T>(memory + begin, tile_, n);
       S packed[kTile];
       gather(t, operand, begin, n, packed);
-      widen(packed, tile_, n);
+      convert<T>(packed, tile_, n);
     });
     return tile_;
   }
@@ -234,9 +218,9 @@ class View {
     with_dtype(operand.dtype, [&](auto element) {
       using S = decltype(element);
       S* const memory = static_cast<S*>(operand.data);
-      if (t.linear) return narrow(tile_, memory + begin, n);
+      if (t.linear) return convert<T>(tile_, memory + begin, n);
       S packed[kTile];
-      narrow(tile_, packed, n);
+      convert<T>(tile_, packed, n);
       scatter(t, operand, begin, n, packed);
     });
   }
@@ -289,6 +273,7 @@ void run_tiles(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
     }
   }
 }
+
 template <class Rule, class T>
 void run(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
          const typename Rule::template Args<T>& a) {

@@ -47,6 +47,53 @@ TEST(same_bits_in_every_order) {
   }
 }
 
+// Whole units in rows, images and planes, so many of them that a thread has several batches and a
+// rest; each way in which the kernels for them differ.
+TEST(plain_units) {
+  const OnDevice one(1);
+  struct Form {
+    int64_t n, c, spatial;
+    bool channels_last;
+  };
+  uint64_t salt = 7000;
+  for (const Form& f : {Form{2, 64, 350, true},
+                        {2, 136, 70, true},
+                        {13, 2, 320, false},
+                        {19, 40, 49, false},
+                        {11, 24, 36, false},
+                        {9, 24, 12, false},
+                        {9, 24, 6, false}}) {
+    for (const DType dtype : {DType::bf16, DType::f32, DType::f16}) {
+      if (small() && dtype == DType::f16) continue;
+      for (int k = 0; k < 6; ++k) {
+        Spec spec{.n = f.n,
+                  .c = f.c,
+                  .spatial = f.spatial,
+                  .channels_last = f.channels_last,
+                  .dtype = dtype};
+        spec.salt = salt++;
+        spec.activation = k < 2 ? Activation::identity : Activation::relu;
+        spec.mask = k >= 4;
+        spec.inputs = k == 5 ? 2 : 1;
+        spec.residual = k == 1 || k == 4;
+        spec.dy2 = k == 1 || k == 5;
+        spec.training = k != 0;
+        const Case note("%s", describe(spec));
+        Problem(spec).check_all();
+      }
+    }
+  }
+}
+
+// A group of so many blocks that they merge their sums in two steps.
+TEST(many_blocks) {
+  for (const int64_t rows : {16600, 20480}) {
+    Spec spec{.n = 2, .c = 4, .spatial = rows, .dtype = DType::f64};
+    const Case note("%s", describe(spec));
+    Problem(spec).check_all();
+  }
+}
+
 // On a device with one multiprocessor: few blocks, of several rows, columns and splits each.
 TEST(few_blocks) {
   const OnDevice one(1);
@@ -115,6 +162,7 @@ TEST(failing_calls) {
     int calls = 0;
     for (bool failed = true; failed && calls < 20; ++calls) {
       Problem p(joined(DType::f32, true));
+      p.set_stats();
       const std::vector<char> before = p.results();
       const Memory forward = memory_for(p.statistics_args(0));
       const Memory backward = memory_for(p.backward_args());

@@ -65,6 +65,6 @@ void count_batch_norm() {
   count_layer("last_bf16_100_channels", {2, 100, 64, true, DType::bf16}, false, 0);
   count_layer("planes_bf16", {4, 2, 4096, false, DType::bf16}, false, 0);
   count_layer("planes_f32", {4, 2, 2048, false, DType::f32}, false, 0);
-  count_layer("planes_bf16_7x7", {64, 2, 49, false, DType::bf16}, false, 0);
+  count_layer("planes_bf16_7x7", {16, 8, 49, false, DType::bf16}, false, 0);
   count_layer("planes_bf16_off_by_1", {4, 2, 4096, false, DType::bf16}, false, 1);
 }
