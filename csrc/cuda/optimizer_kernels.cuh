@@ -1,5 +1,5 @@
 // The optimizer kernels. One launch updates any number of tensors of any dtype: blocks take chunks
-// of the whole list in turn, look the tensor up, and stream through it 16 bytes at a time.
+// of the whole list, look the tensor up, and stream through it 16 bytes at a time.
 // Formulas: the rules of math/rules.h.
 #pragma once
 #include "../math/hook.h"
@@ -131,8 +131,8 @@ __device__ __forceinline__ const char* section(const StepArgument& argument, uin
   return base + (offset & ~kResident);
 }
 
-// Element i of the section, by words: those of the argument come from constant memory, and nvcc
-// must not make one load of that and the other.
+// Element i of the section. By words, of which nvcc cannot merge the two cases: those of the
+// argument come from constant memory.
 template <class T>
 __device__ __forceinline__ T read_section(const StepArgument& argument, uint32_t offset,
                                           int i = 0) {

@@ -56,7 +56,7 @@ struct alignas(16) StepArgumentOf {
   alignas(16) char bytes[kBytes];
 };
 using StepArgument = StepArgumentOf<kArgumentBytes>;
-// The beginning of a StepArgument, which is all that most launches over a few tensors need copied.
+// The beginning of a StepArgument: all that a launch over few tensors has to copy.
 using SmallStepArgument = StepArgumentOf<4000>;
 static_assert(sizeof(StepArgument) <= 32764, "CUDA limits a launch's parameters to 32,764 bytes");
 
