@@ -84,10 +84,10 @@ __device__ __forceinline__ void update_vectors(const Operands& t, int64_t begin,
 
 // Elements [begin, end): whole 16-byte vectors where all operands have them at the same elements,
 // what lies before and after one by one, and everything one by one where strides or alignments
-// differ.
+// differ. The arguments are a copy: for all that nvcc knows, stores might change the original.
 template <class Rule, class T, bool kPlain>
 __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, int64_t end,
-                                             const typename Rule::template Args<T>& a) {
+                                             typename Rule::template Args<T> a) {
   constexpr int kMixed = 4;
   constexpr bool kWide = sizeof(T) == 8;
   const int size = static_cast<int>(end - begin);
@@ -137,30 +137,28 @@ template <class T>
 __device__ __forceinline__ T read_section(const StepArgument& argument, uint32_t offset,
                                           int i = 0) {
   constexpr int kWords = sizeof(T) / 4;
+  const auto* placed = reinterpret_cast<const uint32_t*>(argument.bytes + offset) + i * kWords;
+  const auto* resident =
+      reinterpret_cast<const uint32_t*>(argument.resident + (offset & ~kResident)) + i * kWords;
   uint32_t words[kWords];
-  if (offset & kResident) {
-    const auto* from = reinterpret_cast<const uint32_t*>(section(argument, offset)) + i * kWords;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = __ldg(from + w);
-  } else {
-    const auto* from = reinterpret_cast<const uint32_t*>(argument.bytes + offset) + i * kWords;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = from[w];
-  }
+  for (int w = 0; w < kWords; ++w) words[w] = offset & kResident ? __ldg(resident + w) : placed[w];
   T result;
   memcpy(&result, words, sizeof(result));
   return result;
 }
 
-// What a block does to one tensor: elements [begin, end).
-struct ChunkOfTensor {
+// A chunk's tensor, and its elements in it.
+struct TensorChunk {
   TensorEntry entry;
   TensorNow now;
+  Operands operands;
   int64_t begin, end;
 };
 
 // The tensor that a chunk belongs to is the last one that does not begin after it.
-__device__ __forceinline__ ChunkOfTensor find_chunk(const StepArgument& argument, int64_t chunk) {
+template <bool kPlain>
+__device__ __forceinline__ TensorChunk find_chunk(const StepArgument& argument, int64_t chunk) {
   int low = 0, high = argument.num_tensors;
   while (BRAZE_HOOK(candidates, high - low) > 1) {
     const int middle = (low + high) / 2;
@@ -168,14 +166,7 @@ __device__ __forceinline__ ChunkOfTensor find_chunk(const StepArgument& argument
     (entry.first_chunk <= BRAZE_HOOK(wanted_chunk, chunk) ? low : high) = middle;
   }
   const auto entry = read_section<TensorEntry>(argument, argument.entries, low);
-  const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
-  return {entry, read_section<TensorNow>(argument, argument.now, low), begin,
-          min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel))};
-}
-
-template <bool kPlain>
-__device__ __forceinline__ Operands make_operands(const StepArgument& argument,
-                                                  const TensorEntry& entry, const TensorNow& now) {
+  const auto now = read_section<TensorNow>(argument, argument.now, low);
   Operands t;
 #pragma unroll
   for (int c = 0; c < kNumColumns; ++c) t.data[c] = entry.data[c];
@@ -187,7 +178,8 @@ __device__ __forceinline__ Operands make_operands(const StepArgument& argument,
   t.ndim = entry.ndim;
   t.dtypes = entry.dtypes | ((now.flags >> kGradDtypeShift) & 3u) << (2 * kGrad);
   t.flags = now.flags;
-  return t;
+  const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
+  return {entry, now, t, begin, min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel))};
 }
 
 // --- arguments made on the device ---
@@ -257,18 +249,18 @@ constexpr int blocks_per_multiprocessor(bool plain) { return plain ? 3 : 2; }
 
 template <class Rule, bool kPlain>
 __device__ __forceinline__ void step_chunk(const StepArgument& argument) {
-  const auto [entry, now, begin, end] = find_chunk(argument, argument.chunk_begin + blockIdx.x);
-  const Operands t = make_operands<kPlain>(argument, entry, now);
+  const auto [entry, now, t, begin, end] =
+      find_chunk<kPlain>(argument, argument.chunk_begin + blockIdx.x);
   if (!kPlain && entry.is_double) {
     using Args = typename Rule::template Args<double>;
     const uint32_t at = now.hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin);
-    const auto args = read_section<Args>(argument, argument.wide_hypers + at);
-    update_chunk<Rule, double, kPlain>(t, begin, end, args);
+    update_chunk<Rule, double, kPlain>(t, begin, end,
+                                       read_section<Args>(argument, argument.wide_hypers + at));
   } else {
     using Args = typename Rule::template Args<float>;
     const uint32_t at = now.hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin);
-    const auto args = read_section<Args>(argument, argument.hypers + at);
-    update_chunk<Rule, float, kPlain>(t, begin, end, args);
+    update_chunk<Rule, float, kPlain>(t, begin, end,
+                                      read_section<Args>(argument, argument.hypers + at));
   }
 }
 
@@ -298,7 +290,7 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
   double prepared_step = -1;
   const int64_t chunk_end = skipped ? argument.chunk_begin : argument.chunk_end;
   for (int64_t chunk = argument.chunk_begin + blockIdx.x; chunk < chunk_end; chunk += gridDim.x) {
-    const auto [entry, now, begin, end] = find_chunk(argument, chunk);
+    auto [entry, now, t, begin, end] = find_chunk<kPlain>(argument, chunk);
     const auto& hyper = *reinterpret_cast<const DeviceHyper<Rule>*>(
         section(argument, argument.hypers) + (now.hyper - argument.hypers_begin));
     const double step =
@@ -317,14 +309,11 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
       }
       __syncthreads();
     }
-    Operands t = make_operands<kPlain>(argument, entry, now);
     t.flags |= BRAZE_HOOK(penalty, prepared[0].penalty);
     if (!kPlain && entry.is_double) {
-      const auto args = prepared[0].d;
-      update_chunk<Rule, double, kPlain>(t, begin, end, args);
+      update_chunk<Rule, double, kPlain>(t, begin, end, prepared[0].d);
     } else {
-      const auto args = prepared[0].f;
-      update_chunk<Rule, float, kPlain>(t, begin, end, args);
+      update_chunk<Rule, float, kPlain>(t, begin, end, prepared[0].f);
     }
   }
   advance_steps(argument, skipped);
