@@ -1,5 +1,5 @@
 // The optimizer kernels. One launch updates any number of tensors of any dtype: blocks take chunks
-// of the whole list in turn, look the tensor up, and stream through it 16 bytes at a time.
+// of the whole list, look the tensor up, and stream through it 16 bytes at a time.
 // Formulas: the rules of math/rules.h.
 #pragma once
 #include "../math/hook.h"
@@ -70,12 +70,13 @@ __device__ __forceinline__ void update_at(const Operands& t,
 // --- one chunk ---
 
 template <class Rule, class Access, class T, bool kPlain>
-__device__ __forceinline__ void update_vectors(const Operands& t, int64_t first, int count,
+__device__ __forceinline__ void update_vectors(const Operands& t, int64_t begin, int head,
+                                               int count,
                                                const typename Rule::template Args<T>& a) {
 #pragma unroll 1
   for (int v = static_cast<int>(threadIdx.x); v < BRAZE_HOOK(vector_end, count);
        v += kBlockThreads) {
-    const int64_t i = first + v * Access::kCount;
+    const int64_t i = begin + (head + v * Access::kCount);
     const int64_t positions[kNumColumns] = {i, i, i, i, i, i};
     update_at<Rule, Access, T, kPlain>(t, positions, a);
   }
@@ -83,10 +84,10 @@ __device__ __forceinline__ void update_vectors(const Operands& t, int64_t first,
 
 // Elements [begin, end): whole 16-byte vectors where all operands have them at the same elements,
 // what lies before and after one by one, and everything one by one where strides or alignments
-// differ.
+// differ. The arguments are a copy: for all that nvcc knows, stores might change the original.
 template <class Rule, class T, bool kPlain>
 __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, int64_t end,
-                                             const typename Rule::template Args<T>& a) {
+                                             typename Rule::template Args<T> a) {
   constexpr int kMixed = 4;
   constexpr bool kWide = sizeof(T) == 8;
   const int size = static_cast<int>(end - begin);
@@ -101,17 +102,16 @@ __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, i
       count = BRAZE_HOOK(vector_count, (size - head) / width);
     }
   }
-  const int64_t first = begin + head;
   if constexpr (kWide) {
-    update_vectors<Rule, Uniform<double, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<double, T>, T, kPlain>(t, begin, head, count, a);
   } else if (common == static_cast<int>(DType::f32)) {
-    update_vectors<Rule, Uniform<float, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<float, T>, T, kPlain>(t, begin, head, count, a);
   } else if (common == static_cast<int>(DType::bf16)) {
-    update_vectors<Rule, Uniform<Bf16, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<Bf16, T>, T, kPlain>(t, begin, head, count, a);
   } else if (common == static_cast<int>(DType::f16)) {
-    update_vectors<Rule, Uniform<F16, T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Uniform<F16, T>, T, kPlain>(t, begin, head, count, a);
   } else if constexpr (!kPlain) {
-    update_vectors<Rule, Mixed<T>, T, kPlain>(t, first, count, a);
+    update_vectors<Rule, Mixed<T>, T, kPlain>(t, begin, head, count, a);
   }
   const int vectorised = count * width;
 #pragma unroll 1
@@ -131,23 +131,42 @@ __device__ __forceinline__ const char* section(const StepArgument& argument, uin
   return base + (offset & ~kResident);
 }
 
-// The tensor that `chunk` belongs to: the last one that does not begin after it.
-__device__ __forceinline__ int find_tensor(const TensorEntry* entries, int count, int64_t chunk) {
-  int low = 0, high = count;
-  while (BRAZE_HOOK(candidates, high - low) > 1) {
-    const int middle = (low + high) / 2;
-    if (entries[middle].first_chunk <= BRAZE_HOOK(wanted_chunk, chunk)) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+// Element i of the section. By words, of which nvcc cannot merge the two cases: those of the
+// argument come from constant memory.
+template <class T>
+__device__ __forceinline__ T read_section(const StepArgument& argument, uint32_t offset,
+                                          int i = 0) {
+  constexpr int kWords = sizeof(T) / 4;
+  const auto* placed = reinterpret_cast<const uint32_t*>(argument.bytes + offset) + i * kWords;
+  const auto* resident =
+      reinterpret_cast<const uint32_t*>(argument.resident + (offset & ~kResident)) + i * kWords;
+  uint32_t words[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = offset & kResident ? __ldg(resident + w) : placed[w];
+  T result;
+  memcpy(&result, words, sizeof(result));
+  return result;
 }
 
+// A chunk's tensor, and its elements in it.
+struct TensorChunk {
+  TensorEntry entry;
+  TensorNow now;
+  Operands operands;
+  int64_t begin, end;
+};
+
+// The tensor that a chunk belongs to is the last one that does not begin after it.
 template <bool kPlain>
-__device__ __forceinline__ Operands make_operands(const StepArgument& argument,
-                                                  const TensorEntry& entry, const TensorNow& now) {
+__device__ __forceinline__ TensorChunk find_chunk(const StepArgument& argument, int64_t chunk) {
+  int low = 0, high = argument.num_tensors;
+  while (BRAZE_HOOK(candidates, high - low) > 1) {
+    const int middle = (low + high) / 2;
+    const auto entry = read_section<TensorEntry>(argument, argument.entries, middle);
+    (entry.first_chunk <= BRAZE_HOOK(wanted_chunk, chunk) ? low : high) = middle;
+  }
+  const auto entry = read_section<TensorEntry>(argument, argument.entries, low);
+  const auto now = read_section<TensorNow>(argument, argument.now, low);
   Operands t;
 #pragma unroll
   for (int c = 0; c < kNumColumns; ++c) t.data[c] = entry.data[c];
@@ -159,7 +178,8 @@ __device__ __forceinline__ Operands make_operands(const StepArgument& argument,
   t.ndim = entry.ndim;
   t.dtypes = entry.dtypes | ((now.flags >> kGradDtypeShift) & 3u) << (2 * kGrad);
   t.flags = now.flags;
-  return t;
+  const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
+  return {entry, now, t, begin, min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel))};
 }
 
 // --- arguments made on the device ---
@@ -227,32 +247,35 @@ __device__ inline void advance_steps(const StepArgument& argument, bool skipped)
 // multiprocessor holds, and this saves a third of them.
 constexpr int blocks_per_multiprocessor(bool plain) { return plain ? 3 : 2; }
 
-// Arguments come ready from the host.
+template <class Rule, bool kPlain>
+__device__ __forceinline__ void step_chunk(const StepArgument& argument) {
+  const auto [entry, now, t, begin, end] =
+      find_chunk<kPlain>(argument, argument.chunk_begin + blockIdx.x);
+  if (!kPlain && entry.is_double) {
+    using Args = typename Rule::template Args<double>;
+    const uint32_t at = now.hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin);
+    update_chunk<Rule, double, kPlain>(t, begin, end,
+                                       read_section<Args>(argument, argument.wide_hypers + at));
+  } else {
+    using Args = typename Rule::template Args<float>;
+    const uint32_t at = now.hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin);
+    update_chunk<Rule, float, kPlain>(t, begin, end,
+                                      read_section<Args>(argument, argument.hypers + at));
+  }
+}
+
+// Arguments come ready from the host. A block per chunk: the hardware gives the next one to whoever
+// is through.
 template <class Rule, bool kPlain>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
     step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
-  const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
-  const auto* now = reinterpret_cast<const TensorNow*>(section(argument, argument.now));
-  for (int64_t chunk = argument.chunk_begin + blockIdx.x; chunk < argument.chunk_end;
-       chunk += gridDim.x) {
-    const int i = find_tensor(entries, argument.num_tensors, chunk);
-    const TensorEntry& entry = entries[i];
-    const Operands t = make_operands<kPlain>(argument, entry, now[i]);
-    const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
-    const int64_t end = min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel));
-    const uint32_t hyper = now[i].hyper;
-    if (!kPlain && entry.is_double) {
-      using Args = typename Rule::template Args<double>;
-      const char* args = section(argument, argument.wide_hypers) +
-                         (hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin));
-      update_chunk<Rule, double, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
-    } else {
-      using Args = typename Rule::template Args<float>;
-      const char* args = section(argument, argument.hypers) +
-                         (hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin));
-      update_chunk<Rule, float, kPlain>(t, begin, end, *reinterpret_cast<const Args*>(args));
-    }
-  }
+  step_chunk<Rule, kPlain>(argument);
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(true))
+    small_step_kernel(BRAZE_GRID_CONSTANT(SmallStepArgument) argument) {
+  step_chunk<Rule, true>(reinterpret_cast<const StepArgument&>(argument));
 }
 
 // Step counts, loss scale or hyper-parameters are in device memory: each block makes the arguments
@@ -261,23 +284,20 @@ template <class Rule, bool kPlain>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
     device_step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
   BRAZE_SHARED(Prepared<Rule>, prepared, 1);
-  const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
-  const auto* now = reinterpret_cast<const TensorNow*>(section(argument, argument.now));
   const bool skipped =
       argument.found_inf != nullptr && BRAZE_HOOK(found_inf, *argument.found_inf) != 0.0f;
   uint32_t prepared_hyper = 0;
   double prepared_step = -1;
   const int64_t chunk_end = skipped ? argument.chunk_begin : argument.chunk_end;
   for (int64_t chunk = argument.chunk_begin + blockIdx.x; chunk < chunk_end; chunk += gridDim.x) {
-    const int i = find_tensor(entries, argument.num_tensors, chunk);
-    const TensorEntry& entry = entries[i];
+    auto [entry, now, t, begin, end] = find_chunk<kPlain>(argument, chunk);
     const auto& hyper = *reinterpret_cast<const DeviceHyper<Rule>*>(
-        section(argument, argument.hypers) + (now[i].hyper - argument.hypers_begin));
+        section(argument, argument.hypers) + (now.hyper - argument.hypers_begin));
     const double step =
         entry.step == nullptr ? hyper.inputs.step : read_scalar(entry.step, step_dtype(entry)) + 1;
-    if (BRAZE_HOOK(other_hyper, prepared_hyper != now[i].hyper) ||
+    if (BRAZE_HOOK(other_hyper, prepared_hyper != now.hyper) ||
         BRAZE_HOOK(other_step, prepared_step != step)) {
-      prepared_hyper = now[i].hyper;
+      prepared_hyper = now.hyper;
       prepared_step = step;
       __syncthreads();  // the block is through with the arguments of its previous chunk
       if (threadIdx.x == 0) {
@@ -289,10 +309,7 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
       }
       __syncthreads();
     }
-    Operands t = make_operands<kPlain>(argument, entry, now[i]);
     t.flags |= BRAZE_HOOK(penalty, prepared[0].penalty);
-    const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
-    const int64_t end = min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel));
     if (!kPlain && entry.is_double) {
       update_chunk<Rule, double, kPlain>(t, begin, end, prepared[0].d);
     } else {

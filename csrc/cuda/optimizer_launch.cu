@@ -167,8 +167,9 @@ StepLauncher::HyperRange StepLauncher::hyper_range(size_t first, size_t count, b
 }
 
 // Fills the argument (and the resident table's image) for tensors [first, first + count). What does
-// not fit the argument goes to device memory, what changes least first.
-void StepLauncher::place(size_t first, size_t count, bool capturing) {
+// not fit the argument goes to device memory, what changes least first. Returns the bytes used of
+// the argument.
+size_t StepLauncher::place(size_t first, size_t count, bool capturing) {
   struct Section {
     const char* data;
     size_t bytes;
@@ -217,42 +218,49 @@ void StepLauncher::place(size_t first, size_t count, bool capturing) {
     *sections[s].offset = static_cast<uint32_t>(offset) | (resident ? kResident : 0u);
     offset += align16(sections[s].bytes);
   }
+  return in_argument;
 }
 
 template <class Rule, bool kOnDevice>
 cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale scale, bool capturing,
                                        cudaStream_t stream) {
-  place(first, count, capturing);
+  const size_t used = place(first, count, capturing);
   int64_t chunks = argument_.chunk_end - argument_.chunk_begin;
   if (chunks <= 0 && BRAZE_HOOK(counts_nothing, !(kOnDevice && has_steps_))) return cudaSuccess;
   argument_.grad_scale = scale.grad_scale;
   argument_.found_inf = scale.found_inf;
   argument_.blocks_done = kOnDevice && has_steps_ ? blocks_done_ : nullptr;
-  const bool resident = (argument_.entries & kResident) != 0;
-  if (resident) {
+  const bool uploads = (argument_.entries & kResident) != 0;
+  if (uploads) {
     if (const cudaError_t error = BRAZE_HOOK(upload, table_.upload(stream)); error != cudaSuccess)
       return error;
   }
   argument_.resident = table_.device();
-  const auto run = [&](auto kernel) {
-    int64_t blocks = 0;
-    if (const cudaError_t error = resident_blocks(kernel, blocks); error != cudaSuccess) {
-      return error;
+  const auto run = [&]<class Argument>(void (*kernel)(Argument)) {
+    int64_t blocks = BRAZE_HOOK(chunks, chunks);
+    if constexpr (kOnDevice) {  // what a block has made of hypers serves for its next chunks too
+      int64_t resident = 0;
+      if (const cudaError_t error = resident_blocks(kernel, resident); error != cudaSuccess) {
+        return error;
+      }
+      blocks = std::clamp<int64_t>(blocks, 1, resident);
     }
-    const unsigned int grid =
-        static_cast<unsigned int>(std::clamp<int64_t>(BRAZE_HOOK(chunks, chunks), 1, blocks));
-    return BRAZE_LAUNCH(kernel, grid, kBlockThreads, 0, stream, argument_);
+    return BRAZE_LAUNCH(kernel, static_cast<unsigned int>(blocks), kBlockThreads, 0, stream,
+                        reinterpret_cast<const Argument&>(argument_));
   };
   cudaError_t error;
   if constexpr (kOnDevice) {
     error = plain_ ? run(device_step_kernel<Rule, true>) : run(device_step_kernel<Rule, false>);
   } else if constexpr (Rule::kUpdatesParam) {
-    error = plain_ ? run(step_kernel<Rule, true>) : run(step_kernel<Rule, false>);
+    const bool small = BRAZE_HOOK(fits_small, used <= sizeof(SmallStepArgument::bytes));
+    error = !plain_ ? run(step_kernel<Rule, false>)
+            : small ? run(small_step_kernel<Rule>)
+                    : run(step_kernel<Rule, true>);
   } else {
     error = run(step_kernel<Rule, false>);
   }
   // The launch is on its way, so this is no error of it.
-  if (error == cudaSuccess && resident) (void)table_.mark_read(stream);
+  if (error == cudaSuccess && uploads) (void)table_.mark_read(stream);
   return error;
 }
 

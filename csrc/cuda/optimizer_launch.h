@@ -58,7 +58,7 @@ class StepLauncher {
   size_t dims_bytes(size_t first, size_t count) const;
   size_t hyper_size(size_t tensor) const;
   HyperRange hyper_range(size_t first, size_t count, bool wide) const;
-  void place(size_t first, size_t count, bool capturing);
+  size_t place(size_t first, size_t count, bool capturing);
 
   int64_t generation_ = -1;
   int rule_ = -1;  // what entries_ were made for

@@ -39,7 +39,8 @@ constexpr int kGradDtypeShift = 8;  // 2 bits of TensorNow::flags, above all of 
 constexpr uint32_t kResident = 1u << 31;
 constexpr int kArgumentBytes = 32 * 1024 - 256;
 
-struct alignas(16) StepArgument {
+template <int kBytes>
+struct alignas(16) StepArgumentOf {
   const char* resident;  // device memory
   int64_t chunk_begin, chunk_end;
   const float* grad_scale;    // loss scale in device memory: gradients are divided by it; or null
@@ -52,8 +53,11 @@ struct alignas(16) StepArgument {
   // first.
   uint32_t hypers_begin, wide_hypers_begin;  // bytes
   int32_t dims_begin;                        // elements
-  alignas(16) char bytes[kArgumentBytes];
+  alignas(16) char bytes[kBytes];
 };
+using StepArgument = StepArgumentOf<kArgumentBytes>;
+// The beginning of a StepArgument: all that a launch over few tensors has to copy.
+using SmallStepArgument = StepArgumentOf<4000>;
 static_assert(sizeof(StepArgument) <= 32764, "CUDA limits a launch's parameters to 32,764 bytes");
 
 }  // namespace braze::cuda

@@ -22,12 +22,11 @@ struct RandomLanes {
 };
 
 BRAZE_INLINE RandomLanes random_lanes(uint64_t seed, uint64_t offset, uint64_t block) {
-  uint64_t c[4] = {static_cast<uint32_t>(block), block >> 32, static_cast<uint32_t>(offset),
-                   offset >> 32};
-  philox4x32<kDropoutRounds, OneCounter>(c, static_cast<uint32_t>(seed),
+  RandomLanes lanes = {{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
+                        static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)}};
+  philox4x32<kDropoutRounds, OneCounter>(lanes.word, static_cast<uint32_t>(seed),
                                          static_cast<uint32_t>(seed >> 32));
-  return {{static_cast<uint32_t>(c[0]), static_cast<uint32_t>(c[1]), static_cast<uint32_t>(c[2]),
-           static_cast<uint32_t>(c[3])}};
+  return lanes;
 }
 
 BRAZE_INLINE bool is_kept(uint32_t lane, uint32_t threshold) {

@@ -27,7 +27,6 @@ SEED = os.environ.get("BRAZE_EMULATOR_SEED", "1")
 
 # Few blocks, so that TSan can tell all threads of a launch apart.
 FEW_BLOCKS = (
-    "several_chunks_per_block",
     "device_counts_general",
     "equal_device_counts",
     "device_hypers",

@@ -30,7 +30,7 @@ PROGRAMS = {
 }
 FAULTS = {
     "optimizer": """
-        vector_end: plus_one minus_one; single_begin: plus_one; single_end: plus_one minus_one
+        vector_end: plus_one minus_one; single_begin: plus_one; single_end: minus_one
         vector_count: plus_one; head_end: plus_one; has_phase: one; wanted_chunk: plus_one minus_one
         candidates: minus_one; skipped: zero; found_inf: zero positive_part; not_last: zero
         counted_tensors: minus_one; tensor_stride: twice; other_hyper: zero; other_step: zero
@@ -44,7 +44,7 @@ FAULTS = {
         column_is_read: one; counts_nothing: one; capturing: zero; chunks: one
         forget_uploaded: zero; mark_copied: zero; wait_for_copy: zero; upload: zero
         capture_mode: zero; restore_mode: zero; fill_zeros: zero; taken_words: zero
-        other_blocks: plus_one zero
+        other_blocks: plus_one zero; fits_small: one
     """,
     "batch_norm": """
         active_thread: one; has_units: one; own_units: plus_one minus_one; walks_back: zero
@@ -69,12 +69,11 @@ FAULTS = {
     """,
     "dropout": """
         lane: last_bit_flipped; seed: low_bits_32; offset: zero; random_block: low_bits_28
-        other_block: zero; lane_of_channel: last_bit_flipped; run_end: plus_one
+        first_lane: zero; other_block: zero; lane_of_channel: last_bit_flipped; run_end: plus_one
         length_is_channels: zero; narrow: one; index_within: zero; first_spatial: one
-        next_start: zero; tile_block: zero; owner: last_bit_flipped; bit_of_owner: zero
-        bits_wanted: all_bits; beyond_input: zero; beyond_output: zero; first_access: zero
-        element_bit: zero; stores_used: zero; misalignment: zero low_bits_2; out_address: zero
-        tiles: minus_one; chunk_begin: low_bits_32; tile_elements: zero; needs_mask: zero
+        next_start: zero; loaded: minus_one; stored: minus_one plus_one; stores_used: zero
+        misalignment: zero low_bits_2; out_address: zero; vectors: plus_one
+        singles: minus_one plus_one; chunk_begin: low_bits_32; needs_mask: zero
         rounding_up: zero; chunks: minus_one; unused: one; by_channels: zero; own_seed: one
         own_offset: zero
     """,

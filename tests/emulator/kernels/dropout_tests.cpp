@@ -144,7 +144,7 @@ void check_run(DropoutArgs a, int64_t x_phase, int64_t second_phase, int64_t out
 
 TEST(dropout_philox_known_answers) {
   const struct {
-    uint64_t counter[4];
+    uint32_t counter[4];
     uint32_t key[2];
     uint32_t seven[4], ten[4];
   } known[] = {
@@ -162,14 +162,14 @@ TEST(dropout_philox_known_answers) {
        {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
   };
   for (const auto& k : known) {
-    uint64_t seven[4], ten[4];
+    uint32_t seven[4], ten[4];
     memcpy(seven, k.counter, sizeof(seven));
     memcpy(ten, k.counter, sizeof(ten));
     philox4x32<7, OneCounter>(seven, k.key[0], k.key[1]);
     philox4x32<10, OneCounter>(ten, k.key[0], k.key[1]);
     for (int i = 0; i < 4; ++i) {
-      CHECK(static_cast<uint32_t>(seven[i]) == k.seven[i]);
-      CHECK(static_cast<uint32_t>(ten[i]) == k.ten[i]);
+      CHECK(seven[i] == k.seven[i]);
+      CHECK(ten[i] == k.ten[i]);
     }
   }
 }

@@ -1,9 +1,11 @@
 // Steps whose numbers are in device memory: step counts, hyper-parameters, loss scale, overflow
 // flag.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 
+#include "intercept.h"
 #include "problem.h"
 
 namespace device_steps_tests {
@@ -319,7 +321,17 @@ TEST(many_device_counts) {
     for (int i = 0; i < count; ++i) shapes.push_back({1 + i % 3, f32, f32, double(i), i % 2 == 0});
     Case note("%d tensors", count);
     run_adam(shapes, {device_hyper<Adam>({}, 0)}, {}, small() ? 1 : 2);
+    CHECK(intercept::last_grid() ==
+          std::min(static_cast<unsigned>(count), 132u * 4));  // what the device holds at once
   }
+}
+
+// Kernels differ in how many blocks a multiprocessor holds.
+TEST(occupancy_of_each_kernel) {
+  for (const bool amsgrad : {false, true}) {
+    run_adam({{9, f32, f32, 5}}, {device_hyper<Adam>({.amsgrad = amsgrad}, 0)});
+  }
+  CHECK(intercept::occupancies() >= 2);
 }
 
 }  // namespace device_steps_tests

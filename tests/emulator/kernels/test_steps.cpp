@@ -181,24 +181,11 @@ TEST(strided_steps) {
   check<Fold>(with_grads, {});
 }
 
-// Four blocks for all chunks, so that each takes several, of several tensors.
-TEST(several_chunks_per_block) {
-  OnDevice one(1);
-  check<Adam>(make_specs(kUniform, false), kAdam[1]);
-  check<Sgd>(make_specs(kGeneral, true), kSgd[5]);
-}
-
-// A block per chunk, up to what the device holds at once.
-TEST(blocks) {
-  const std::vector<Spec> specs = {make_spec(20000, kUniform[0], 0),
-                                   make_spec(30000, kUniform[0], 0)};
-  check<Sgd>(specs, {});
+TEST(block_per_chunk) {
+  check<Sgd>({make_spec(20000, kUniform[0], 0), make_spec(30000, kUniform[0], 0)}, {});
   CHECK(intercept::last_grid() == 3 + 4);
   check<Sgd>(std::vector<Spec>(600, make_spec(3, kUniform[0], 0)), {});
-  CHECK(intercept::last_grid() == 132 * 4);
-  OnDevice one(1);
-  check<Sgd>(specs, {});
-  CHECK(intercept::last_grid() == 4);
+  CHECK(intercept::last_grid() == 600);
 }
 
 TEST(no_tensors) {
@@ -288,16 +275,6 @@ TEST(changing_gradients) {
   std::vector<float> other(1000, 0.25f);
   problem.device[0].grad.data = problem.host[0].grad.data = other.data();
   step_and_compare(problem, hypers, __FILE__, __LINE__, launcher);
-}
-
-// Kernels differ in how many blocks a multiprocessor holds.
-TEST(occupancy_of_each_kernel) {
-  const std::vector<Spec> plain = {make_spec(9, kUniform[0], 0)};
-  check<Adam>(plain, {});
-  check<Adam>(plain, {.amsgrad = true});
-  check<Sgd>(plain, {});
-  check<Fold>(plain, {});
-  CHECK(intercept::occupancies() >= 4);
 }
 
 TEST(limited_chunks) {
