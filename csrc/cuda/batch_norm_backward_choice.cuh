@@ -1,11 +1,13 @@
+// Which kernel a pass of batch norm's backward takes. Each pass is a file of its own: they are long
+// to compile.
+#pragma once
 #include "../math/hook.h"
 #include "batch_norm_backward.cuh"
 #include "batch_norm_launch.h"
 
 namespace braze::cuda {
-namespace {
 
-BackwardArgument make_argument(const BackwardArgs& args) {
+inline BackwardArgument make_argument(const BackwardArgs& args) {
   BackwardArgument argument = {};
   argument.args = args;
   const Slopes<double> slopes = slopes_of(args.activation, args.parameter);
@@ -18,24 +20,8 @@ BackwardArgument make_argument(const BackwardArgs& args) {
   return argument;
 }
 
-// Reduce and apply_grad by their template arguments, and what a launch of them needs.
-struct Reduce {
-  static constexpr bool kReduces = true;
-  template <class S, int kInputs, class Mode>
-  static auto kernel() {
-    return batch_norm_reduce_kernel<S, kInputs, Mode>;
-  }
-};
-struct ApplyGrad {
-  static constexpr bool kReduces = false;
-  template <class S, int kInputs, class Mode>
-  static auto kernel() {
-    return batch_norm_apply_grad_kernel<S, kInputs, Mode>;
-  }
-};
-
-// Calls f(kernel, argument, launch, bytes of a partial item) for the kernel that these tensors
-// take.
+// Pass::kernel<S, kInputs, Mode>() is the kernel, Pass::kReduces which pass it is of. Calls
+// f(kernel, argument, launch, bytes of a partial item) for the kernel that these tensors take.
 template <class Pass, class F>
 cudaError_t choose(const BackwardArgs& args, F&& f) {
   const bool curved = is_curved(args.activation), mask = args.mask != nullptr;
@@ -82,45 +68,6 @@ cudaError_t choose(const BackwardArgs& args, F&& f) {
     if (two) return curved ? run(Two{}, AnyCurved{}) : run(Two{}, Any{});
     return curved ? run(One{}, AnyCurved{}) : run(One{}, Any{});
   });
-}
-
-}  // namespace
-
-cudaError_t batch_norm_scratch(const BackwardArgs& args, NormScratchSize& size) {
-  return choose<Reduce>(
-      args, [&](auto, const BackwardArgument&, const NormLaunch& launch, size_t item) {
-        size.workspace = size_t{launch.blocks} * static_cast<size_t>(launch.grid.width) * item;
-        size.tickets = norm_tickets(launch.grid);
-        return cudaSuccess;
-      });
-}
-
-cudaError_t batch_norm_reduce(const BackwardArgs& args, const NormScratch& scratch,
-                              cudaStream_t stream) {
-  if (args.shape.c == 0) return cudaSuccess;
-  return choose<Reduce>(
-      args, [&](auto kernel, BackwardArgument& argument, const NormLaunch& launch, size_t) {
-        argument.partials = static_cast<double*>(scratch.workspace);
-        argument.tickets = scratch.tickets;
-        return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
-      });
-}
-
-cudaError_t batch_norm_coefficients(const CoefficientsArgs& args, cudaStream_t stream) {
-  const unsigned blocks = channel_blocks(args.shape.c);
-  if (blocks == 0) return cudaSuccess;
-  return args.shape.dtype == DType::f64 ? BRAZE_LAUNCH(batch_norm_coefficients_kernel<double>,
-                                                       blocks, kNormThreads, 0, stream, args)
-                                        : BRAZE_LAUNCH(batch_norm_coefficients_kernel<float>,
-                                                       blocks, kNormThreads, 0, stream, args);
-}
-
-cudaError_t batch_norm_apply_grad(const BackwardArgs& args, cudaStream_t stream) {
-  if (args.shape.numel() == 0) return cudaSuccess;
-  return choose<ApplyGrad>(
-      args, [&](auto kernel, const BackwardArgument& argument, const NormLaunch& launch, size_t) {
-        return BRAZE_LAUNCH(kernel, launch.blocks, launch.threads, 0, stream, argument);
-      });
 }
 
 }  // namespace braze::cuda
