@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kDropoutThreads, sizeof(S) == 8 && kActivates<
     dropout_kernel(BRAZE_GRID_CONSTANT(DropoutArgs) a) {
   using Wide = Uniform<S, Arithmetic<S>>;
   const RandomState random = a.random.read();
-  const int64_t begin = BRAZE_HOOK(chunk_begin, blockIdx.x * kDropoutChunk);
+  const int64_t begin = BRAZE_HOOK(chunk_begin, int64_t{blockIdx.x} * kDropoutChunk);
   if (BRAZE_HOOK(stores_used, a.used != nullptr && begin == 0 && threadIdx.x == 0)) {
     a.used[0] = static_cast<int64_t>(random.seed);
     a.used[1] = static_cast<int64_t>(random.offset);

@@ -224,7 +224,7 @@ def broken_rules(kernels: Kernels, scalar: list[str]) -> list[str]:
     for name, by_arch in kernels.items():
         for figure in ("loads128", "stores128"):
             counts = {arch: figures[figure] for arch, figures in by_arch.items()}
-            if name not in scalar and 4 * min(counts.values()) < 3 * max(counts.values()):
+            if name not in scalar and 2 * min(counts.values()) < max(counts.values()):
                 problems.append(
                     f"{name}: {figure} {counts}. Where there are fewer, the compiler split 16-byte "
                     f"accesses into smaller ones."
