@@ -106,6 +106,8 @@ TEST(few_blocks) {
       spec.inputs = 1;
       spec.mask = true;
       Problem(spec).check_all();
+      spec.training = false;
+      Problem(spec).check_all();
     }
   }
 }
