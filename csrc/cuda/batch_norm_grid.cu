@@ -141,7 +141,7 @@ cudaError_t make_norm_launch(const ActivationShape& shape, const NormDemand& dem
     const int64_t least = BRAZE_HOOK(least_splits, divide_up(units, active * kMaxRun));
     if (splits < least) splits = divide_up(least, wave) * wave;
   }
-  if (groups > INT32_MAX / splits || words > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (groups > INT32_MAX / splits || words > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
   grid.groups = static_cast<uint32_t>(groups);
   grid.splits = static_cast<uint32_t>(splits);
   grid.active = static_cast<int32_t>(active);

@@ -96,7 +96,7 @@ class Walk {
     word_ = static_cast<int>(from - row * grid.words);
     row_ = BRAZE_HOOK(row_of_all, grid.per_lane) ? row : row * grid.channels + group_;
     base_ = row_ * grid.length + start;
-    if (grid.per_lane && start + word_ * kLanes >= grid.length) left_ = 0;
+    if (grid.per_lane && start + int64_t{word_} * kLanes >= grid.length) left_ = 0;
   }
 
   __device__ __forceinline__ int left() const { return left_; }
@@ -106,7 +106,7 @@ class Walk {
   __device__ __forceinline__ Unit<kPlain> next() {
     constexpr uint32_t kAll = (1u << kLanes) - 1;
     Unit<kPlain> unit;
-    unit.offset = base_ + word_ * kLanes;
+    unit.offset = base_ + int64_t{word_} * kLanes;
     if constexpr (kPlain) {
       unit.vector = kSure || BRAZE_HOOK(units_left, left_ > 0);
       unit.lanes = unit.vector ? kAll : 0;
