@@ -81,7 +81,8 @@ FAULTS = {
 # No hooks, for no result can show a fault there: a head of the optimizers' one vector longer or beyond the
 # tensor's end; phases without the chunk's begin; `capturing` in the choice of what is resident; a plain tensor
 # without a gradient; the order in which a pass of batch norm walks; threads of channels beyond the last that go
-# home at once; units that move to a plane's 16-byte boundaries. test_kernel_memory.py sees some of these.
+# home at once; units that move to a plane's 16-byte boundaries; blocks that merge in one step instead of two.
+# test_kernel_memory.py sees some of these.
 
 # In the order of what finds most: variant, arguments and schedule.
 NATIVE = [

@@ -120,6 +120,40 @@ def test_accesses_of_an_edge_are_not_the_hot_path_though_they_are_shorter() -> N
     assert units == 2 and path.count("LDG.E.128") == 2 and "LDG.E.U16" not in path
 
 
+def test_innermost_loop_is_the_hot_one_though_the_outer_one_has_more_accesses() -> None:
+    code = """
+    outer:
+    LDG.E.128 R4, desc[UR4][R2.64]
+    LDG.E.128 R8, desc[UR4][R2.64]
+    STG.E.128 desc[UR4][R2.64], R4
+    STG.E.128 desc[UR4][R2.64], R8
+    inner:
+    LDG.E.128 R4, desc[UR4][R2.64]
+    FMUL R4, R4, R5
+    STG.E.128 desc[UR4][R2.64], R4
+    @P0 BRA inner
+    @P1 BRA outer
+    EXIT
+    """
+    assert first_path(code) == (1, ["LDG.E.128", "FMUL", "STG.E.128", "BRA"])
+
+
+def test_operand_that_may_be_absent_is_no_unit_of_a_family_of_fewest() -> None:
+    code = """
+    loop:
+    LDG.E.128 R4, desc[UR4][R2.64]
+    @P0 BRA absent
+    LDG.E.128 R8, desc[UR4][R12.64]
+    absent:
+    FADD R6, R6, R4
+    @P1 BRA loop
+    EXIT
+    """
+    reads = Family("", "", 1, 0)
+    assert first_path(code, dataclasses.replace(reads, fewest=True))[0] == 1
+    assert first_path(code, reads)[0] == 2
+
+
 def test_slow_path_of_a_division_is_not_taken_though_it_is_shorter() -> None:
     code = """
     loop:
