@@ -51,6 +51,7 @@ struct StepInputs {
 
 // What most rules have in common; a rule derives from it and says only what is different.
 struct RuleDefaults {
+  static constexpr bool kIsOptimizer = true;   // false: another pass over the same tensors
   static constexpr bool kUpdatesParam = true;  // false: nothing but its state
   static constexpr bool kCountsSteps = false;  // state['step']
   // A state that does not exist yet is overwritten by the first update, instead of being zeros.
