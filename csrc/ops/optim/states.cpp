@@ -1,12 +1,11 @@
 #include "states.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/DefaultDtype.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include "../new_like.h"
 #include "../tensor_work.h"
 
 namespace braze {
@@ -77,8 +76,8 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
       const uint32_t states = parameters.options(slot).states;
       for (size_t k = 0; k < rule.state_keys.size(); ++k) {
         if (slot.state[k].tensor != nullptr || !(states >> k & 1)) continue;
-        add(rule.state_keys[k],
-            rule.first_overwrites ? at::empty_like(param) : at::zeros_like(param));
+        const at::Tensor fresh = new_lasting(param, param.scalar_type());
+        add(rule.state_keys[k], rule.first_overwrites ? fresh : fresh.zero_());
         a.first = a.first || rule.first_overwrites;
       }
     }
@@ -87,8 +86,7 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
       if (sum.defined()) {
         missing.push_back({&a, keys().grad_sum, std::move(sum)});
       } else {
-        add(keys().grad_sum,
-            at::empty_like(param, param.options().dtype(sum_dtype(param)).requires_grad(false)));
+        add(keys().grad_sum, new_lasting(param, sum_dtype(param)));
       }
       a.first = true;
     }
