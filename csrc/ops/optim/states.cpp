@@ -1,12 +1,11 @@
 #include "states.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/DefaultDtype.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include "../new_like.h"
 #include "../tensor_work.h"
 
 namespace braze {
@@ -23,7 +22,7 @@ at::Tensor empty_wide(const at::Tensor& param) {
   const c10::ScalarType real =
       real_dtype(param.scalar_type()) == DType::f64 ? c10::kDouble : c10::kFloat;
   const c10::ScalarType dtype = param.is_complex() ? c10::toComplexType(real) : real;
-  return at::empty_like(param, param.options().dtype(dtype).requires_grad(false));
+  return new_lasting(param, dtype);
 }
 
 at::Tensor new_count(const Parameters& parameters, const Slot& slot) {
@@ -77,7 +76,7 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
       for (size_t k = 0; k < rule.state_keys.size(); ++k) {
         if (slot.state[k].tensor != nullptr || !(states >> k & 1)) continue;
         // Zeros, because a device may find out that it must not overwrite them in this step.
-        add(rule.state_keys[k], at::zeros_like(param));
+        add(rule.state_keys[k], new_lasting(param, param.scalar_type()).zero_());
         a.first = a.first || rule.first_overwrites;
       }
     }
@@ -93,7 +92,11 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
       if (sum.defined()) {
         missing.push_back({&a, keys().grad_sum, std::move(sum)});
       } else {
+<<<<<<< HEAD
         add(keys().grad_sum, empty_wide(param));
+=======
+        add(keys().grad_sum, new_lasting(param, sum_dtype(param)));
+>>>>>>> fills
       }
       a.first = true;
     }
