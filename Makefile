@@ -57,7 +57,7 @@ format: .venv/tools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt || \
-	  echo "no torchvision and timm: tests of their networks will be skipped"
+	  echo "not all of requirements-models.txt: tests that need it will be skipped"
 	touch $@
 
 .venv/built: .venv/tools $(SOURCES)
