@@ -2,11 +2,17 @@
 // of the whole list, look the tensor up, and stream through it 16 bytes at a time.
 // Formulas: the rules of math/rules.h.
 #pragma once
+#include "../math/gradient.h"
 #include "../math/hook.h"
 #include "elements.cuh"
 #include "last_block.cuh"
 
 namespace braze::cuda {
+
+constexpr uint32_t kAllColumns = (1u << kNumColumns) - 1;
+template <bool kAverages>
+constexpr uint32_t kStepColumns = kAverages ? kAllColumns : kAllColumns & ~(1u << kAverage);
+constexpr uint32_t kMeasuredColumns = 1u << kGrad | 1u << kSum;
 
 // --- one vector, or one element ---
 
@@ -17,77 +23,161 @@ __device__ __forceinline__ bool reads(uint32_t flags, int k) {
          BRAZE_HOOK(reads_momentum, !(Rule::kFirstOverwrites && (flags & kFirst)));
 }
 
-template <class Rule, class Access, class T, bool kPlain>
-__device__ __forceinline__ void update_at(const Operands& t,
-                                          const int64_t (&positions)[kNumColumns],
-                                          const typename Rule::template Args<T>& a) {
-  using Pack = typename Access::Pack;
-  const auto load = [&](int column) {
-    return Access::load(t.data[column], t.dtype(column), positions[column]);
-  };
-  const auto store = [&](int column, const Pack& pack) {
-    Access::store(t.data[column], t.dtype(column), positions[column], pack);
-  };
-  const uint32_t flags = kPlain ? BRAZE_HOOK(plain_flags, t.flags & ~Rule::kRareFlags) : t.flags;
-  const bool has_grad = kPlain || t.data[kGrad] != nullptr;
-  const bool has_sum = !kPlain && Rule::kUpdatesParam && t.data[kSum] != nullptr;
-  Pack param = {}, grad = {}, sum = {}, state[Rule::kStates] = {};
-  if constexpr (Rule::kUpdatesParam) param = load(kParam);
-  if (has_grad) grad = load(kGrad);
-  if (has_sum) sum = load(kSum);
+// The gradient to apply where there is an accumulator: that, or with weight * grad added.
+template <class T>
+__device__ __forceinline__ T with_sum(T g, T sum, T weight, bool has_grad) {
+  return has_grad ? accumulate_gradient(sum, g, weight, T(1), false) : sum;
+}
+
+__device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
+
+// Statistics of a step, in one thread.
+struct UpdateSums {
+  double update_squares = 0, param_squares = 0;
+};
+
+// What becomes of elements in a step. kAverages: they may have running averages; in plain tensors,
+// all do.
+template <class Rule, class T, bool kPlain, bool kAverages>
+struct Update {
+  // A copy: for all that nvcc knows, stores might change the original.
+  typename Rule::template Args<T> args;
+  T average_weight;
+  bool statistics;
+  UpdateSums sums;
+
+  template <class Access>
+  __device__ __forceinline__ void at(const Operands& t, const int64_t (&positions)[kNumColumns]) {
+    using Pack = typename Access::Pack;
+    // An average is fp32 beside 16-bit parameters, else of the parameter's dtype.
+    using Wide = std::conditional_t<(Access::kCount > 4), Uniform<float, T>, Access>;
+    constexpr int kParts = Access::kCount / Wide::kCount;
+    const auto load = [&](int column) {
+      return Access::load(t.data[column], t.dtype(column), positions[column]);
+    };
+    const auto store = [&](int column, const Pack& pack) {
+      Access::store(t.data[column], t.dtype(column), positions[column], pack);
+    };
+    const uint32_t flags = kPlain ? BRAZE_HOOK(plain_flags, t.flags & ~Rule::kRareFlags) : t.flags;
+    const bool has_grad = kPlain || t.data[kGrad] != nullptr;
+    const bool has_sum = !kPlain && Rule::kUpdatesParam && t.data[kSum] != nullptr;
+    const bool averages =
+        kAverages && (kPlain || BRAZE_HOOK(has_average, t.data[kAverage] != nullptr));
+    const bool first_average = BRAZE_HOOK(first_average, (flags & kFirstAverage) != 0);
+    Pack param = {}, grad = {}, sum = {}, state[Rule::kStates] = {};
+    typename Wide::Pack average[kParts] = {};
+    if constexpr (Rule::kUpdatesParam) param = load(kParam);
+    if (has_grad) grad = load(kGrad);
+    if (has_sum) sum = load(kSum);
 #pragma unroll
-  for (int k = 0; k < Rule::kStates; ++k) {
-    if (reads<Rule>(flags, k)) state[k] = load(kState0 + k);
-  }
+    for (int k = 0; k < Rule::kStates; ++k) {
+      if (reads<Rule>(flags, k)) state[k] = load(kState0 + k);
+    }
+    if (averages && !first_average) {
 #pragma unroll
-  for (int j = 0; j < Access::kCount; ++j) {
-    T p = T(0), own[Rule::kStates];
-    if constexpr (Rule::kUpdatesParam) p = Access::get(param, j);
-#pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) own[k] = Access::get(state[k], j);
-    // The gradient to apply: grad, the accumulator, or accumulator + weight * grad.
-    T g = Access::get(grad, j);
-    if constexpr (Rule::kUpdatesParam) {
-      if (has_sum) {
-        const T total = Access::get(sum, j);
-        g = BRAZE_HOOK(grad_and_sum, has_grad)
-                ? accumulate_gradient(total, g, a.fold_weight, T(1), false)
-                : total;
+      for (int part = 0; part < kParts; ++part) {
+        average[part] = Wide::load(t.data[kAverage], t.dtype(kAverage),
+                                   positions[kAverage] + part * Wide::kCount);
       }
     }
-    update_element<Rule>(p, g, own, a, flags);
-    if constexpr (Rule::kUpdatesParam) Access::set(param, j, p);
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) Access::set(state[k], j, own[k]);
-  }
-  if constexpr (Rule::kUpdatesParam) store(kParam, param);
+    for (int j = 0; j < Access::kCount; ++j) {
+      T p = T(0), own[Rule::kStates];
+      if constexpr (Rule::kUpdatesParam) p = Access::get(param, j);
+      const T before = p;
 #pragma unroll
-  for (int k = 0; k < Rule::kStates; ++k) {
-    if (BRAZE_HOOK(stores_state, Rule::uses(flags, k))) store(kState0 + k, state[k]);
+      for (int k = 0; k < Rule::kStates; ++k) own[k] = Access::get(state[k], j);
+      T g = Access::get(grad, j);
+      if constexpr (Rule::kUpdatesParam) {
+        if (has_sum) {
+          g = with_sum(g, Access::get(sum, j), args.fold_weight,
+                       BRAZE_HOOK(grad_and_sum, has_grad));
+        }
+      }
+      update_element<Rule>(p, g, own, args, flags);
+      if constexpr (Rule::kUpdatesParam) Access::set(param, j, p);
+#pragma unroll
+      for (int k = 0; k < Rule::kStates; ++k) Access::set(state[k], j, own[k]);
+      if (averages || (!kPlain && statistics)) {
+        const T after = BRAZE_HOOK(stored_param, Access::stored(param, j, t.dtype(kParam)));
+        if (averages) {
+          typename Wide::Pack& pack = average[j / Wide::kCount];
+          const int at = j % Wide::kCount;
+          Wide::set(
+              pack, at,
+              first_average ? after : average_with(Wide::get(pack, at), after, average_weight));
+        }
+        if (!kPlain && statistics) {
+          const double old = before, difference = after - old;
+          sums.update_squares += difference * difference;
+          sums.param_squares += old * old;
+        }
+      }
+    }
+    if constexpr (Rule::kUpdatesParam) store(kParam, param);
+#pragma unroll
+    for (int k = 0; k < Rule::kStates; ++k) {
+      if (BRAZE_HOOK(stores_state, Rule::uses(flags, k))) store(kState0 + k, state[k]);
+    }
+    if (averages) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        Wide::store(t.data[kAverage], t.dtype(kAverage), positions[kAverage] + part * Wide::kCount,
+                    average[part]);
+      }
+    }
   }
-}
+};
+
+// What elements add to a chunk's sums. Products of fp32 are exact in double.
+template <class T, bool kStatistics>
+struct Measure {
+  T weight;
+  double squares = 0, largest = 0;
+  int zeros = 0, non_finite = 0;
+
+  template <class Access>
+  __device__ __forceinline__ void at(const Operands& t, const int64_t (&positions)[kNumColumns]) {
+    const bool has_grad = t.data[kGrad] != nullptr, has_sum = t.data[kSum] != nullptr;
+    typename Access::Pack grad = {}, sum = {};
+    if (has_grad) grad = Access::load(t.data[kGrad], t.dtype(kGrad), positions[kGrad]);
+    if (has_sum) sum = Access::load(t.data[kSum], t.dtype(kSum), positions[kSum]);
+#pragma unroll
+    for (int j = 0; j < Access::kCount; ++j) {
+      const T g = Access::get(grad, j);
+      const double value =
+          has_sum ? with_sum(g, Access::get(sum, j), weight, has_grad) : weight * g;
+      squares =
+          sizeof(T) == 4 ? fused_multiply_add(value, value, squares) : squares + value * value;
+      if constexpr (kStatistics) {
+        largest = larger(::fabs(value), largest);
+        zeros += value == 0;
+        non_finite += !is_finite(value);
+      }
+    }
+  }
+};
 
 // --- one chunk ---
 
-template <class Rule, class Access, class T, bool kPlain>
-__device__ __forceinline__ void update_vectors(const Operands& t, int64_t begin, int head,
-                                               int count,
-                                               const typename Rule::template Args<T>& a) {
-#pragma unroll 1
+template <class T, class Access, int kUnroll, class Body>
+__device__ __forceinline__ void for_vectors(const Operands& t, int64_t begin, int head, int count,
+                                            Body& body) {
+#pragma unroll kUnroll
   for (int v = static_cast<int>(threadIdx.x); v < BRAZE_HOOK(vector_end, count);
        v += kBlockThreads) {
     const int64_t i = begin + (head + v * Access::kCount);
-    const int64_t positions[kNumColumns] = {i, i, i, i, i, i};
-    update_at<Rule, Access, T, kPlain>(t, positions, a);
+    const int64_t positions[kNumColumns] = {i, i, i, i, i, i, i};
+    body.template at<Access>(t, positions);
   }
 }
 
-// Elements [begin, end): whole 16-byte vectors where all operands have them at the same elements,
-// what lies before and after one by one, and everything one by one where strides or alignments
-// differ. The arguments are a copy: for all that nvcc knows, stores might change the original.
-template <class Rule, class T, bool kPlain>
-__device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, int64_t end,
-                                             typename Rule::template Args<T> a) {
+// body.at<Access>() for elements [begin, end): whole 16-byte vectors where all operands have them
+// at the same elements, what lies before and after one by one, and everything one by one where
+// strides or alignments differ.
+template <class T, bool kPlain, int kUnroll, class Body>
+__device__ __forceinline__ void for_chunk(const Operands& t, int64_t begin, int64_t end,
+                                          Body& body) {
   constexpr int kMixed = 4;
   constexpr bool kWide = sizeof(T) == 8;
   const int size = static_cast<int>(end - begin);
@@ -102,26 +192,52 @@ __device__ __forceinline__ void update_chunk(const Operands& t, int64_t begin, i
       count = BRAZE_HOOK(vector_count, (size - head) / width);
     }
   }
+  const auto vectors = [&]<class Access>(Access) {
+    for_vectors<T, Access, kUnroll>(t, begin, head, count, body);
+  };
   if constexpr (kWide) {
-    update_vectors<Rule, Uniform<double, T>, T, kPlain>(t, begin, head, count, a);
+    vectors(Uniform<double, T>());
   } else if (common == static_cast<int>(DType::f32)) {
-    update_vectors<Rule, Uniform<float, T>, T, kPlain>(t, begin, head, count, a);
+    vectors(Uniform<float, T>());
   } else if (common == static_cast<int>(DType::bf16)) {
-    update_vectors<Rule, Uniform<Bf16, T>, T, kPlain>(t, begin, head, count, a);
+    vectors(Uniform<Bf16, T>());
   } else if (common == static_cast<int>(DType::f16)) {
-    update_vectors<Rule, Uniform<F16, T>, T, kPlain>(t, begin, head, count, a);
+    vectors(Uniform<F16, T>());
   } else if constexpr (!kPlain) {
-    update_vectors<Rule, Mixed<T>, T, kPlain>(t, begin, head, count, a);
+    vectors(Mixed<T>());
   }
   const int vectorised = count * width;
 #pragma unroll 1
   for (int k = BRAZE_HOOK(single_begin, static_cast<int>(threadIdx.x));
        k < BRAZE_HOOK(single_end, size - vectorised); k += kBlockThreads) {
     const int64_t i = begin + k + (k < BRAZE_HOOK(head_end, head) ? 0 : vectorised);
-    int64_t positions[kNumColumns] = {i, i, i, i, i, i};
+    int64_t positions[kNumColumns] = {i, i, i, i, i, i, i};
     if constexpr (!kPlain) t.locate(i, positions);
-    update_at<Rule, Single<T>, T, kPlain>(t, positions, a);
+    body.template at<Single<T>>(t, positions);
   }
+}
+
+struct Added {
+  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
+};
+struct Larger {
+  __device__ __forceinline__ double operator()(double a, double b) const { return larger(a, b); }
+};
+
+// All threads' numbers by a fixed tree; the first thread gets the result.
+template <class Combine>
+__device__ __forceinline__ double over_block(double mine, Combine combine) {
+  BRAZE_SHARED(double, shared, kBlockThreads);
+  const int thread = static_cast<int>(threadIdx.x);
+  shared[thread] = mine;
+#pragma unroll 1
+  for (int half = kBlockThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) shared[thread] = combine(shared[thread], shared[thread + half]);
+  }
+  const double result = shared[0];
+  __syncthreads();  // the next one writes
+  return result;
 }
 
 // --- the table ---
@@ -153,11 +269,12 @@ struct TensorChunk {
   TensorEntry entry;
   TensorNow now;
   Operands operands;
-  int64_t begin, end;
+  int64_t index, begin, end;
 };
 
-// The tensor that a chunk belongs to is the last one that does not begin after it.
-template <bool kPlain>
+// The tensor that a chunk belongs to is the last one that does not begin after it. Columns other
+// than these are taken as absent.
+template <bool kPlain, uint32_t kColumns>
 __device__ __forceinline__ TensorChunk find_chunk(const StepArgument& argument, int64_t chunk) {
   int low = 0, high = argument.num_tensors;
   while (BRAZE_HOOK(candidates, high - low) > 1) {
@@ -169,7 +286,7 @@ __device__ __forceinline__ TensorChunk find_chunk(const StepArgument& argument, 
   const auto now = read_section<TensorNow>(argument, argument.now, low);
   Operands t;
 #pragma unroll
-  for (int c = 0; c < kNumColumns; ++c) t.data[c] = entry.data[c];
+  for (int c = 0; c < kNumColumns; ++c) t.data[c] = kColumns >> c & 1 ? entry.data[c] : nullptr;
   t.data[kGrad] = const_cast<void*>(now.grad);
   t.dims = kPlain || entry.dims < 0
                ? nullptr
@@ -179,7 +296,8 @@ __device__ __forceinline__ TensorChunk find_chunk(const StepArgument& argument, 
   t.dtypes = entry.dtypes | ((now.flags >> kGradDtypeShift) & 3u) << (2 * kGrad);
   t.flags = now.flags;
   const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
-  return {entry, now, t, begin, min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel))};
+  return {entry, now,   t,
+          chunk, begin, min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel))};
 }
 
 // --- arguments made on the device ---
@@ -209,13 +327,41 @@ __device__ __forceinline__ void read_scalars(typename Rule::Options& options,
   (read(DeviceHyper<Rule>::template field<j>(options), h.scalars[j]), ...);
 }
 
+__device__ __forceinline__ double loss_scale(const StepScale& scale) {
+  return scale.grad_scale == nullptr ? 1.0 : *scale.grad_scale;
+}
+
+__device__ __forceinline__ double norm_of(const StepScale& scale, double squares) {
+  return square_root(squares) * BRAZE_HOOK(norm_scale, scale.norm_scale) / loss_scale(scale);
+}
+
+// Of all devices.
+__device__ __forceinline__ double all_squares(const StepScale& scale) {
+  double squares = 0;
+#pragma unroll 1
+  for (int i = 0; i < BRAZE_HOOK(num_squares, scale.num_squares); ++i) squares += scale.squares[i];
+  return squares;
+}
+
+__device__ __forceinline__ double clip_factor(const StepScale& scale) {
+  if (BRAZE_HOOK(no_clipping, scale.max_norm < 0)) return 1;
+  return clip_coefficient(norm_of(scale, all_squares(scale)), scale.max_norm);
+}
+
+__device__ __forceinline__ bool is_skipped(const StepScale& scale) {
+  if (scale.found_inf != nullptr && BRAZE_HOOK(found_inf, *scale.found_inf) != 0.0f) return true;
+  return BRAZE_HOOK(skip_overflow, scale.skip_overflow) && !is_finite(all_squares(scale));
+}
+
 template <class Rule>
 __device__ inline typename Rule::template Args<double> make_args(const DeviceHyper<Rule>& h,
-                                                                 double inv_scale, double step) {
+                                                                 const StepScale& scale,
+                                                                 double step) {
   typename Rule::Options options = h.options;
   read_scalars<Rule>(options, h, std::make_index_sequence<kDeviceFields<Rule>>{});
   StepInputs inputs = h.inputs;
-  inputs.grad_scale *= inv_scale;
+  const double inv_scale = BRAZE_HOOK(inverse_scale, 1 / loss_scale(scale));
+  inputs.grad_scale *= inv_scale * clip_factor(scale);
   inputs.fold_weight *= inv_scale;
   inputs.step = step;
   return Rule::args(options, inputs, WholePower{});
@@ -247,76 +393,149 @@ __device__ inline void advance_steps(const StepArgument& argument, bool skipped)
 // multiprocessor holds, and this saves a third of them.
 constexpr int blocks_per_multiprocessor(bool plain) { return plain ? 3 : 2; }
 
+template <class Rule, class T, bool kPlain, bool kAverages>
+__device__ __forceinline__ UpdateSums update_chunk(const StepArgument& argument,
+                                                   const TensorChunk& chunk,
+                                                   const typename Rule::template Args<T>& args) {
+  const T weight = sizeof(T) == 8 ? static_cast<T>(argument.average_weight)
+                                  : static_cast<T>(argument.narrow_average_weight);
+  Update<Rule, T, kPlain, kAverages> update = {args, weight, argument.scale.sums != nullptr, {}};
+  for_chunk<T, kPlain, 1>(chunk.operands, chunk.begin, chunk.end, update);
+  return update.sums;
+}
+
+__device__ __forceinline__ void write_sum(const StepArgument& argument, const TensorChunk& chunk,
+                                          SumColumn column, double sum) {
+  if (BRAZE_HOOK(writes_sum, threadIdx.x == 0))
+    argument.scale.sums[column * argument.all_chunks + chunk.index] = sum;
+}
+
 template <class Rule, bool kPlain>
-__device__ __forceinline__ void step_chunk(const StepArgument& argument) {
-  const auto [entry, now, t, begin, end] =
-      find_chunk<kPlain>(argument, argument.chunk_begin + blockIdx.x);
-  if (!kPlain && entry.is_double) {
-    using Args = typename Rule::template Args<double>;
-    const uint32_t at = now.hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin);
-    update_chunk<Rule, double, kPlain>(t, begin, end,
-                                       read_section<Args>(argument, argument.wide_hypers + at));
-  } else {
-    using Args = typename Rule::template Args<float>;
-    const uint32_t at = now.hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin);
-    update_chunk<Rule, float, kPlain>(t, begin, end,
-                                      read_section<Args>(argument, argument.hypers + at));
+__device__ __forceinline__ void write_update(const StepArgument& argument, const TensorChunk& chunk,
+                                             const UpdateSums& sums) {
+  if constexpr (!kPlain && Rule::kIsOptimizer) {
+    if (argument.scale.sums == nullptr) return;
+    write_sum(argument, chunk, kUpdateSquares, over_block(sums.update_squares, Added()));
+    write_sum(argument, chunk, kParamSquares, over_block(sums.param_squares, Added()));
   }
+}
+
+template <class Rule, bool kPlain, bool kAverages>
+__device__ __forceinline__ void step_chunk(const StepArgument& argument) {
+  const TensorChunk chunk =
+      find_chunk<kPlain, kStepColumns<kAverages>>(argument, argument.chunk_begin + blockIdx.x);
+  UpdateSums sums;
+  if (!kPlain && chunk.entry.is_double) {
+    const uint32_t at = chunk.now.hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin);
+    sums = update_chunk<Rule, double, kPlain, kAverages>(
+        argument, chunk,
+        read_section<typename Rule::template Args<double>>(argument, argument.wide_hypers + at));
+  } else {
+    const uint32_t at = chunk.now.hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin);
+    sums = update_chunk<Rule, float, kPlain, kAverages>(
+        argument, chunk,
+        read_section<typename Rule::template Args<float>>(argument, argument.hypers + at));
+  }
+  write_update<Rule, kPlain>(argument, chunk, sums);
 }
 
 // Arguments come ready from the host. A block per chunk: the hardware gives the next one to whoever
 // is through.
-template <class Rule, bool kPlain>
+template <class Rule, bool kPlain, bool kAverages>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
     step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
-  step_chunk<Rule, kPlain>(argument);
+  step_chunk<Rule, kPlain, kAverages>(argument);
 }
 
 template <class Rule>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(true))
     small_step_kernel(BRAZE_GRID_CONSTANT(SmallStepArgument) argument) {
-  step_chunk<Rule, true>(reinterpret_cast<const StepArgument&>(argument));
+  step_chunk<Rule, true, false>(reinterpret_cast<const StepArgument&>(argument));
 }
 
-// Step counts, loss scale or hyper-parameters are in device memory: each block makes the arguments
-// it needs.
-template <class Rule, bool kPlain>
+// Step counts, loss scale, norm or hyper-parameters are in device memory: each block makes the
+// arguments it needs.
+template <class Rule, bool kPlain, bool kAverages>
 __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
     device_step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
   BRAZE_SHARED(Prepared<Rule>, prepared, 1);
-  const bool skipped =
-      argument.found_inf != nullptr && BRAZE_HOOK(found_inf, *argument.found_inf) != 0.0f;
+  const bool skipped = is_skipped(argument.scale);
   uint32_t prepared_hyper = 0;
   double prepared_step = -1;
   const int64_t chunk_end = skipped ? argument.chunk_begin : argument.chunk_end;
-  for (int64_t chunk = argument.chunk_begin + blockIdx.x; chunk < chunk_end; chunk += gridDim.x) {
-    auto [entry, now, t, begin, end] = find_chunk<kPlain>(argument, chunk);
+  for (int64_t index = argument.chunk_begin + blockIdx.x; index < chunk_end; index += gridDim.x) {
+    TensorChunk chunk = find_chunk<kPlain, kStepColumns<kAverages>>(argument, index);
+    const uint32_t own_hyper = chunk.now.hyper;
     const auto& hyper = *reinterpret_cast<const DeviceHyper<Rule>*>(
-        section(argument, argument.hypers) + (now.hyper - argument.hypers_begin));
+        section(argument, argument.hypers) + (own_hyper - argument.hypers_begin));
+    const void* const count = chunk.entry.step;
     const double step =
-        entry.step == nullptr ? hyper.inputs.step : read_scalar(entry.step, step_dtype(entry)) + 1;
-    if (BRAZE_HOOK(other_hyper, prepared_hyper != now.hyper) ||
+        count == nullptr ? hyper.inputs.step : read_scalar(count, step_dtype(chunk.entry)) + 1;
+    if (BRAZE_HOOK(other_hyper, prepared_hyper != own_hyper) ||
         BRAZE_HOOK(other_step, prepared_step != step)) {
-      prepared_hyper = now.hyper;
+      prepared_hyper = own_hyper;
       prepared_step = step;
       __syncthreads();  // the block is through with the arguments of its previous chunk
       if (threadIdx.x == 0) {
-        const double scale = argument.grad_scale == nullptr ? 1.0 : *argument.grad_scale;
-        const auto args = make_args(hyper, BRAZE_HOOK(inverse_scale, 1 / scale), step);
+        const auto args = make_args(hyper, argument.scale, step);
         prepared[0].d = args;
         prepared[0].f = rounded(args);
         prepared[0].penalty = penalty_flag(args);
       }
       __syncthreads();
     }
-    t.flags |= BRAZE_HOOK(penalty, prepared[0].penalty);
-    if (!kPlain && entry.is_double) {
-      update_chunk<Rule, double, kPlain>(t, begin, end, prepared[0].d);
-    } else {
-      update_chunk<Rule, float, kPlain>(t, begin, end, prepared[0].f);
-    }
+    chunk.operands.flags |= BRAZE_HOOK(penalty, prepared[0].penalty);
+    const UpdateSums sums =
+        !kPlain && chunk.entry.is_double
+            ? update_chunk<Rule, double, kPlain, kAverages>(argument, chunk, prepared[0].d)
+            : update_chunk<Rule, float, kPlain, kAverages>(argument, chunk, prepared[0].f);
+    write_update<Rule, kPlain>(argument, chunk, sums);
   }
   advance_steps(argument, skipped);
+}
+
+template <bool kStatistics, class T>
+__device__ __forceinline__ void measure_chunk(const StepArgument& argument,
+                                              const TensorChunk& chunk) {
+  Measure<T, kStatistics> found = {static_cast<T>(argument.weight)};
+  const Operands& t = chunk.operands;
+  const bool absent = t.data[kGrad] == nullptr && t.data[kSum] == nullptr;
+  for_chunk<T, false, 4>(t, chunk.begin,
+                         BRAZE_HOOK(absent_gradient, absent) ? chunk.begin : chunk.end, found);
+  write_sum(argument, chunk, kSquares, over_block(found.squares, Added()));
+  if constexpr (kStatistics) {
+    write_sum(argument, chunk, kLargest, over_block(found.largest, Larger()));
+    write_sum(argument, chunk, kZeros, over_block(found.zeros, Added()));
+    write_sum(argument, chunk, kNonFinite, over_block(found.non_finite, Added()));
+    write_sum(argument, chunk, kUpdateSquares, 0);  // until a step says otherwise
+    write_sum(argument, chunk, kParamSquares, 0);
+  }
+}
+
+// Reads the gradients alone. A block per chunk, and the last of all adds up what the chunks have.
+template <bool kStatistics>
+__global__ void __launch_bounds__(kBlockThreads)
+    measure_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
+  const int64_t index = argument.chunk_begin + blockIdx.x;
+  if (BRAZE_HOOK(has_chunk, index < argument.chunk_end)) {
+    const TensorChunk chunk = find_chunk<false, kMeasuredColumns>(argument, index);
+    chunk.entry.is_double ? measure_chunk<kStatistics, double>(argument, chunk)
+                          : measure_chunk<kStatistics, float>(argument, chunk);
+  }
+  if (!is_last_block(argument.blocks_done, BRAZE_HOOK(all_blocks, argument.measured_blocks)))
+    return;
+  const StepScale& scale = argument.scale;
+  double squares = 0;
+#pragma unroll 4
+  for (int64_t c = argument.measured_begin + static_cast<int>(threadIdx.x);
+       c < BRAZE_HOOK(measured_end, argument.measured_end); c += kBlockThreads) {
+    squares += scale.sums[kSquares * argument.all_chunks + c];
+  }
+  squares = over_block(squares, Added());
+  if (threadIdx.x == 0) {
+    *argument.totals = {squares, static_cast<float>(norm_of(scale, squares)),
+                        BRAZE_HOOK(finite, is_finite(squares)) ? 0.0f : 1.0f};
+  }
 }
 
 }  // namespace braze::cuda

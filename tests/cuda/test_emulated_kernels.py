@@ -62,7 +62,8 @@ def build_kernels(name: str, sources: Sequence[Path], variant: str, faults: bool
 def kernels_program(variant: str, faults: bool = False) -> Path:
     sources = [together(), KERNELS / "intercept.cpp", KERNELS / "reference.cpp"]
     # Not every operation: each has a program of its own.
-    sources += [CUDA / f"{name}.cu" for name in ("device_table", "optimizer_launch", "zeros")]
+    sources += [CUDA / f"{name}.cu" for name in ("device_table", "zeros")]
+    sources += sorted(CUDA.glob("optimizer_*.cu"))
     return build_kernels("kernels", sources, variant, faults)
 
 

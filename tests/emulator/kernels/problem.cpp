@@ -14,7 +14,8 @@ namespace {
 using braze::Operand;
 using namespace braze::cuda;
 
-constexpr const char* kNames[kNumColumns] = {"param", "grad", "sum", "state0", "state1", "state2"};
+constexpr const char* kNames[kNumColumns] = {"param",  "grad",   "sum",    "state0",
+                                             "state1", "state2", "average"};
 
 void put(char* at, DType dtype, double value) {
   if (dtype == DType::f64) {
@@ -47,10 +48,11 @@ double get(const char* at, DType dtype) {
 }
 
 DType dtype_of(const Spec& spec, int column) {
-  return column == kParam  ? spec.param
-         : column == kGrad ? spec.grad
-         : column == kSum  ? spec.sum
-                           : spec.state;
+  return column == kParam     ? spec.param
+         : column == kGrad    ? spec.grad
+         : column == kSum     ? spec.sum
+         : column == kAverage ? spec.param == DType::f64 ? DType::f64 : DType::f32
+                              : spec.state;
 }
 
 int64_t extent(const Spec& spec, int column, int64_t numel) {
@@ -107,7 +109,8 @@ bool same(const Buffer& one, const Buffer& other, std::string& difference) {
 static bool is_square(int rule, int state) {
   bool square = false;
   braze::Rules::visit(rule, [&]<class Rule>(Rule) {
-    square = state >= 0 && strstr(Rule::kStateNames[state], "sq") != nullptr;
+    square =
+        state >= 0 && state < Rule::kStates && strstr(Rule::kStateNames[state], "sq") != nullptr;
   });
   return square;
 }
@@ -127,6 +130,7 @@ Problem::Problem(int rule, std::vector<Spec> specs, std::vector<uint32_t> states
     work.linear = spec.strides[kParam].empty();
     work.is_double = spec.param == DType::f64;
     work.first = spec.first;
+    work.first_average = spec.first_average;
     if (spec.step >= 0) {
       steps_.push_back(std::make_unique<double>());
       work.step = {steps_.back().get(), nullptr, spec.step_is_double ? DType::f64 : DType::f32};
@@ -138,9 +142,10 @@ Problem::Problem(int rule, std::vector<Spec> specs, std::vector<uint32_t> states
     const Spec& spec = specs_[i];
     const uint32_t used = states[static_cast<size_t>(spec.hyper)];
     for (int c = 0; c < kNumColumns; ++c) {
-      const bool present = c == kGrad  ? spec.has_grad
-                           : c == kSum ? spec.has_sum
-                                       : c < kState0 || (used >> (c - kState0) & 1);
+      const bool present = c == kGrad      ? spec.has_grad
+                           : c == kSum     ? spec.has_sum
+                           : c == kAverage ? spec.has_average
+                                           : c < kState0 || (used >> (c - kState0) & 1);
       if (!present) continue;
       const DType dtype = dtype_of(spec, c);
       const int64_t elements = extent(spec, c, device[i].numel);
@@ -150,10 +155,11 @@ Problem::Problem(int rule, std::vector<Spec> specs, std::vector<uint32_t> states
       fill(column.device, random, is_square(rule, c - kState0));
       memcpy(column.host.memory(), column.device.memory(), column.device.bytes());
       for (TensorWork* work : {&device[i], &host[i]}) {
-        Operand& operand = c == kParam  ? work->param
-                           : c == kGrad ? work->grad
-                           : c == kSum  ? work->sum
-                                        : work->state[c - kState0];
+        Operand& operand = c == kParam     ? work->param
+                           : c == kGrad    ? work->grad
+                           : c == kSum     ? work->sum
+                           : c == kAverage ? work->average
+                                           : work->state[c - kState0];
         operand.data = work == &device[i] ? column.device.data() : column.host.data();
         operand.dtype = dtype;
         if (!spec.strides[c].empty()) operand.strides = spec.strides[c].data();

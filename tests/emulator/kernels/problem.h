@@ -43,6 +43,7 @@ struct Spec {
   std::vector<int64_t> sizes = {0};
   DType param = DType::f32, grad = DType::f32, sum = DType::f32, state = DType::f32;
   bool has_grad = true, has_sum = false, first = false;
+  bool has_average = false, first_average = false;
   int hyper = 0;
   int phase[braze::cuda::kNumColumns] = {};                     // elements off a 16-byte boundary
   std::vector<int64_t> strides[braze::cuda::kNumColumns] = {};  // none: linear
@@ -129,7 +130,7 @@ void reference(Problem& problem, const std::vector<Hyper>& hypers) {
 }
 template <class Hyper>
 cudaError_t launch(braze::cuda::StepLauncher& launcher, const braze::cuda::StepWork& work,
-                   const std::vector<Hyper>& hypers, braze::cuda::LossScale scale,
+                   const std::vector<Hyper>& hypers, const braze::cuda::StepScale& scale,
                    cudaStream_t stream) {
   return launcher.step(work, braze::view_of(hypers), scale, stream);
 }

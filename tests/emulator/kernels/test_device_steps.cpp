@@ -12,8 +12,8 @@ namespace device_steps_tests {
 
 using namespace harness;
 using namespace braze;
-using cuda::LossScale;
 using cuda::StepLauncher;
+using cuda::StepScale;
 
 namespace {
 
@@ -137,7 +137,7 @@ void check_counts(const Problem& problem, const std::vector<double>& before, dou
 
 // Several steps of Adam; counts in device memory advance by one each.
 void run_adam(const std::vector<Shape>& shapes, const std::vector<DeviceHyper<Adam>>& hypers,
-              LossScale scale = {}, int count = 2) {
+              StepScale scale = {}, int count = 2) {
   std::vector<uint32_t> states;
   for (const DeviceHyper<Adam>& h : hypers) states.push_back(h.options.amsgrad ? 7 : 3);
   Problem problem(kIndex<Adam>, make_specs(shapes), states);
