@@ -31,11 +31,6 @@ __device__ __forceinline__ T with_sum(T g, T sum, T weight, bool has_grad) {
 
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
 
-// Statistics of a step, in one thread.
-struct UpdateSums {
-  double update_squares = 0, param_squares = 0;
-};
-
 // What becomes of elements in a step. kAverages: they may have running averages; in plain tensors,
 // all do.
 template <class Rule, class T, bool kPlain, bool kAverages>
@@ -44,7 +39,7 @@ struct Update {
   typename Rule::template Args<T> args;
   T average_weight;
   bool statistics;
-  UpdateSums sums;
+  double* sums;  // shared memory: each thread's of the update's squares, and of the parameter's
 
   template <class Access>
   __device__ __forceinline__ void at(const Operands& t, const int64_t (&positions)[kNumColumns]) {
@@ -66,6 +61,9 @@ struct Update {
     const bool first_average = BRAZE_HOOK(first_average, (flags & kFirstAverage) != 0);
     Pack param = {}, grad = {}, sum = {}, state[Rule::kStates] = {};
     typename Wide::Pack average[kParts] = {};
+    const auto stored = [&](int j) {
+      return BRAZE_HOOK(stored_param, Access::stored(param, j, t.dtype(kParam)));
+    };
     if constexpr (Rule::kUpdatesParam) param = load(kParam);
     if (has_grad) grad = load(kGrad);
     if (has_sum) sum = load(kSum);
@@ -73,12 +71,15 @@ struct Update {
     for (int k = 0; k < Rule::kStates; ++k) {
       if (reads<Rule>(flags, k)) state[k] = load(kState0 + k);
     }
-    if (averages && !first_average) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+    const auto load_average = [&](int part) {
+      if (averages && !first_average) {
         average[part] = Wide::load(t.data[kAverage], t.dtype(kAverage),
                                    positions[kAverage] + part * Wide::kCount);
       }
+    };
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) load_average(part);
     }
 #pragma unroll
     for (int j = 0; j < Access::kCount; ++j) {
@@ -98,20 +99,10 @@ struct Update {
       if constexpr (Rule::kUpdatesParam) Access::set(param, j, p);
 #pragma unroll
       for (int k = 0; k < Rule::kStates; ++k) Access::set(state[k], j, own[k]);
-      if (averages || (!kPlain && statistics)) {
-        const T after = BRAZE_HOOK(stored_param, Access::stored(param, j, t.dtype(kParam)));
-        if (averages) {
-          typename Wide::Pack& pack = average[j / Wide::kCount];
-          const int at = j % Wide::kCount;
-          Wide::set(
-              pack, at,
-              first_average ? after : average_with(Wide::get(pack, at), after, average_weight));
-        }
-        if (!kPlain && statistics) {
-          const double old = before, difference = after - old;
-          sums.update_squares += difference * difference;
-          sums.param_squares += old * old;
-        }
+      if (!kPlain && kAverages && statistics) {
+        const double old = before, difference = stored(j) - old;
+        sums[threadIdx.x] += difference * difference;
+        sums[kBlockThreads + threadIdx.x] += old * old;
       }
     }
     if constexpr (Rule::kUpdatesParam) store(kParam, param);
@@ -119,12 +110,19 @@ struct Update {
     for (int k = 0; k < Rule::kStates; ++k) {
       if (BRAZE_HOOK(stores_state, Rule::uses(flags, k))) store(kState0 + k, state[k]);
     }
-    if (averages) {
+    if (!averages) return;
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        Wide::store(t.data[kAverage], t.dtype(kAverage), positions[kAverage] + part * Wide::kCount,
-                    average[part]);
+    for (int part = 0; part < kParts; ++part) {
+      if constexpr (!kPlain) load_average(part);  // later, for want of registers
+#pragma unroll
+      for (int j = 0; j < Wide::kCount; ++j) {
+        const T after = stored(part * Wide::kCount + j);
+        Wide::set(average[part], j,
+                  first_average ? after
+                                : average_with(Wide::get(average[part], j), after, average_weight));
       }
+      Wide::store(t.data[kAverage], t.dtype(kAverage), positions[kAverage] + part * Wide::kCount,
+                  average[part]);
     }
   }
 };
@@ -224,20 +222,16 @@ struct Larger {
   __device__ __forceinline__ double operator()(double a, double b) const { return larger(a, b); }
 };
 
-// All threads' numbers by a fixed tree; the first thread gets the result.
+// Of the threads' numbers, by a fixed tree; the first thread gets the result.
 template <class Combine>
-__device__ __forceinline__ double over_block(double mine, Combine combine) {
-  BRAZE_SHARED(double, shared, kBlockThreads);
+__device__ __forceinline__ double over_block(double* shared, Combine combine) {
   const int thread = static_cast<int>(threadIdx.x);
-  shared[thread] = mine;
 #pragma unroll 1
   for (int half = kBlockThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (thread < half) shared[thread] = combine(shared[thread], shared[thread + half]);
   }
-  const double result = shared[0];
-  __syncthreads();  // the next one writes
-  return result;
+  return shared[0];
 }
 
 // --- the table ---
@@ -269,7 +263,7 @@ struct TensorChunk {
   TensorEntry entry;
   TensorNow now;
   Operands operands;
-  int64_t index, begin, end;
+  int64_t begin, end;
 };
 
 // The tensor that a chunk belongs to is the last one that does not begin after it. Columns other
@@ -296,8 +290,7 @@ __device__ __forceinline__ TensorChunk find_chunk(const StepArgument& argument, 
   t.dtypes = entry.dtypes | ((now.flags >> kGradDtypeShift) & 3u) << (2 * kGrad);
   t.flags = now.flags;
   const int64_t begin = (chunk - BRAZE_HOOK(first_chunk, entry.first_chunk)) * kChunkElements;
-  return {entry, now,   t,
-          chunk, begin, min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel))};
+  return {entry, now, t, begin, min(begin + kChunkElements, BRAZE_HOOK(tensor_end, entry.numel))};
 }
 
 // --- arguments made on the device ---
@@ -372,10 +365,10 @@ __device__ __forceinline__ DType step_dtype(const TensorEntry& entry) {
 }
 
 // Counts on: by the last block to finish, so that every block has read the old value.
-__device__ inline void advance_steps(const StepArgument& argument, bool skipped) {
+__device__ inline void advance_steps(const StepArgument& argument) {
   if (argument.blocks_done == nullptr) return;
   if (BRAZE_HOOK(not_last, !is_last_block(argument.blocks_done, gridDim.x))) return;
-  if (BRAZE_HOOK(skipped, skipped)) return;
+  if (BRAZE_HOOK(skipped, is_skipped(argument.scale))) return;
   const auto* entries = reinterpret_cast<const TensorEntry*>(section(argument, argument.entries));
   for (int i = static_cast<int>(threadIdx.x); i < BRAZE_HOOK(counted_tensors, argument.num_tensors);
        i += BRAZE_HOOK(tensor_stride, kBlockThreads)) {
@@ -391,64 +384,76 @@ __device__ inline void advance_steps(const StepArgument& argument, bool skipped)
 // kPlain: every tensor of the launch has a gradient and operands of one dtype other than fp64, all
 // linear, and neither accumulator nor a rule's rare flags. Registers decide how many blocks a
 // multiprocessor holds, and this saves a third of them.
-constexpr int blocks_per_multiprocessor(bool plain) { return plain ? 3 : 2; }
+constexpr int blocks_per_multiprocessor(bool plain, bool averages) {
+  return plain && !averages ? 3 : 2;
+}
+
+template <bool kStatistics>
+constexpr int kUpdateSums = kStatistics ? 2 * kBlockThreads : 1;
 
 template <class Rule, class T, bool kPlain, bool kAverages>
-__device__ __forceinline__ UpdateSums update_chunk(const StepArgument& argument,
-                                                   const TensorChunk& chunk,
-                                                   const typename Rule::template Args<T>& args) {
+__device__ __forceinline__ void update_chunk(const StepArgument& argument, const TensorChunk& chunk,
+                                             const typename Rule::template Args<T>& args,
+                                             double* sums) {
   const T weight = sizeof(T) == 8 ? static_cast<T>(argument.average_weight)
                                   : static_cast<T>(argument.narrow_average_weight);
-  Update<Rule, T, kPlain, kAverages> update = {args, weight, argument.scale.sums != nullptr, {}};
+  Update<Rule, T, kPlain, kAverages> update = {args, weight, argument.scale.sums != nullptr, sums};
   for_chunk<T, kPlain, 1>(chunk.operands, chunk.begin, chunk.end, update);
-  return update.sums;
 }
 
-__device__ __forceinline__ void write_sum(const StepArgument& argument, const TensorChunk& chunk,
+__device__ __forceinline__ void write_sum(const StepArgument& argument, int64_t chunk,
                                           SumColumn column, double sum) {
   if (BRAZE_HOOK(writes_sum, threadIdx.x == 0))
-    argument.scale.sums[column * argument.all_chunks + chunk.index] = sum;
+    argument.scale.sums[column * argument.all_chunks + chunk] = sum;
 }
 
-template <class Rule, bool kPlain>
-__device__ __forceinline__ void write_update(const StepArgument& argument, const TensorChunk& chunk,
-                                             const UpdateSums& sums) {
-  if constexpr (!kPlain && Rule::kIsOptimizer) {
-    if (argument.scale.sums == nullptr) return;
-    write_sum(argument, chunk, kUpdateSquares, over_block(sums.update_squares, Added()));
-    write_sum(argument, chunk, kParamSquares, over_block(sums.param_squares, Added()));
-  }
+// Around a chunk's update. Only threads themselves read their numbers before the tree does.
+template <bool kStatistics>
+__device__ __forceinline__ void clear_sums(const StepArgument& argument, double* sums) {
+  if (!kStatistics || argument.scale.sums == nullptr) return;
+  sums[threadIdx.x] = sums[kBlockThreads + threadIdx.x] = 0;
+}
+
+template <bool kStatistics>
+__device__ __forceinline__ void write_update(const StepArgument& argument, int64_t chunk,
+                                             double* sums) {
+  if (!kStatistics || argument.scale.sums == nullptr) return;
+  write_sum(argument, chunk, kUpdateSquares, over_block(sums, Added()));
+  write_sum(argument, chunk, kParamSquares, over_block(sums + kBlockThreads, Added()));
+  __syncthreads();  // the first thread has read what the next chunk's will write
 }
 
 template <class Rule, bool kPlain, bool kAverages>
 __device__ __forceinline__ void step_chunk(const StepArgument& argument) {
-  const TensorChunk chunk =
-      find_chunk<kPlain, kStepColumns<kAverages>>(argument, argument.chunk_begin + blockIdx.x);
-  UpdateSums sums;
+  constexpr bool kStatistics = !kPlain && kAverages;
+  BRAZE_SHARED(double, sums, kUpdateSums<kStatistics>);
+  const int64_t index = argument.chunk_begin + blockIdx.x;
+  const TensorChunk chunk = find_chunk<kPlain, kStepColumns<kAverages>>(argument, index);
+  clear_sums<kStatistics>(argument, sums);
   if (!kPlain && chunk.entry.is_double) {
+    using Args = typename Rule::template Args<double>;
     const uint32_t at = chunk.now.hyper - BRAZE_HOOK(wide_hypers_begin, argument.wide_hypers_begin);
-    sums = update_chunk<Rule, double, kPlain, kAverages>(
-        argument, chunk,
-        read_section<typename Rule::template Args<double>>(argument, argument.wide_hypers + at));
+    update_chunk<Rule, double, kPlain, kAverages>(
+        argument, chunk, read_section<Args>(argument, argument.wide_hypers + at), sums);
   } else {
+    using Args = typename Rule::template Args<float>;
     const uint32_t at = chunk.now.hyper - BRAZE_HOOK(hypers_begin, argument.hypers_begin);
-    sums = update_chunk<Rule, float, kPlain, kAverages>(
-        argument, chunk,
-        read_section<typename Rule::template Args<float>>(argument, argument.hypers + at));
+    update_chunk<Rule, float, kPlain, kAverages>(
+        argument, chunk, read_section<Args>(argument, argument.hypers + at), sums);
   }
-  write_update<Rule, kPlain>(argument, chunk, sums);
+  write_update<kStatistics>(argument, index, sums);
 }
 
 // Arguments come ready from the host. A block per chunk: the hardware gives the next one to whoever
 // is through.
 template <class Rule, bool kPlain, bool kAverages>
-__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
+__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain, kAverages))
     step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
   step_chunk<Rule, kPlain, kAverages>(argument);
 }
 
 template <class Rule>
-__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(true))
+__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(true, false))
     small_step_kernel(BRAZE_GRID_CONSTANT(SmallStepArgument) argument) {
   step_chunk<Rule, true, false>(reinterpret_cast<const StepArgument&>(argument));
 }
@@ -456,14 +461,18 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(true)
 // Step counts, loss scale, norm or hyper-parameters are in device memory: each block makes the
 // arguments it needs.
 template <class Rule, bool kPlain, bool kAverages>
-__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain))
+__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlain, kAverages))
     device_step_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
+  constexpr bool kStatistics = !kPlain && kAverages;
   BRAZE_SHARED(Prepared<Rule>, prepared, 1);
-  const bool skipped = is_skipped(argument.scale);
+  BRAZE_SHARED(double, sums, kUpdateSums<kStatistics>);
   uint32_t prepared_hyper = 0;
   double prepared_step = -1;
-  const int64_t chunk_end = skipped ? argument.chunk_begin : argument.chunk_end;
-  for (int64_t index = argument.chunk_begin + blockIdx.x; index < chunk_end; index += gridDim.x) {
+  // Fewer than 2^31, as TensorEntry has it: a register less.
+  const auto chunk_end =
+      static_cast<int>(is_skipped(argument.scale) ? argument.chunk_begin : argument.chunk_end);
+  for (int index = static_cast<int>(argument.chunk_begin + blockIdx.x); index < chunk_end;
+       index += static_cast<int>(gridDim.x)) {
     TensorChunk chunk = find_chunk<kPlain, kStepColumns<kAverages>>(argument, index);
     const uint32_t own_hyper = chunk.now.hyper;
     const auto& hyper = *reinterpret_cast<const DeviceHyper<Rule>*>(
@@ -485,30 +494,37 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
       __syncthreads();
     }
     chunk.operands.flags |= BRAZE_HOOK(penalty, prepared[0].penalty);
-    const UpdateSums sums =
-        !kPlain && chunk.entry.is_double
-            ? update_chunk<Rule, double, kPlain, kAverages>(argument, chunk, prepared[0].d)
-            : update_chunk<Rule, float, kPlain, kAverages>(argument, chunk, prepared[0].f);
-    write_update<Rule, kPlain>(argument, chunk, sums);
+    clear_sums<kStatistics>(argument, sums);
+    if (!kPlain && chunk.entry.is_double) {
+      update_chunk<Rule, double, kPlain, kAverages>(argument, chunk, prepared[0].d, sums);
+    } else {
+      update_chunk<Rule, float, kPlain, kAverages>(argument, chunk, prepared[0].f, sums);
+    }
+    write_update<kStatistics>(argument, index, sums);
   }
-  advance_steps(argument, skipped);
+  advance_steps(argument);
 }
 
-template <bool kStatistics, class T>
-__device__ __forceinline__ void measure_chunk(const StepArgument& argument,
-                                              const TensorChunk& chunk) {
+template <class T, bool kStatistics>
+__device__ __forceinline__ void measure_chunk(const StepArgument& argument, int64_t index,
+                                              const TensorChunk& chunk, double* shared) {
   Measure<T, kStatistics> found = {static_cast<T>(argument.weight)};
   const Operands& t = chunk.operands;
   const bool absent = t.data[kGrad] == nullptr && t.data[kSum] == nullptr;
   for_chunk<T, false, 4>(t, chunk.begin,
                          BRAZE_HOOK(absent_gradient, absent) ? chunk.begin : chunk.end, found);
-  write_sum(argument, chunk, kSquares, over_block(found.squares, Added()));
+  const auto write = [&](SumColumn column, double mine, auto combine) {
+    shared[threadIdx.x] = mine;
+    write_sum(argument, index, column, over_block(shared, combine));
+    __syncthreads();  // the first thread has read what the next ones will write
+  };
+  write(kSquares, found.squares, Added());
   if constexpr (kStatistics) {
-    write_sum(argument, chunk, kLargest, over_block(found.largest, Larger()));
-    write_sum(argument, chunk, kZeros, over_block(found.zeros, Added()));
-    write_sum(argument, chunk, kNonFinite, over_block(found.non_finite, Added()));
-    write_sum(argument, chunk, kUpdateSquares, 0);  // until a step says otherwise
-    write_sum(argument, chunk, kParamSquares, 0);
+    write(kLargest, found.largest, Larger());
+    write(kZeros, found.zeros, Added());
+    write(kNonFinite, found.non_finite, Added());
+    write_sum(argument, index, kUpdateSquares, 0);  // until a step says otherwise
+    write_sum(argument, index, kParamSquares, 0);
   }
 }
 
@@ -516,11 +532,12 @@ __device__ __forceinline__ void measure_chunk(const StepArgument& argument,
 template <bool kStatistics>
 __global__ void __launch_bounds__(kBlockThreads)
     measure_kernel(BRAZE_GRID_CONSTANT(StepArgument) argument) {
+  BRAZE_SHARED(double, shared, kBlockThreads);
   const int64_t index = argument.chunk_begin + blockIdx.x;
   if (BRAZE_HOOK(has_chunk, index < argument.chunk_end)) {
     const TensorChunk chunk = find_chunk<false, kMeasuredColumns>(argument, index);
-    chunk.entry.is_double ? measure_chunk<kStatistics, double>(argument, chunk)
-                          : measure_chunk<kStatistics, float>(argument, chunk);
+    chunk.entry.is_double ? measure_chunk<double, kStatistics>(argument, index, chunk, shared)
+                          : measure_chunk<float, kStatistics>(argument, index, chunk, shared);
   }
   if (!is_last_block(argument.blocks_done, BRAZE_HOOK(all_blocks, argument.measured_blocks)))
     return;
@@ -531,7 +548,8 @@ __global__ void __launch_bounds__(kBlockThreads)
        c < BRAZE_HOOK(measured_end, argument.measured_end); c += kBlockThreads) {
     squares += scale.sums[kSquares * argument.all_chunks + c];
   }
-  squares = over_block(squares, Added());
+  shared[threadIdx.x] = squares;
+  squares = over_block(shared, Added());
   if (threadIdx.x == 0) {
     *argument.totals = {squares, static_cast<float>(norm_of(scale, squares)),
                         BRAZE_HOOK(finite, is_finite(squares)) ? 0.0f : 1.0f};
