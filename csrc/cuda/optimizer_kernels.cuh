@@ -180,7 +180,8 @@ __device__ __forceinline__ void for_chunk(const Operands& t, int64_t begin, int6
   constexpr bool kWide = sizeof(T) == 8;
   const int size = static_cast<int>(end - begin);
   int head = size, count = 0, width = 1;
-  const int common = kPlain ? static_cast<int>(t.dtype(kGrad)) : t.common_dtype(kMixed);
+  int common = kPlain ? static_cast<int>(t.dtype(kGrad)) : t.common_dtype(kMixed);
+  if (!kPlain && !kWide && common == static_cast<int>(DType::f64)) common = kMixed;
   // Operands of several dtypes in double arithmetic are rare, and do not fit the registers.
   if (t.dims == nullptr && (!kWide || common == static_cast<int>(DType::f64))) {
     width = common == kMixed ? Mixed<T>::kCount : 16 >> log2_size(static_cast<DType>(common));
