@@ -29,7 +29,10 @@ __device__ __forceinline__ T with_sum(T g, T sum, T weight, bool has_grad) {
   return has_grad ? accumulate_gradient(sum, g, weight, T(1), false) : sum;
 }
 
-__device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
+template <class T>
+__device__ __forceinline__ bool is_finite(T x) {
+  return x - x == T(0);
+}
 
 // What becomes of elements in a step. kAverages: they may have running averages; in plain tensors,
 // all do.
@@ -127,28 +130,29 @@ struct Update {
   }
 };
 
-// What elements add to a chunk's sums. Products of fp32 are exact in double.
-template <class T, bool kStatistics>
+// What elements add to a chunk's sums. Products of fp32 are exact in double. kJoins: there is an
+// accumulator, and perhaps a gradient; else a gradient alone.
+template <class T, bool kStatistics, bool kJoins>
 struct Measure {
   T weight;
-  double squares = 0, largest = 0;
+  double squares = 0;
+  T largest = 0;
   int zeros = 0, non_finite = 0;
 
   template <class Access>
   __device__ __forceinline__ void at(const Operands& t, const int64_t (&positions)[kNumColumns]) {
-    const bool has_grad = t.data[kGrad] != nullptr, has_sum = t.data[kSum] != nullptr;
+    const bool has_grad = !kJoins || t.data[kGrad] != nullptr;
     typename Access::Pack grad = {}, sum = {};
     if (has_grad) grad = Access::load(t.data[kGrad], t.dtype(kGrad), positions[kGrad]);
-    if (has_sum) sum = Access::load(t.data[kSum], t.dtype(kSum), positions[kSum]);
+    if constexpr (kJoins) sum = Access::load(t.data[kSum], t.dtype(kSum), positions[kSum]);
 #pragma unroll
     for (int j = 0; j < Access::kCount; ++j) {
       const T g = Access::get(grad, j);
-      const double value =
-          has_sum ? with_sum(g, Access::get(sum, j), weight, has_grad) : weight * g;
-      squares =
-          sizeof(T) == 4 ? fused_multiply_add(value, value, squares) : squares + value * value;
+      const T value = kJoins ? with_sum(g, Access::get(sum, j), weight, has_grad) : weight * g;
+      const double wide = value;
+      squares = sizeof(T) == 4 ? fused_multiply_add(wide, wide, squares) : squares + wide * wide;
       if constexpr (kStatistics) {
-        largest = larger(::fabs(value), largest);
+        largest = larger(value < 0 ? -value : value, largest);
         zeros += value == 0;
         non_finite += !is_finite(value);
       }
@@ -506,14 +510,14 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kPlai
   advance_steps(argument);
 }
 
-template <class T, bool kStatistics>
+template <class T, bool kStatistics, bool kJoins>
 __device__ __forceinline__ void measure_chunk(const StepArgument& argument, int64_t index,
                                               const TensorChunk& chunk, double* shared) {
-  Measure<T, kStatistics> found = {static_cast<T>(argument.weight)};
-  const Operands& t = chunk.operands;
-  const bool absent = t.data[kGrad] == nullptr && t.data[kSum] == nullptr;
-  for_chunk<T, false, 4>(t, chunk.begin,
-                         BRAZE_HOOK(absent_gradient, absent) ? chunk.begin : chunk.end, found);
+  Measure<T, kStatistics, kJoins> found = {static_cast<T>(argument.weight)};
+  const bool absent = !kJoins && chunk.operands.data[kGrad] == nullptr;
+  for_chunk<T, false, kJoins ? 1 : 4>(chunk.operands, chunk.begin,
+                                      BRAZE_HOOK(absent_gradient, absent) ? chunk.begin : chunk.end,
+                                      found);
   const auto write = [&](SumColumn column, double mine, auto combine) {
     shared[threadIdx.x] = mine;
     write_sum(argument, index, column, over_block(shared, combine));
@@ -537,8 +541,13 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int64_t index = argument.chunk_begin + blockIdx.x;
   if (BRAZE_HOOK(has_chunk, index < argument.chunk_end)) {
     const TensorChunk chunk = find_chunk<false, kMeasuredColumns>(argument, index);
-    chunk.entry.is_double ? measure_chunk<double, kStatistics>(argument, index, chunk, shared)
-                          : measure_chunk<float, kStatistics>(argument, index, chunk, shared);
+    const auto measure = [&](auto joins) {
+      constexpr bool kJoins = decltype(joins)::value;
+      chunk.entry.is_double
+          ? measure_chunk<double, kStatistics, kJoins>(argument, index, chunk, shared)
+          : measure_chunk<float, kStatistics, kJoins>(argument, index, chunk, shared);
+    };
+    chunk.operands.data[kSum] != nullptr ? measure(std::true_type()) : measure(std::false_type());
   }
   if (!is_last_block(argument.blocks_done, BRAZE_HOOK(all_blocks, argument.measured_blocks)))
     return;
