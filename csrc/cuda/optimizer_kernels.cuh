@@ -80,7 +80,7 @@ struct Update {
                                    positions[kAverage] + part * Wide::kCount);
       }
     };
-    if constexpr (kPlain) {
+    if constexpr (kPlain && kAverages) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) load_average(part);
     }
@@ -113,19 +113,22 @@ struct Update {
     for (int k = 0; k < Rule::kStates; ++k) {
       if (BRAZE_HOOK(stores_state, Rule::uses(flags, k))) store(kState0 + k, state[k]);
     }
-    if (!averages) return;
+    if constexpr (kAverages) {
+      if (!averages) return;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      if constexpr (!kPlain) load_average(part);  // later, for want of registers
+      for (int part = 0; part < kParts; ++part) {
+        if constexpr (!kPlain) load_average(part);  // later, for want of registers
 #pragma unroll
-      for (int j = 0; j < Wide::kCount; ++j) {
-        const T after = stored(part * Wide::kCount + j);
-        Wide::set(average[part], j,
-                  first_average ? after
-                                : average_with(Wide::get(average[part], j), after, average_weight));
+        for (int j = 0; j < Wide::kCount; ++j) {
+          const T after = stored(part * Wide::kCount + j);
+          Wide::set(average[part], j,
+                    first_average
+                        ? after
+                        : average_with(Wide::get(average[part], j), after, average_weight));
+        }
+        Wide::store(t.data[kAverage], t.dtype(kAverage), positions[kAverage] + part * Wide::kCount,
+                    average[part]);
       }
-      Wide::store(t.data[kAverage], t.dtype(kAverage), positions[kAverage] + part * Wide::kCount,
-                  average[part]);
     }
   }
 };
@@ -162,7 +165,7 @@ struct Measure {
 
 // --- one chunk ---
 
-template <class T, class Access, int kUnroll, class Body>
+template <class Access, int kUnroll, class Body>
 __device__ __forceinline__ void for_vectors(const Operands& t, int64_t begin, int head, int count,
                                             Body& body) {
 #pragma unroll kUnroll
@@ -196,7 +199,8 @@ __device__ __forceinline__ void for_chunk(const Operands& t, int64_t begin, int6
     }
   }
   const auto vectors = [&]<class Access>(Access) {
-    for_vectors<T, Access, kUnroll>(t, begin, head, count, body);
+    constexpr bool kSeveralDtypes = std::is_same_v<Access, Mixed<T>>;
+    for_vectors<Access, kSeveralDtypes ? 1 : kUnroll>(t, begin, head, count, body);
   };
   if constexpr (kWide) {
     vectors(Uniform<double, T>());
@@ -408,8 +412,7 @@ __device__ __forceinline__ void update_chunk(const StepArgument& argument, const
 
 __device__ __forceinline__ void write_sum(const StepArgument& argument, int64_t chunk,
                                           SumColumn column, double sum) {
-  if (BRAZE_HOOK(writes_sum, threadIdx.x == 0))
-    argument.scale.sums[column * argument.all_chunks + chunk] = sum;
+  if (threadIdx.x == 0) argument.scale.sums[column * argument.all_chunks + chunk] = sum;
 }
 
 // Around a chunk's update. Only threads themselves read their numbers before the tree does.

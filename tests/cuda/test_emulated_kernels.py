@@ -34,6 +34,7 @@ FEW_BLOCKS = (
     "loss_scale",
     "overflow",
     "counts_without_elements",
+    "measured_few_chunks",
 )
 
 

@@ -278,52 +278,73 @@ TEST(measured_in_a_graph) {
   CHECK(launcher.bytes_uploaded() == 0);
 }
 
+namespace {
 // The step after it adds what it did to each chunk.
-TEST(measured_steps) {
-  for (const bool on_device : {false, true}) {
-    Case note("on the device %d", on_device);
-    OnDevice one(on_device ? 1 : 0);
-    std::vector<Spec> specs = make_specs();
-    for (size_t i = 0; i < specs.size(); ++i) specs[i].has_average = i % 2 == 0;
-    Problem problem(kIndex<Adam>, specs, {3});
-    fill_gradients(problem);
-    for (TensorWork& work : problem.device) {
-      for (int64_t i = 0; i < work.numel; ++i) {
-        const int64_t size = static_cast<int64_t>(size_of(work.param.dtype));
-        put(static_cast<char*>(work.param.data) + place_of(work, work.param, i) * size,
-            work.param.dtype, 0.01 * static_cast<double>(i % 100));
-      }
+void measure_and_step(const std::vector<Spec>& specs, bool on_device) {
+  Case note("%zu tensors, on the device %d", specs.size(), on_device);
+  OnDevice one(1);
+  Problem problem(kIndex<Adam>, specs, {3});
+  fill_gradients(problem);
+  for (TensorWork& work : problem.device) {
+    for (int64_t i = 0; i < work.numel; ++i) {
+      const int64_t size = static_cast<int64_t>(size_of(work.param.dtype));
+      put(static_cast<char*>(work.param.data) + place_of(work, work.param, i) * size,
+          work.param.dtype, 0.01 * static_cast<double>(i % 100));
     }
-    problem.equalize();
-    StepLauncher launcher;
-    Pass pass(problem, true);
-    std::vector<DeviceHyper<Adam>> device(1);
-    device[0].options = options_of<Adam>({}, 0);
-    device[0].inputs = inputs_of(1);
-    if (on_device) {
-      CHECK_OK(pass.measure(launcher, problem, device, 1));
-      CHECK_OK(launch(launcher, {problem.device, 1}, device, pass.scale, nullptr));
-    } else {
-      CHECK_OK(pass.measure(launcher, problem, hypers, 1));
-      CHECK_OK(launch(launcher, {problem.device, 1}, hypers, pass.scale, nullptr));
-    }
-    const std::vector<GradientSums> found = pass.by_tensor(problem);
-    for (size_t i = 0; i < found.size(); ++i) {
-      const TensorWork &after = problem.device[i], &before = problem.host[i];
-      long double update = 0, param = 0;
-      for (int64_t k = 0; k < after.numel; ++k) {
-        const long double old = value_of(before, before.param, k),
-                          difference = value_of(after, after.param, k) - old;
-        update += difference * difference;
-        param += old * old;
-      }
-      CHECK(close(found[i].update_squares, update));
-      CHECK(close(found[i].param_squares, param));
-      CHECK(close(found[i].squares, exact(after, 1).squares));
-    }
-    reference(problem, std::vector{hyper_of<Adam>({}, 0, 1)});
-    problem.check(__FILE__, __LINE__);
   }
+  problem.equalize();
+  StepLauncher launcher;
+  Pass pass(problem, true);
+  std::vector<DeviceHyper<Adam>> device(1);
+  device[0].options = options_of<Adam>({}, 0);
+  device[0].inputs = inputs_of(1);
+  if (on_device) {
+    CHECK_OK(pass.measure(launcher, problem, device, 1));
+    CHECK_OK(launch(launcher, {problem.device, 1}, device, pass.scale, nullptr));
+  } else {
+    CHECK_OK(pass.measure(launcher, problem, hypers, 1));
+    CHECK_OK(launch(launcher, {problem.device, 1}, hypers, pass.scale, nullptr));
+  }
+  const std::vector<GradientSums> found = pass.by_tensor(problem);
+  for (size_t i = 0; i < found.size(); ++i) {
+    const TensorWork &after = problem.device[i], &before = problem.host[i];
+    long double update = 0, param = 0;
+    for (int64_t k = 0; k < after.numel; ++k) {
+      const long double old = value_of(before, before.param, k),
+                        difference = value_of(after, after.param, k) - old;
+      update += difference * difference;
+      param += old * old;
+    }
+    CHECK(close(found[i].update_squares, update));
+    CHECK(close(found[i].param_squares, param));
+    CHECK(close(found[i].squares, exact(after, 1).squares));
+  }
+  reference(problem, std::vector{hyper_of<Adam>({}, 0, 1)});
+  problem.check(__FILE__, __LINE__);
+}
+
+std::vector<Spec> plain_specs(const std::vector<int64_t>& lengths) {
+  std::vector<Spec> specs(lengths.size());
+  for (size_t i = 0; i < specs.size(); ++i) {
+    specs[i].sizes = {lengths[i]};
+    specs[i].has_average = true;
+  }
+  return specs;
+}
+}  // namespace
+
+TEST(measured_steps) {
+  std::vector<Spec> specs = make_specs();
+  for (size_t i = 0; i < specs.size(); ++i) specs[i].has_average = i % 2 == 0;
+  for (const bool on_device : {false, true}) {
+    measure_and_step(specs, on_device);
+    measure_and_step(plain_specs(lengths()), on_device);
+  }
+}
+
+// For sanitizers that can tell few threads apart.
+TEST(measured_few_chunks) {
+  for (const bool on_device : {false, true}) measure_and_step(plain_specs({8200, 50}), on_device);
 }
 
 }  // namespace measure_tests
