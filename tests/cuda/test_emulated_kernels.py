@@ -34,6 +34,7 @@ FEW_BLOCKS = (
     "loss_scale",
     "overflow",
     "counts_without_elements",
+    "measured_few_chunks",
 )
 
 
@@ -62,7 +63,8 @@ def kernels_program(variant: str, faults: bool = False) -> Path:
     tests = [KERNELS / "harness.cpp", KERNELS / "problem.cpp", *sorted(KERNELS.glob("test_*.cpp"))]
     sources = [together("kernels", tests), KERNELS / "intercept.cpp", KERNELS / "reference.cpp"]
     # Not every operation: each has a program of its own.
-    sources += [CUDA / f"{name}.cu" for name in ("device_table", "optimizer_launch", "zeros")]
+    sources += [CUDA / f"{name}.cu" for name in ("device_table", "zeros")]
+    sources += sorted(CUDA.glob("optimizer_*.cu"))
     return build_kernels("kernels", sources, variant, faults)
 
 
