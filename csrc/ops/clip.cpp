@@ -170,7 +170,7 @@ std::optional<at::Tensor> clip_to_norm(const std::vector<at::Tensor>& gradients,
   if (refuse && !std::isfinite(norm)) return std::nullopt;
   const double factor = clips ? clip_coefficient(norm, max_norm) : 1;
   for (Share& share : shares) {
-    if (factor != 1) share.clip({}, factor);
+    if (factor != 1) share.clip(Clip::Options{}, factor);
   }
   if (clips) bump_versions(gradients);
   return at::scalar_tensor(norm, c10::TensorOptions(device).dtype(dtype));
@@ -182,7 +182,8 @@ bool clip_to_value(const std::vector<at::Tensor>& gradients, double limit) {
     if (g.is_complex()) return false;  // which have no order: torch says so
   }
   const std::lock_guard lock(calls());
-  for (Share& share : share_out(gradients)) share.clip({.limit = limit, .by_value = true}, 1);
+  for (Share& share : share_out(gradients))
+    share.clip(Clip::Options{.limit = limit, .by_value = true}, 1);
   bump_versions(gradients);
   return true;
 }
