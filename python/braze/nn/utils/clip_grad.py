@@ -9,7 +9,6 @@ import torch
 import torch.nn.utils as _torch
 from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_norm as clip_grad_norm
-from torch.nn.utils.clip_grad import clip_grads_with_norm_ as clip_grads_with_norm_
 
 from braze._native import _C
 
