@@ -39,11 +39,11 @@ struct Operands {
     }
   }
 
-  // One dtype for all, or `otherwise`.
+  // One dtype for all but the average, or `otherwise`.
   __device__ __forceinline__ int common_dtype(int otherwise) const {
     int common = -1;
 #pragma unroll
-    for (int c = 0; c < kNumColumns; ++c) {
+    for (int c = 0; c < kAverage; ++c) {
       if (BRAZE_HOOK(absent_operand, data[c] == nullptr)) continue;
       const int mine = static_cast<int>(dtype(c));
       common = common == -1 || common == mine ? mine : otherwise;
@@ -128,7 +128,20 @@ struct Uniform {
   static __device__ __forceinline__ void set(Pack& pack, int j, T value) {
     pack.template set<S>(j, value);
   }
+  // What get() is once it is stored.
+  static __device__ __forceinline__ T stored(const Pack& pack, int j, DType) {
+    return get(pack, j);
+  }
 };
+
+template <class T>
+__device__ __forceinline__ T rounded_to(DType dtype, T value) {
+  const auto narrow = static_cast<float>(value);
+  if (dtype == DType::f64) return value;
+  if (dtype == DType::f32) return narrow;
+  if (dtype == DType::bf16) return from_storage(Bf16{bf16_from_float(narrow)});
+  return from_storage(F16{f16_from_float(narrow)});
+}
 
 // One element.
 template <class T>
@@ -153,6 +166,9 @@ struct Single {
   }
   static __device__ __forceinline__ T get(T pack, int) { return pack; }
   static __device__ __forceinline__ void set(T& pack, int, T value) { pack = value; }
+  static __device__ __forceinline__ T stored(T pack, int, DType dtype) {
+    return rounded_to(dtype, pack);
+  }
 };
 
 // Operands of several dtypes: four elements each, 16 bytes of fp32.
@@ -205,6 +221,9 @@ struct Mixed {
   }
   static __device__ __forceinline__ T get(const Pack& pack, int j) { return pack.value[j]; }
   static __device__ __forceinline__ void set(Pack& pack, int j, T value) { pack.value[j] = value; }
+  static __device__ __forceinline__ T stored(const Pack& pack, int j, DType dtype) {
+    return rounded_to(dtype, pack.value[j]);
+  }
 };
 
 }  // namespace braze::cuda

@@ -4,7 +4,6 @@
 #include <type_traits>
 
 #include "../math/hook.h"
-#include "optimizer_kernels.cuh"
 #include "optimizer_launch.h"
 #include "zeros.h"
 
@@ -24,28 +23,6 @@ size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 }  // namespace
 
-// Blocks of the kernel that the device runs at once.
-template <class Kernel>
-cudaError_t StepLauncher::resident_blocks(Kernel kernel, int64_t& blocks) {
-  const void* key = reinterpret_cast<const void*>(kernel);
-  for (const auto& [known, count] : resident_blocks_) {
-    blocks = count;
-    if (known == key) return cudaSuccess;
-  }
-  int device = 0, multiprocessors = 0, blocks_each = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kBlockThreads, 0);
-  }
-  if (error != cudaSuccess) return error;
-  blocks = static_cast<int64_t>(multiprocessors) * std::max(blocks_each, 1);
-  resident_blocks_.emplace_back(key, blocks);
-  return cudaSuccess;
-}
-
 template <class Rule>
 void StepLauncher::make_entries(const StepWork& work) {
   if (BRAZE_HOOK(same_generation, generation_ == work.generation) &&
@@ -58,19 +35,23 @@ void StepLauncher::make_entries(const StepWork& work) {
   plain_dtype_.clear();
   chunks_before_.assign(1, 0);
   has_steps_ = false;
+  averages_ = 0;
   for (const TensorWork& t : work.tensors) {
     TensorEntry entry = {};
-    const Operand* columns[kNumColumns] = {&t.param,    &t.grad,     &t.sum,
-                                           &t.state[0], &t.state[1], &t.state[2]};
+    const Operand* columns[kNumColumns] = {&t.param,    &t.grad,     &t.sum,    &t.state[0],
+                                           &t.state[1], &t.state[2], &t.average};
     bool plain = t.linear && !t.is_double;
     for (int c = 0; c < kNumColumns; ++c) {
-      const bool used = c == kGrad    ? false
-                        : c < kState0 ? Rule::kUpdatesParam
-                                      : c < kState0 + Rule::kStates;
+      const bool used = c == kGrad      ? false
+                        : c < kState0   ? Rule::kUpdatesParam
+                        : c == kAverage ? Rule::kIsOptimizer
+                                        : c < kState0 + Rule::kStates;
       if (!used || columns[c]->data == nullptr) continue;
       entry.data[c] = columns[c]->data;
       entry.dtypes |= static_cast<uint16_t>(static_cast<int>(columns[c]->dtype) << (2 * c));
-      plain = plain && BRAZE_HOOK(column_is_read, c != kSum) && columns[c]->dtype == t.param.dtype;
+      plain = plain && BRAZE_HOOK(column_is_read, c != kSum) &&
+              columns[c]->dtype == (c == kAverage ? DType::f32 : t.param.dtype);
+      averages_ += c == kAverage;
     }
     entry.step = t.step.data;
     entry.step_is_double = t.step.dtype == DType::f64;
@@ -122,12 +103,13 @@ void StepLauncher::make_now(const StepWork& work, const Hypers& table) {
     else
       return hyper.flags;
   };
-  plain_ = true;
+  plain_ = BRAZE_HOOK(all_average, averages_ == 0 || averages_ == entries_.size());
   now_.resize(entries_.size());
   for (size_t i = 0; i < entries_.size(); ++i) {
     const TensorWork& t = work.tensors[i];
     const size_t hyper = static_cast<size_t>(t.hyper);
-    const uint32_t flags = flags_of(hypers[hyper]) | (t.first ? kFirst : 0u);
+    const uint32_t flags =
+        flags_of(hypers[hyper]) | (t.first ? kFirst : 0u) | (t.first_average ? kFirstAverage : 0u);
     const uint32_t dtype = static_cast<uint32_t>(t.grad.dtype);
     now_[i] = {t.grad.data, static_cast<uint32_t>(hyper * hyper_size(i)),
                flags | dtype << kGradDtypeShift};
@@ -221,67 +203,44 @@ size_t StepLauncher::place(size_t first, size_t count, bool capturing) {
   return in_argument;
 }
 
-template <class Rule, bool kOnDevice>
-cudaError_t StepLauncher::launch_range(size_t first, size_t count, LossScale scale, bool capturing,
-                                       cudaStream_t stream) {
+// A launch over tensors [first, first + count), by run(bytes of the argument, chunks); where there
+// is no chunk only if `even_empty`.
+template <class Run>
+cudaError_t StepLauncher::launch_range(size_t first, size_t count, bool even_empty, bool capturing,
+                                       cudaStream_t stream, const Run& run) {
   const size_t used = place(first, count, capturing);
-  int64_t chunks = argument_.chunk_end - argument_.chunk_begin;
-  if (chunks <= 0 && BRAZE_HOOK(counts_nothing, !(kOnDevice && has_steps_))) return cudaSuccess;
-  argument_.grad_scale = scale.grad_scale;
-  argument_.found_inf = scale.found_inf;
-  argument_.blocks_done = kOnDevice && has_steps_ ? blocks_done_ : nullptr;
+  const int64_t chunks = argument_.chunk_end - argument_.chunk_begin;
+  if (chunks <= 0 && BRAZE_HOOK(counts_nothing, !even_empty)) return cudaSuccess;
   const bool uploads = (argument_.entries & kResident) != 0;
   if (uploads) {
     if (const cudaError_t error = BRAZE_HOOK(upload, table_.upload(stream)); error != cudaSuccess)
       return error;
   }
   argument_.resident = table_.device();
-  const auto run = [&]<class Argument>(void (*kernel)(Argument)) {
-    int64_t blocks = BRAZE_HOOK(chunks, chunks);
-    if constexpr (kOnDevice) {  // what a block has made of hypers serves for its next chunks too
-      int64_t resident = 0;
-      if (const cudaError_t error = resident_blocks(kernel, resident); error != cudaSuccess) {
-        return error;
-      }
-      blocks = std::clamp<int64_t>(blocks, 1, resident);
-    }
-    return BRAZE_LAUNCH(kernel, static_cast<unsigned int>(blocks), kBlockThreads, 0, stream,
-                        reinterpret_cast<const Argument&>(argument_));
-  };
-  cudaError_t error;
-  if constexpr (kOnDevice) {
-    error = plain_ ? run(device_step_kernel<Rule, true>) : run(device_step_kernel<Rule, false>);
-  } else if constexpr (Rule::kUpdatesParam) {
-    const bool small = BRAZE_HOOK(fits_small, used <= sizeof(SmallStepArgument::bytes));
-    error = !plain_ ? run(step_kernel<Rule, false>)
-            : small ? run(small_step_kernel<Rule>)
-                    : run(step_kernel<Rule, true>);
-  } else {
-    error = run(step_kernel<Rule, false>);
-  }
+  const cudaError_t error = run(used, std::max<int64_t>(chunks, 1));
   // The launch is on its way, so this is no error of it.
   if (error == cudaSuccess && uploads) (void)table_.mark_read(stream);
   return error;
 }
 
-template <class Rule, bool kOnDevice>
-cudaError_t StepLauncher::launch(const StepWork& work, const Hypers& hypers, LossScale scale,
-                                 cudaStream_t stream) {
-  make_entries<Rule>(work);
-  make_now<Rule, kOnDevice>(work, hypers);
+template <class Run>
+cudaError_t StepLauncher::launch(bool needs_counter, bool even_empty, cudaStream_t stream,
+                                 const Run& run) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (const cudaError_t error = cudaStreamIsCapturing(stream, &status); error != cudaSuccess) {
     return error;
   }
   const bool capturing = status != cudaStreamCaptureStatusNone;
-  if (kOnDevice && has_steps_ && blocks_done_ == nullptr) {
+  if (needs_counter && blocks_done_ == nullptr) {
     if (BRAZE_HOOK(capturing, capturing)) return cudaErrorStreamCaptureUnsupported;
     if (const cudaError_t error = take_zeros(1, &blocks_done_); error != cudaSuccess) {
       return error;
     }
   }
+  argument_.blocks_done = needs_counter ? blocks_done_ : nullptr;
+  argument_.all_chunks = chunks_before_.back();
   const size_t count = entries_.size();
-  if (!capturing) return launch_range<Rule, kOnDevice>(0, count, scale, false, stream);
+  if (!capturing) return launch_range(0, count, even_empty, false, stream, run);
   // A graph keeps arguments, but would read a table long after it has changed: as many launches as
   // it takes.
   for (size_t first = 0; first < count;) {
@@ -297,26 +256,59 @@ cudaError_t StepLauncher::launch(const StepWork& work, const Hypers& hypers, Los
         hypers += BRAZE_HOOK(hyper_bytes, r.end == 0 ? 0 : r.end - r.begin);
       if (BRAZE_HOOK(argument_full, bytes + hypers > kArgumentBytes && end > first)) break;
     }
-    const cudaError_t error =
-        launch_range<Rule, kOnDevice>(first, end - first, scale, true, stream);
+    const cudaError_t error = launch_range(first, end - first, even_empty, true, stream, run);
     if (error != cudaSuccess) return error;
     first = end;
   }
   return cudaSuccess;
 }
 
-cudaError_t StepLauncher::step(const StepWork& work, const Hypers& hypers, LossScale scale,
-                               cudaStream_t stream) {
+// body(Rule, whether the hypers are on the device) with the table of this work.
+template <class Body>
+cudaError_t StepLauncher::with_table(const StepWork& work, const Hypers& hypers, const Body& body) {
   cudaError_t error = cudaErrorInvalidValue;
   Rules::visit(hypers.rule, [&]<class Rule>(Rule) {
+    const auto with = [&](auto on_device) {
+      make_entries<Rule>(work);
+      make_now<Rule, decltype(on_device)::value>(work, hypers);
+      error = body(Rule(), on_device);
+    };
     if constexpr (Rule::kUpdatesParam) {
-      error = hypers.on_device ? launch<Rule, true>(work, hypers, scale, stream)
-                               : launch<Rule, false>(work, hypers, scale, stream);
+      hypers.on_device ? with(std::true_type()) : with(std::false_type());
     } else {
-      error = launch<Rule, false>(work, hypers, scale, stream);
+      with(std::false_type());
     }
   });
   return error;
+}
+
+cudaError_t StepLauncher::step(const StepWork& work, const Hypers& hypers, const StepScale& scale,
+                               cudaStream_t stream) {
+  return with_table(work, hypers, [&]<class Rule, class OnDevice>(Rule, OnDevice) {
+    argument_.scale = scale;
+    argument_.average_weight = hypers.average_weight;
+    argument_.narrow_average_weight = static_cast<float>(hypers.average_weight);
+    const bool counts = OnDevice::value && has_steps_;
+    return launch(counts, counts, stream, [&](size_t used, int64_t chunks) {
+      return run<Rule, OnDevice::value>(used, chunks, stream);
+    });
+  });
+}
+
+cudaError_t StepLauncher::measure(const StepWork& work, const Hypers& hypers, double weight,
+                                  const StepScale& scale, bool statistics, MeasuredTotals* totals,
+                                  cudaStream_t stream) {
+  return with_table(work, hypers, [&](auto, auto) {
+    argument_.scale = scale;
+    argument_.weight = weight;
+    argument_.totals = totals;
+    argument_.measured_begin = std::max<int64_t>(0, only_begin_);
+    argument_.measured_end = std::min(chunks_before_.back(), only_end_);
+    const int64_t chunks = argument_.measured_end - argument_.measured_begin;
+    argument_.measured_blocks = static_cast<uint32_t>(std::max<int64_t>(chunks, 1));
+    return launch(true, chunks <= 0, stream,
+                  [&](size_t, int64_t blocks) { return run_measure(statistics, blocks, stream); });
+  });
 }
 
 }  // namespace braze::cuda

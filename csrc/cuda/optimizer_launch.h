@@ -17,12 +17,6 @@ struct StepWork {
   int64_t generation;  // another number whenever more than grad, hyper and first has changed
 };
 
-// In device memory; each may be null.
-struct LossScale {
-  const float* grad_scale = nullptr;  // gradients are divided by it
-  const float* found_inf = nullptr;   // not 0: the step does nothing
-};
-
 // Of one optimizer on one device, which must be current in every call. An error means that nothing
 // was launched.
 class StepLauncher {
@@ -32,8 +26,14 @@ class StepLauncher {
   StepLauncher& operator=(const StepLauncher&) = delete;
 
   // `scale` is for hypers that are made on the device.
-  cudaError_t step(const StepWork& work, const Hypers& hypers, LossScale scale,
+  cudaError_t step(const StepWork& work, const Hypers& hypers, const StepScale& scale,
                    cudaStream_t stream);
+
+  // Sums over the gradients of such a step, which are multiplied by `weight`, and accumulators:
+  // into scale.sums and `totals`. Without `statistics` squares alone.
+  cudaError_t measure(const StepWork& work, const Hypers& hypers, double weight,
+                      const StepScale& scale, bool statistics, MeasuredTotals* totals,
+                      cudaStream_t stream);
 
   // Makes later launches process chunks [begin, end) only: for memory that exists in part.
   void limit_chunks(int64_t begin, int64_t end) { only_begin_ = begin, only_end_ = end; }
@@ -43,12 +43,16 @@ class StepLauncher {
   struct HyperRange {
     uint32_t begin, end;
   };
+  template <class Body>
+  cudaError_t with_table(const StepWork& work, const Hypers& hypers, const Body& body);
+  template <class Run>
+  cudaError_t launch(bool needs_counter, bool even_empty, cudaStream_t stream, const Run& run);
+  template <class Run>
+  cudaError_t launch_range(size_t first, size_t count, bool even_empty, bool capturing,
+                           cudaStream_t stream, const Run& run);
   template <class Rule, bool kOnDevice>
-  cudaError_t launch(const StepWork& work, const Hypers& hypers, LossScale scale,
-                     cudaStream_t stream);
-  template <class Rule, bool kOnDevice>
-  cudaError_t launch_range(size_t first, size_t count, LossScale scale, bool capturing,
-                           cudaStream_t stream);
+  cudaError_t run(size_t used, int64_t chunks, cudaStream_t stream);
+  cudaError_t run_measure(bool statistics, int64_t blocks, cudaStream_t stream);
   template <class Kernel>
   cudaError_t resident_blocks(Kernel kernel, int64_t& blocks);
   template <class Rule>
@@ -69,6 +73,7 @@ class StepLauncher {
   std::vector<TensorNow> now_;
   std::vector<char> hypers_, wide_hypers_;  // each in the order of the tensors
   size_t narrow_size_ = 0, wide_size_ = 0;
+  size_t averages_ = 0;  // tensors that have one
   bool has_steps_ = false, plain_ = false;
   StepArgument argument_;
   DeviceTable table_;

@@ -6,6 +6,7 @@ namespace braze {
 
 struct Fold : RuleDefaults {
   static constexpr const char* kName = "fold";
+  static constexpr bool kIsOptimizer = false;
   static constexpr bool kUpdatesParam = false;
   static constexpr int kStates = 1;
   static constexpr const char* kStateNames[kStates] = {"grad_sum"};

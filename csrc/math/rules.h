@@ -1,6 +1,7 @@
 // The list of all rules: a new one is entered here, and nowhere else in csrc.
 #pragma once
 #include "adam.h"
+#include "clip.h"
 #include "fold.h"
 #include "lion.h"
 #include "rmsprop.h"
@@ -27,6 +28,6 @@ struct RuleList {
   }
 };
 
-using Rules = RuleList<Adam, Sgd, Fold, Rmsprop, Lion>;
+using Rules = RuleList<Adam, Sgd, Fold, Clip, Rmsprop, Lion>;
 
 }  // namespace braze

@@ -21,14 +21,16 @@ struct TensorWork {
   int64_t numel = 0;
   const int64_t* sizes = nullptr;  // [ndim]; read only when not linear
   int32_t ndim = 0;
-  int32_t hyper = 0;       // index into the step's hyper-parameter table
-  bool linear = true;      // every operand is dense in one common order: element i is data[i]
-  bool is_double = false;  // arithmetic in double instead of float
-  bool first = false;      // momentum buffer or accumulator holds nothing yet: overwrite it
+  int32_t hyper = 0;           // index into the step's hyper-parameter table
+  bool linear = true;          // every operand is dense in one common order: element i is data[i]
+  bool is_double = false;      // arithmetic in double instead of float
+  bool first = false;          // momentum buffer or accumulator holds nothing yet: overwrite it
+  bool first_average = false;  // `average` holds nothing yet
   Operand param, grad;
   Operand sum;   // fp32/fp64 gradient accumulator that joins grad
   Operand step;  // one-element step count in device memory; absent where the host counts
   Operand state[kMaxStates];  // in the order of the rule
+  Operand average;            // running average of the parameter, fp32 or fp64
 };
 
 // The hyper-parameters of one launch, whatever the rule: Hyper<Rule>[count] of hyper.h, or
@@ -38,6 +40,7 @@ struct Hypers {
   bool on_device = false;
   const void* data = nullptr;
   size_t count = 0;
+  double average_weight = 0;  // of the new parameter in its running average
 };
 
 }  // namespace braze

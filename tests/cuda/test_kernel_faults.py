@@ -42,6 +42,10 @@ FAULTS = {
         last_block: zero; known_begin: huge; all_resident: one; hyper_bytes: zero; dims_begin: zero
         argument_full: zero; same_generation: one; same_algorithm: one; no_maximum: one
         column_is_read: one; counts_nothing: one; capturing: zero; chunks: one
+        has_average: zero; first_average: zero one; stored_param: off_by_a_thousandth; norm_scale: one
+        num_squares: minus_one; no_clipping: one; skip_overflow: zero;
+        absent_gradient: zero; has_chunk: one; all_blocks: minus_one; measured_end: minus_one
+        finite: one; all_average: one; no_statistics: one
         forget_uploaded: zero; mark_copied: zero; wait_for_copy: zero; upload: zero
         capture_mode: zero; restore_mode: zero; fill_zeros: zero; taken_words: zero
         other_blocks: plus_one zero; fits_small: one

@@ -299,11 +299,17 @@ STG.E.128 desc[UR4][R2.64], R8
 
 
 def test_loop_of_each_dtype_is_a_row() -> None:
-    rows = sass_model.rows_of("step_kernel<Sgd, true>", body(STEP + "BRA chunk"), 62, 0)
+    rows = sass_model.rows_of("step_kernel<Sgd, true, false>", body(STEP + "BRA chunk"), 62, 0)
     assert rows == {
-        "step_kernel<Sgd, true> bf16": Row("Sgd", "bf16", 8, 640, 8, 1, 62, 4, 3 * 16 * 256 * 4),
-        "step_kernel<Sgd, true> fp16": Row("Sgd", "fp16", 8, 640, 9, 0, 62, 4, 3 * 16 * 256 * 4),
-        "step_kernel<Sgd, true> fp32": Row("Sgd", "fp32", 4, 640, 7, 1, 62, 4, 3 * 16 * 256 * 4),
+        "step_kernel<Sgd, true, false> bf16": Row(
+            "Sgd", "bf16", 8, 640, 8, 1, 62, 4, 3 * 16 * 256 * 4
+        ),
+        "step_kernel<Sgd, true, false> fp16": Row(
+            "Sgd", "fp16", 8, 640, 9, 0, 62, 4, 3 * 16 * 256 * 4
+        ),
+        "step_kernel<Sgd, true, false> fp32": Row(
+            "Sgd", "fp32", 4, 640, 7, 1, 62, 4, 3 * 16 * 256 * 4
+        ),
     }
 
 
@@ -331,12 +337,14 @@ def test_mask_counts_a_bit_of_each_element() -> None:
         ("batch_norm_statistics_kernel<Bf16, Plain>", (1, 0)),
         ("batch_norm_reduce_kernel<float, 2, PlainMask>", (3, 0)),
         ("batch_norm_apply_grad_kernel<F16, 2, PlainRelu>", (3, 2)),
-        ("step_kernel<Adam, true>", (4, 3)),
+        ("step_kernel<Adam, true, false>", (4, 3)),
+        ("step_kernel<Adam, true, true>", (5, 4)),
+        ("measure_kernel<false>", (1, 0)),
         ("dropout_kernel<Bf16, (DropoutStep)1, false>", (2, 1)),
         ("batch_norm_apply_kernel<double, 1, PlainRelu>", None),
         ("batch_norm_apply_kernel<Bf16, 1, Curved>", None),
-        ("device_step_kernel<Adam, true>", None),
-        ("step_kernel<Adam, false>", None),
+        ("device_step_kernel<Adam, true, false>", None),
+        ("step_kernel<Adam, false, true>", None),
         ("dropout_kernel<Bf16, (DropoutStep)0, true>", None),
     ],
 )

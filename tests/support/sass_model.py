@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ARCH = "sm_90"
 INSTRUCTION = re.compile(
@@ -237,6 +237,7 @@ class Family:
     stores: int
     passes: str = ""  # a pattern of the work that the hot path does and others may leave out
     fewest: bool = False  # no path has fewer accesses: more are of operands that may be absent
+    wider: int = 0  # operands that are fp32 beside 16-bit ones, and then take twice the accesses
 
 
 STORED = {"Bf16": "bf16", "F16": "fp16", "float": "fp32"}
@@ -250,8 +251,13 @@ def _norm(step: str, inputs: str, loads: int, stores: int) -> Family:
     return Family(pattern, "", loads, stores, fewest=True)
 
 
-def _step(rule: str, loads: int, stores: int) -> Family:
-    return Family(rf"step_kernel<{rule}()(?:<.*>)?, true>", rule, loads, stores)
+def _step(rule: str, loads: int, stores: int) -> tuple[Family, Family]:
+    """Without and with a running average of the weights."""
+    kernel = rf"step_kernel<{rule}()(?:<.*>)?, true, "
+    return (
+        Family(kernel + "false>", rule, loads, stores),
+        Family(kernel + "true>", f"{rule}, average", loads + 1, stores + 1, wider=1),
+    )
 
 
 def _dropout(step: int, mode: str, loads: int, stores: int, passes: str = RANDOM) -> Family:
@@ -267,10 +273,12 @@ FAMILIES = (
     _norm("reduce", "2, ", 3, 0),
     _norm("apply_grad", "1, ", 2, 1),
     _norm("apply_grad", "2, ", 3, 2),
-    _step("Adam", 4, 3),
-    _step("Sgd", 3, 2),  # with momentum
-    _step("Lion", 3, 2),
-    _step("Rmsprop", 3, 2),  # without momentum, as by default
+    *_step("Adam", 4, 3),
+    *_step("Sgd", 3, 2),  # with momentum
+    *_step("Lion", 3, 2),
+    *_step("Rmsprop", 3, 2),  # without momentum, as by default
+    # Without the loop for double, which converts nothing.
+    Family("measure_kernel<false()>", "squares", 1, 0, r"^F2F\.F64\.F32", fewest=True),
     _dropout(0, "scale", 1, 1),
     _dropout(1, "add", 2, 1),
     _dropout(2, "activate", 1, 1),
@@ -322,8 +330,12 @@ def resident_blocks(registers: int, shared: int) -> int:
 
 def dtype_of(path: list[Instruction]) -> str:
     """The storage type of a loop of a kernel that has one for each, by its conversions."""
-    for dtype, pattern in (("bf16", r"F2FP\.BF16"), ("fp16", r"F2FP\.F16|HADD2\.F32")):
-        if any(re.match(pattern, i.opcode) for i in path):
+    for dtype, pattern in (
+        ("bf16", r"F2FP\.BF16"),
+        ("fp16", r"F2FP\.F16|HADD2\.F32"),
+        ("bf16", r"IMAD\.U32 .*, 0x10000,"),
+    ):
+        if any(re.match(pattern, f"{i.opcode} {i.operands}") for i in path):
             return dtype
     return "fp32"
 
@@ -346,8 +358,12 @@ def rows_of(name: str, body: list[Instruction], registers: int, shared: int) -> 
     mode = match.groupdict().get("mode") or family.mode
     rows: dict[str, Row] = {}
     for blocks, own, back in hot_loops(body):
-        units, path = hot_path(blocks, own, back, family)
-        if not units:
+        for more in (0, family.wider):
+            shape = replace(family, loads=family.loads + more, stores=family.stores + more)
+            units, path = hot_path(blocks, own, back, shape)
+            if units:
+                break
+        else:
             continue
         dtype = STORED.get(match[1]) or dtype_of(path)
         row = name if match[1] else f"{name} {dtype}"
@@ -360,12 +376,12 @@ def rows_of(name: str, body: list[Instruction], registers: int, shared: int) -> 
                 mode=mode,
                 dtype=dtype,
                 elements=elements,
-                bits=units * 128 * (family.loads + family.stores) + mask,
+                bits=units * 128 * (shape.loads + shape.stores) + mask,
                 instructions=len(path),
                 alu=sum(i.name() in ALU for i in path),
                 registers=registers,
                 blocks=resident,
-                in_flight=units * family.loads * 16 * BLOCK_THREADS * resident,
+                in_flight=units * shape.loads * 16 * BLOCK_THREADS * resident,
             ),
         )
     return rows

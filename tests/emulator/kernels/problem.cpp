@@ -7,6 +7,7 @@
 
 #include "cpu/optimizer_cpu.h"
 #include "math/convert.h"
+#include "math/gradient.h"
 
 namespace harness {
 namespace {
@@ -14,7 +15,27 @@ namespace {
 using braze::Operand;
 using namespace braze::cuda;
 
-constexpr const char* kNames[kNumColumns] = {"param", "grad", "sum", "state0", "state1", "state2"};
+constexpr const char* kNames[kNumColumns] = {"param",  "grad",   "sum",    "state0",
+                                             "state1", "state2", "average"};
+
+DType dtype_of(const Spec& spec, int column) {
+  return column == kParam     ? spec.param
+         : column == kGrad    ? spec.grad
+         : column == kSum     ? spec.sum
+         : column == kAverage ? spec.param == DType::f64 ? DType::f64 : DType::f32
+                              : spec.state;
+}
+
+int64_t extent(const Spec& spec, int column, int64_t numel) {
+  if (spec.strides[column].empty() || numel == 0) return numel;
+  int64_t last = 0;
+  for (size_t d = 0; d < spec.sizes.size(); ++d) {
+    last += (spec.sizes[d] - 1) * spec.strides[column][d];
+  }
+  return last + 1;
+}
+
+}  // namespace
 
 void put(char* at, DType dtype, double value) {
   if (dtype == DType::f64) {
@@ -45,24 +66,6 @@ double get(const char* at, DType dtype) {
   memcpy(&bits, at, sizeof(bits));
   return dtype == DType::bf16 ? braze::float_from_bf16(bits) : braze::float_from_f16(bits);
 }
-
-DType dtype_of(const Spec& spec, int column) {
-  return column == kParam  ? spec.param
-         : column == kGrad ? spec.grad
-         : column == kSum  ? spec.sum
-                           : spec.state;
-}
-
-int64_t extent(const Spec& spec, int column, int64_t numel) {
-  if (spec.strides[column].empty() || numel == 0) return numel;
-  int64_t last = 0;
-  for (size_t d = 0; d < spec.sizes.size(); ++d) {
-    last += (spec.sizes[d] - 1) * spec.strides[column][d];
-  }
-  return last + 1;
-}
-
-}  // namespace
 
 size_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
@@ -107,7 +110,8 @@ bool same(const Buffer& one, const Buffer& other, std::string& difference) {
 static bool is_square(int rule, int state) {
   bool square = false;
   braze::Rules::visit(rule, [&]<class Rule>(Rule) {
-    square = state >= 0 && strstr(Rule::kStateNames[state], "sq") != nullptr;
+    square =
+        state >= 0 && state < Rule::kStates && strstr(Rule::kStateNames[state], "sq") != nullptr;
   });
   return square;
 }
@@ -127,6 +131,7 @@ Problem::Problem(int rule, std::vector<Spec> specs, std::vector<uint32_t> states
     work.linear = spec.strides[kParam].empty();
     work.is_double = spec.param == DType::f64;
     work.first = spec.first;
+    work.first_average = spec.first_average;
     if (spec.step >= 0) {
       steps_.push_back(std::make_unique<double>());
       work.step = {steps_.back().get(), nullptr, spec.step_is_double ? DType::f64 : DType::f32};
@@ -138,9 +143,10 @@ Problem::Problem(int rule, std::vector<Spec> specs, std::vector<uint32_t> states
     const Spec& spec = specs_[i];
     const uint32_t used = states[static_cast<size_t>(spec.hyper)];
     for (int c = 0; c < kNumColumns; ++c) {
-      const bool present = c == kGrad  ? spec.has_grad
-                           : c == kSum ? spec.has_sum
-                                       : c < kState0 || (used >> (c - kState0) & 1);
+      const bool present = c == kGrad      ? spec.has_grad
+                           : c == kSum     ? spec.has_sum
+                           : c == kAverage ? spec.has_average
+                                           : c < kState0 || (used >> (c - kState0) & 1);
       if (!present) continue;
       const DType dtype = dtype_of(spec, c);
       const int64_t elements = extent(spec, c, device[i].numel);
@@ -150,10 +156,11 @@ Problem::Problem(int rule, std::vector<Spec> specs, std::vector<uint32_t> states
       fill(column.device, random, is_square(rule, c - kState0));
       memcpy(column.host.memory(), column.device.memory(), column.device.bytes());
       for (TensorWork* work : {&device[i], &host[i]}) {
-        Operand& operand = c == kParam  ? work->param
-                           : c == kGrad ? work->grad
-                           : c == kSum  ? work->sum
-                                        : work->state[c - kState0];
+        Operand& operand = c == kParam     ? work->param
+                           : c == kGrad    ? work->grad
+                           : c == kSum     ? work->sum
+                           : c == kAverage ? work->average
+                                           : work->state[c - kState0];
         operand.data = work == &device[i] ? column.device.data() : column.host.data();
         operand.dtype = dtype;
         if (!spec.strides[c].empty()) operand.strides = spec.strides[c].data();
@@ -176,6 +183,11 @@ double Problem::step_of(size_t tensor) const {
 void Problem::set_first(bool first) {
   for (TensorWork& work : device) work.first = first;
   for (TensorWork& work : host) work.first = first;
+}
+
+void Problem::set_first_average(bool first) {
+  for (TensorWork& work : device) work.first_average = first;
+  for (TensorWork& work : host) work.first_average = first;
 }
 
 void Problem::equalize() {
@@ -230,10 +242,42 @@ bool flag_for(const std::string& name, const Options& options, int which) {
                                             : options.centered;
 }
 
+int64_t place_of(const TensorWork& work, const Operand& operand, int64_t element) {
+  if (work.linear) return element;
+  int64_t place = 0;
+  for (int d = work.ndim - 1; d >= 0; --d) {
+    place += element % work.sizes[d] * operand.strides[d];
+    element /= work.sizes[d];
+  }
+  return place;
+}
+
+static char* address(const TensorWork& work, const Operand& operand, int64_t element) {
+  return static_cast<char*>(operand.data) +
+         place_of(work, operand, element) * static_cast<int64_t>(size_of(operand.dtype));
+}
+
+double value_of(const TensorWork& work, const Operand& operand, int64_t element) {
+  return get(address(work, operand, element), operand.dtype);
+}
+
 void reference(Problem& problem, const braze::Hypers& hypers) {
+  // Averages have a loop of their own.
+  std::vector<TensorWork> without = problem.host;
+  for (TensorWork& work : without) work.average = {};
   braze::ChunkList chunks;
-  chunks.build(problem.host);
-  braze::cpu::update_tensors(problem.host, chunks, hypers, 1);
+  chunks.build(without);
+  braze::cpu::update_tensors(without, chunks, hypers, 1);
+  for (const TensorWork& work : problem.host) {
+    for (int64_t i = 0; work.average.data != nullptr && i < work.numel; ++i) {
+      const double p = value_of(work, work.param, i), old = value_of(work, work.average, i);
+      const auto narrow = [](double value) { return static_cast<float>(value); };
+      const double mixed = work.is_double ? braze::average_with(old, p, hypers.average_weight)
+                                          : braze::average_with(narrow(old), narrow(p),
+                                                                narrow(hypers.average_weight));
+      put(address(work, work.average, i), work.average.dtype, work.first_average ? p : mixed);
+    }
+  }
 }
 
 const std::vector<int64_t>& lengths() {

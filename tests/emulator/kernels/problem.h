@@ -34,6 +34,8 @@ class Buffer {
 };
 
 size_t size_of(DType dtype);
+void put(char* at, DType dtype, double value);
+double get(const char* at, DType dtype);
 void fill(Buffer& buffer, Random& random, bool positive);
 // Same bits, or NaN in both; else where they differ.
 bool same(const Buffer& one, const Buffer& other, std::string& difference);
@@ -43,6 +45,7 @@ struct Spec {
   std::vector<int64_t> sizes = {0};
   DType param = DType::f32, grad = DType::f32, sum = DType::f32, state = DType::f32;
   bool has_grad = true, has_sum = false, first = false;
+  bool has_average = false, first_average = false;
   int hyper = 0;
   int phase[braze::cuda::kNumColumns] = {};                     // elements off a 16-byte boundary
   std::vector<int64_t> strides[braze::cuda::kNumColumns] = {};  // none: linear
@@ -59,6 +62,7 @@ class Problem {
   const std::vector<Spec>& specs() const { return specs_; }
   double step_of(size_t tensor) const;  // in the kernels' memory
   void set_first(bool first);
+  void set_first_average(bool first);
   // Copies the kernels' values to the reference.
   void equalize();
   // All columns have the same bits, and what lies around and between the elements does.
@@ -121,17 +125,31 @@ uint32_t states_of(const Options& options) {
 template <class Rule>
 constexpr int kIndex = braze::Rules::index_of<Rule>();
 
+// Where an operand has an element, in elements, and what it has there.
+int64_t place_of(const TensorWork& work, const braze::Operand& operand, int64_t element);
+double value_of(const TensorWork& work, const braze::Operand& operand, int64_t element);
+
+// Of new parameters in their averages, in all steps.
+inline double average_weight = 0.3;
+
+template <class Hyper>
+braze::Hypers view(const std::vector<Hyper>& hypers) {
+  braze::Hypers result = braze::view_of(hypers);
+  result.average_weight = average_weight;
+  return result;
+}
+
 // The step by the CPU's loops.
 void reference(Problem& problem, const braze::Hypers& hypers);
 template <class Hyper>
 void reference(Problem& problem, const std::vector<Hyper>& hypers) {
-  reference(problem, braze::view_of(hypers));
+  reference(problem, view(hypers));
 }
 template <class Hyper>
 cudaError_t launch(braze::cuda::StepLauncher& launcher, const braze::cuda::StepWork& work,
-                   const std::vector<Hyper>& hypers, braze::cuda::LossScale scale,
+                   const std::vector<Hyper>& hypers, const braze::cuda::StepScale& scale,
                    cudaStream_t stream) {
-  return launcher.step(work, braze::view_of(hypers), scale, stream);
+  return launcher.step(work, view(hypers), scale, stream);
 }
 
 // A step by the kernels and by the reference; then everything is the same.

@@ -12,8 +12,8 @@ namespace device_steps_tests {
 
 using namespace harness;
 using namespace braze;
-using cuda::LossScale;
 using cuda::StepLauncher;
+using cuda::StepScale;
 
 namespace {
 
@@ -42,7 +42,7 @@ struct Shape {
   double step = -1;
   bool step_is_double = false;
   int hyper = 0;
-  bool sum = false;
+  bool sum = false, average = false;
 };
 
 std::vector<Spec> make_specs(const std::vector<Shape>& shapes) {
@@ -54,6 +54,7 @@ std::vector<Spec> make_specs(const std::vector<Shape>& shapes) {
     spec.state = shape.state;
     spec.sum = shape.param == f64 ? f64 : f32;
     spec.has_sum = shape.sum;
+    spec.has_average = shape.average;
     spec.step = shape.step;
     spec.step_is_double = shape.step_is_double;
     spec.hyper = shape.hyper;
@@ -92,7 +93,7 @@ double number(const DeviceScalar& scalar, double otherwise) {
 
 // What the kernel is to make of it for a tensor whose count is `step` after the step.
 template <class Rule>
-Hyper<Rule> host_hyper(const DeviceHyper<Rule>& h, double inverse_scale, double step) {
+Hyper<Rule> host_hyper(const DeviceHyper<Rule>& h, double inverse_scale, double clip, double step) {
   typename Rule::Options options = h.options;
   [&]<size_t... j>(std::index_sequence<j...>) {
     const auto read = [](double& option, const DeviceScalar& from) {
@@ -102,7 +103,7 @@ Hyper<Rule> host_hyper(const DeviceHyper<Rule>& h, double inverse_scale, double 
   }(std::make_index_sequence<kDeviceFields<Rule>>{});
   StepInputs inputs = h.inputs;
   inputs.step = step;
-  inputs.grad_scale *= inverse_scale;
+  inputs.grad_scale *= inverse_scale * clip;
   inputs.fold_weight *= inverse_scale;
   return make_hyper<Rule>(options, inputs);
 }
@@ -110,11 +111,11 @@ Hyper<Rule> host_hyper(const DeviceHyper<Rule>& h, double inverse_scale, double 
 // The reference with a hyper per tensor, since each has its own step count.
 template <class Rule>
 void device_reference(Problem& problem, const std::vector<DeviceHyper<Rule>>& hypers,
-                      double inverse_scale, const std::vector<double>& steps) {
+                      double inverse_scale, const std::vector<double>& steps, double clip = 1) {
   std::vector<Hyper<Rule>> own;
   for (size_t i = 0; i < problem.host.size(); ++i) {
     const DeviceHyper<Rule>& h = hypers[static_cast<size_t>(problem.device[i].hyper)];
-    own.push_back(host_hyper(h, inverse_scale, steps[i] < 0 ? h.inputs.step : steps[i] + 1));
+    own.push_back(host_hyper(h, inverse_scale, clip, steps[i] < 0 ? h.inputs.step : steps[i] + 1));
     problem.host[i].hyper = static_cast<int32_t>(i);
   }
   reference(problem, own);
@@ -137,7 +138,7 @@ void check_counts(const Problem& problem, const std::vector<double>& before, dou
 
 // Several steps of Adam; counts in device memory advance by one each.
 void run_adam(const std::vector<Shape>& shapes, const std::vector<DeviceHyper<Adam>>& hypers,
-              LossScale scale = {}, int count = 2) {
+              StepScale scale = {}, int count = 2) {
   std::vector<uint32_t> states;
   for (const DeviceHyper<Adam>& h : hypers) states.push_back(h.options.amsgrad ? 7 : 3);
   Problem problem(kIndex<Adam>, make_specs(shapes), states);
@@ -277,7 +278,7 @@ TEST(overflow) {
     OnDevice there(device);
     std::vector<Shape> shapes;
     for (int i = 0; i < (small() ? 4 : 12); ++i)
-      shapes.push_back({9000, f32, f32, double(i), i % 2 == 0});
+      shapes.push_back({9000, f32, f32, double(i), i % 2 == 0, 0, false, true});
     Problem problem(kIndex<Adam>, make_specs(shapes), {3});
     const std::vector hypers = {device_hyper<Adam>({}, 0)};
     StepLauncher launcher;
@@ -292,6 +293,103 @@ TEST(overflow) {
       }
       check_counts(problem, before, found == 0 ? 1 : 0);
       problem.check(__FILE__, __LINE__);
+    }
+  }
+}
+
+// Gradients are clipped to the norm of all devices, accumulators' weights are not.
+TEST(clipped_steps) {
+  const float grad_scale = 4;
+  const double none = -1, squares[] = {3e4, 0.25, 1e4};
+  const struct {
+    int devices;
+    double norm_scale, max_norm;
+  } cases[] = {{1, 1, 2}, {3, 0.5, 0.125}, {3, 1, 1e3}, {2, 1, 0}, {3, 1, none}};
+  for (const auto& c : cases) {
+    Case note("%d devices, norm at most %g", c.devices, c.max_norm);
+    Problem problem(kIndex<Adam>,
+                    make_specs({{9000, f32, f32, 3},
+                                {300, f64, f64, 4, true},
+                                {50, bf16, bf16, 5, false, 0, true, true}}),
+                    {3});
+    StepScale scale;
+    scale.grad_scale = &grad_scale;
+    scale.squares = squares;
+    scale.num_squares = c.devices;
+    scale.norm_scale = c.norm_scale;
+    scale.max_norm = c.max_norm;
+    double total = 0;
+    for (int i = 0; i < c.devices; ++i) total += squares[i];
+    const double norm = std::sqrt(total) * c.norm_scale / 4;
+    const double clip = c.max_norm < 0 ? 1 : std::min(1.0, c.max_norm / (norm + 1e-6));
+    const std::vector hypers = {device_hyper<Adam>({}, 0)};
+    const std::vector<double> before = steps_of(problem);
+    StepLauncher launcher;
+    CHECK_OK(launch(launcher, {problem.device, 1}, hypers, scale, nullptr));
+    device_reference(problem, hypers, 0.25, before, clip);
+    problem.check(__FILE__, __LINE__);
+  }
+}
+
+// Squares that are not finite skip the step where that is asked for, else they are in the norm.
+TEST(overflow_of_squares) {
+  for (const double bad : {HUGE_VAL, std::nan(""), 1.0}) {
+    for (const bool skip : {true, false}) {
+      Problem problem(kIndex<Sgd>, make_specs({{9000, f32, f32, 3, false, 0, false, true}}), {0});
+      const double squares[] = {4, bad};
+      StepScale scale;
+      scale.squares = squares;
+      scale.num_squares = 2;
+      scale.max_norm = 1;
+      scale.skip_overflow = skip;
+      const std::vector hypers = {device_hyper<Sgd>({}, 0)};
+      const std::vector<double> before = steps_of(problem);
+      StepLauncher launcher;
+      CHECK_OK(launch(launcher, {problem.device, 1}, hypers, scale, nullptr));
+      if (skip && !std::isfinite(bad)) {
+        CHECK(problem.untouched());
+        check_counts(problem, before, 0);
+        continue;
+      }
+      device_reference(problem, hypers, 1, before, 1 / (std::sqrt(4 + bad) + 1e-6));
+      problem.check(__FILE__, __LINE__);
+      check_counts(problem, before, 1);
+    }
+  }
+}
+
+TEST(averages_on_device) {
+  for (const bool all : {true, false}) {
+    run_adam({{9000, f32, f32, 3, false, 0, false, true},
+              {300, bf16, bf16, 5, true, 0, false, all},
+              {70, DType::f16, DType::f16, -1, true, 0, false, true}},
+             {device_hyper<Adam>({.penalty = true}, 0)});
+  }
+}
+
+// Gradients are changed where they are.
+TEST(clipped_gradients) {
+  for (const bool by_value : {false, true}) {
+    for (const bool wide : {false, true}) {
+      std::vector<Shape> shapes = {{9000, f32}, {33, bf16}};
+      if (wide) shapes.push_back({20, f64});
+      Problem problem(kIndex<Clip>, make_specs(shapes), {0});
+      for (auto* all : {&problem.device, &problem.host}) {
+        for (TensorWork& work : *all) work.grad = work.param;
+      }
+      const double squares = 49;
+      StepScale scale;
+      scale.squares = &squares;
+      scale.num_squares = 1;
+      scale.max_norm = 3;
+      const std::vector hypers = {device_hyper<Clip>({.centered = by_value}, 0)};
+      StepLauncher launcher;
+      CHECK_OK(launch(launcher, {problem.device, 1}, hypers, scale, nullptr));
+      device_reference(problem, hypers, 1, steps_of(problem), 3 / (7 + 1e-6));
+      problem.check(__FILE__, __LINE__);
+      const std::vector<Hyper<Clip>> from_host(shapes.size(),
+                                               hyper_of<Clip>({.centered = by_value}, 0));
+      step_and_compare(problem, from_host, __FILE__, __LINE__, launcher, 2);
     }
   }
 }

@@ -103,6 +103,7 @@ void check(const std::vector<Spec>& specs, const Options& options) {
   StepLauncher launcher;
   for (int step = 1; step <= 2; ++step) {
     const std::vector hypers = {hyper_of<Rule>(options, 0, step)};
+    problem.set_first_average(step == 1);
     step_and_compare(problem, hypers, __FILE__, __LINE__, launcher);
     problem.set_first(false);
   }
@@ -179,6 +180,24 @@ TEST(strided_steps) {
   std::vector<Spec> with_grads = specs;
   for (Spec& spec : with_grads) spec.has_grad = true, spec.has_sum = false;
   check<Fold>(with_grads, {});
+}
+
+// Running averages in every tensor and in some, from either end of the line to the parameter.
+TEST(averaged_steps) {
+  std::vector<Spec> plain = make_specs(kUniform, false), general = make_specs(kGeneral, true),
+                    strided = strided_specs(false);
+  for (Spec& spec : plain) spec.has_average = true;
+  for (size_t i = 0; i < general.size(); ++i) general[i].has_average = i % 3 != 0;
+  for (Spec& spec : strided) spec.has_average = true;
+  check<Adam>(plain, kAdam[1]);
+  check<Sgd>(plain, kSgd[2]);
+  check<Sgd>(general, kSgd[5]);
+  average_weight = 0.75;
+  check<Rmsprop>(plain, kRmsprop[0]);
+  check<Lion>(plain, {});
+  check<Adam>(general, kAdam[3]);
+  check<Sgd>(strided, kSgd[0]);
+  average_weight = 0.3;
 }
 
 TEST(block_per_chunk) {

@@ -1,0 +1,6 @@
+#include "optimizer_run.cuh"
+
+namespace braze::cuda {
+template cudaError_t StepLauncher::run<Adam, true>(size_t, int64_t, cudaStream_t);
+template cudaError_t StepLauncher::run<Adam, false>(size_t, int64_t, cudaStream_t);
+}  // namespace braze::cuda
