@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from braze.optim import GradientMonitor
+from braze.optim import Adam, GradientMonitor
 from braze.optim._stats import GradStats
 from torch import Tensor, nn
 
@@ -210,6 +210,17 @@ def test_close_restores_and_lets_go() -> None:
     gc.collect()
     assert gone() is None
     monitor.close()
+
+
+def test_on_an_optimizer_of_braze() -> None:
+    model = plain(depth=2)
+    optimizer = Adam(model.parameters(), lr=1e-3, accumulation_steps=2)
+    with GradientMonitor(model, optimizer) as monitor:
+        for steps in (1, 1, 1, 2):
+            train(model, optimizer, steps)
+    assert [step for step, _ in monitor._samples] == [2, 4]
+    assert monitor._samples[0][1].keys() == dict(model.named_parameters()).keys()
+    assert "healthy" in monitor.report() and not optimizer.collect_grad_stats
 
 
 class Writer:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch.nn import Module
 
 from braze.optim._stats import GradStats
+from braze.optim._step import FusedStep
 
 # By kind, what a report says of it, and which of several values is the worst.
 _KINDS: dict[str, tuple[str, str, Callable[..., float]]] = {
@@ -90,7 +91,7 @@ class GradientMonitor:
     def __init__(
         self,
         model: Module,
-        optimizer: Any,
+        optimizer: FusedStep,
         *,
         window: int = 20,
         every: int = 1,
@@ -118,7 +119,7 @@ class GradientMonitor:
         _check("reference", reference, lambda _: has_layer, "a module that has parameters")
         self._every, self._limits = every, (vanishing, exploding, *updates)
         self._model: Callable[[], Module | None] = weakref.ref(model)
-        self._optimizer: Callable[[], Any] = weakref.ref(optimizer)
+        self._optimizer: Callable[[], FusedStep | None] = weakref.ref(optimizer)
         self._steps = self._wait = 0  # calls of step() so far, and until the next sample
         self._samples: deque[tuple[int, dict[str, GradStats]]] = deque(maxlen=window)
         self._dims: dict[str, int] = {}  # by parameter, in the model's order
@@ -198,19 +199,16 @@ class GradientMonitor:
                 value = figure.format(worst(problem.value for problem in those))
                 parts.append(f"{phrase} {names}{more} ({value})")
         norms = [norm for _, norm, _ in self._figures().values() if norm == norm]
-        if not norms:
+        if parts or not norms:
             return "; ".join(parts) or "no gradients have been sampled yet"
-        healthy = f"norms {min(norms):.1e} to {max(norms):.1e} of the output layer's"
-        return "; ".join(parts) or f"gradients are healthy ({healthy})"
+        relative = f"{min(norms):.1e} to {max(norms):.1e} of the output layer's"
+        return f"gradients are healthy (norms {relative})"
 
     def heat_map(self, path: str | os.PathLike[str]) -> None:
         """Writes a PNG: log10 ‖g‖₂ by parameter and step; red where it is NaN or infinite.
 
-        Gradients that are zero or missing have the colour of the smallest.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-            RuntimeError: nothing has been sampled yet.
+        Gradients that are zero or missing have the colour of the smallest. Raises ImportError without
+        matplotlib, RuntimeError before the first sample.
         """
         try:
             from matplotlib.figure import Figure
@@ -218,9 +216,8 @@ class GradientMonitor:
             raise ImportError(
                 f"heat_map needs matplotlib, which cannot be imported ({error}); pip install matplotlib"
             ) from error
-        if not self._samples:
+        if not (names := list(self._figures())):
             raise RuntimeError("heat_map: no gradients have been sampled yet")
-        names = list(self._figures())
         norms = [[s[n].norm if n in s else 0.0 for _, s in self._samples] for n in names]
         low = min((v for row in norms for v in row if 0.0 < v < math.inf), default=1.0)
         logs = [[math.log10(max(v, low)) if v < math.inf else v for v in row] for row in norms]
@@ -236,17 +233,13 @@ class GradientMonitor:
     def write(self, writer: Any, step: int | None = None) -> None:
         """Adds the last sample to a TensorBoard ``SummaryWriter`` or anything with its ``add_scalar``.
 
-        Tags are ``grad_norm/<parameter>`` and ``update_ratio/<parameter>``. Without a sample it adds nothing.
-
-        Args:
-            writer: its ``add_scalar(tag, value, step)`` is called; TypeError if it has none.
-            step: not negative. None: the number of calls of ``optimizer.step()`` up to the sample.
+        Tags are ``grad_norm/<parameter>`` and ``update_ratio/<parameter>``; ``step`` None is the number of
+        calls of ``optimizer.step()`` up to the sample. TypeError or ValueError for another writer or step.
         """
         if not hasattr(writer, "add_scalar"):
             raise TypeError(f"writer must have add_scalar(), got {type(writer)}")
         _check("step", step, lambda n: n is None or index(n) >= 0, "None or an int of at least 0")
-        for sampled, sample in list(self._samples)[-1:]:
-            at = sampled if step is None else step
-            for name, stats in sample.items():
-                writer.add_scalar(f"grad_norm/{name}", stats.norm, at)
-                writer.add_scalar(f"update_ratio/{name}", stats.update_ratio, at)
+        sampled, sample = self._samples[-1] if self._samples else (0, {})
+        for name, stats in sample.items():
+            for tag, value in (("grad_norm", stats.norm), ("update_ratio", stats.update_ratio)):
+                writer.add_scalar(f"{tag}/{name}", value, sampled if step is None else step)
