@@ -65,7 +65,9 @@ class GradientMonitor:
     - *large updates*: uₗ > ``updates[1]``; the learning rate is too high.
 
     All but the first are asked of parameters with two dimensions or more, if there are any: a bias before a
-    batch norm has no gradient, and a bias that was zero changes by any factor.
+    batch norm has no gradient, and a bias that was zero changes by any factor. Where activations grow with
+    depth, too, the output layer's gradients do as well: that shows as large updates, or as non-finite. A
+    branch that starts at nearly zero (a zero-initialized batch norm, a layer scale) does vanish at first.
 
     The model and the optimizer are held weakly; the optimizer holds the monitor until :meth:`close`, or the
     end of a ``with``. A sample waits for the device: close before a CUDA graph is captured.
@@ -76,16 +78,12 @@ class GradientMonitor:
         window: samples that are kept.
         every: calls of ``step()`` from one sample to the next. A step that only accumulates gives none; the
             next one that updates is taken.
-        vanishing: in [0, 1).
-        exploding: above 1.
-        updates: a pair, 0 <= low < high.
+        vanishing, exploding, updates: 0 <= vanishing < 1 < exploding, 0 <= updates[0] < updates[1].
         reference: the output layer's name in ``model.named_modules()``. None: the layer of the last
             parameter that has gradients, in the model's order.
 
     Raises:
-        TypeError: an argument is of another type, or the optimizer not braze's.
-        ValueError: a number is out of its range, ``reference`` is no module with parameters, or the optimizer
-            has no parameter of the model.
+        TypeError, ValueError: an argument is not as above, or ``reference`` is no module with parameters.
     """
 
     def __init__(
@@ -108,15 +106,14 @@ class GradientMonitor:
         ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not ours.intersection(map(id, known.values())):
             raise ValueError("optimizer must have parameters of the model, got none of them")
-        _check("window", window, lambda n: index(n) >= 1, "an int of at least 1")
-        _check("every", every, lambda n: index(n) >= 1, "an int of at least 1")
+        for name, count in (("window", window), ("every", every)):
+            _check(name, count, lambda n: index(n) >= 1, "an int of at least 1")
         _check("vanishing", vanishing, lambda x: 0 <= x < 1, "a number in [0, 1)")
         _check("exploding", exploding, lambda x: x > 1, "a number above 1")
-        pair = "a pair (low, high), 0 <= low < high"
-        _check("updates", updates, lambda u: len(u) == 2 and 0 <= u[0] < u[1], pair)
+        _check("updates", updates, lambda u: len(u) == 2 and 0 <= u[0] < u[1], "a rising pair")
         self._layer = "" if reference is None else f"{reference}."
-        has_layer = any(name.startswith(self._layer) for name in known)
-        _check("reference", reference, lambda _: has_layer, "a module that has parameters")
+        if not any(name.startswith(self._layer) for name in known):
+            raise ValueError(f"reference must be a module with parameters, got {reference!r}")
         self._every, self._limits = every, (vanishing, exploding, *updates)
         self._model: Callable[[], Module | None] = weakref.ref(model)
         self._optimizer: Callable[[], FusedStep | None] = weakref.ref(optimizer)
