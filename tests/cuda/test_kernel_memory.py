@@ -115,6 +115,20 @@ def test_vectors_are_coalesced(step: str, dtype: str) -> None:
     assert moved == ELEMENTS * SIZES[dtype] * OPERANDS[step]
 
 
+@pytest.mark.parametrize("dtype", SIZES)
+def test_gradients_are_measured_in_full_sectors(dtype: str) -> None:
+    all_of_it = counted()[f"measure_{dtype}"].items()
+    accesses = {access: c for access, c in all_of_it if access.startswith("grad ")}
+    assert moved_whole(accesses) == ELEMENTS * SIZES[dtype]
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+def test_averages_are_coalesced(dtype: str) -> None:
+    """Read and written in fp32, or fp64."""
+    moved = moved_whole(counted()[f"averaged_{dtype}"])
+    assert moved == ELEMENTS * (SIZES[dtype] * OPERANDS["sgd"] + max(4, SIZES[dtype]) * 2)
+
+
 def test_misaligned_tensors_keep_their_vectors() -> None:
     accesses = counted()["adam_f32_off_by_1"]
     # Each of two chunks has a head of three elements and a tail of one.
