@@ -123,10 +123,14 @@ def test_gradients_are_measured_in_full_sectors(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", SIZES)
-def test_averages_are_coalesced(dtype: str) -> None:
-    """Read and written in fp32, or fp64."""
-    moved = moved_whole(counted()[f"averaged_{dtype}"])
-    assert moved == ELEMENTS * (SIZES[dtype] * OPERANDS["sgd"] + max(4, SIZES[dtype]) * 2)
+def test_averages_are_read_and_written_by_vectors(dtype: str) -> None:
+    """Beside 16-bit parameters two of them, one after the other: each request is of half sectors."""
+    size = max(4, SIZES[dtype])
+    averages = {a: c for a, c in counted()[f"averaged_{dtype}"].items() if a.startswith("average ")}
+    assert averages.keys() == {"average read 16", "average write 16"}
+    for requests, lanes, sectors in averages.values():
+        assert lanes * 16 == ELEMENTS * size and lanes == 32 * requests
+        assert sectors == requests * (32 if SIZES[dtype] == 2 else 16)
 
 
 def test_misaligned_tensors_keep_their_vectors() -> None:
