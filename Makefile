@@ -17,6 +17,8 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python bench -t
 CXX_FILES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES) $(shell find tests -type f))
 # venv/bin first: pip's cmake and ninja, not older ones of the system.
 RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONNOUSERSITE=1
+# Most of what is installed is never imported; Python compiles the rest when it is.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-all lint bench gpu cuda-import build clean format
 build: .venv/built
@@ -54,14 +56,14 @@ format: .venv/tools
 	$(PYTHON) -m venv .venv
 
 .venv/tools: .venv/bin/python requirements-dev.txt requirements-models.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt || \
-	  echo "no torchvision and timm: tests of their networks will be skipped"
+	$(PIP) '$(TORCH)'
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r requirements-models.txt || \
+	  echo "not all of requirements-models.txt: tests that need it will be skipped"
 	touch $@
 
 .venv/built: .venv/tools $(SOURCES)
-	$(RUN) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	$(RUN) $(PIP) --no-build-isolation --no-deps \
 	  -C cmake.define.BRAZE_WERROR=$(WERROR) .
 	touch $@
 

@@ -54,23 +54,56 @@ PYBIND11_MODULE(_C, m) {
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double grad_scale,
              double window_weight, bool mean, bool counts,
              const std::optional<at::Tensor>& loss_scale,
-             const std::optional<at::Tensor>& found_inf) {
+             const std::optional<at::Tensor>& found_inf, double max_norm, bool find_overflow,
+             bool refuse_overflow, bool statistics, double average_weight, bool device_counts) {
             braze::StepScalars scalars;
             scalars.grad_scale = grad_scale;
             scalars.amp = {loss_scale ? &*loss_scale : nullptr, found_inf ? &*found_inf : nullptr};
             scalars.window_weight = window_weight;
             scalars.mean = mean;
             scalars.counts = counts;
+            scalars.max_norm = max_norm;
+            scalars.find_overflow = find_overflow;
+            scalars.refuse_overflow = refuse_overflow;
+            scalars.statistics = statistics;
+            scalars.average_weight = average_weight;
+            scalars.device_counts = device_counts;
             return plan.step(groups.ptr(), state.ptr(), scalars);
           },
           py::arg("groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
           py::arg("window_weight") = -1.0, py::arg("mean") = false, py::arg("counts") = false,
-          py::arg("loss_scale") = py::none(), py::arg("found_inf") = py::none())
+          py::arg("loss_scale") = py::none(), py::arg("found_inf") = py::none(),
+          py::arg("max_norm") = -1.0, py::arg("find_overflow") = false,
+          py::arg("refuse_overflow") = false, py::arg("statistics") = false,
+          py::arg("average_weight") = -1.0, py::arg("device_counts") = false)
       .def(
           "fold",
           [](braze::StepPlan& plan, py::handle groups, py::handle state, double weight,
              bool into_state) { return plan.fold(groups.ptr(), state.ptr(), weight, into_state); },
           py::arg("groups"), py::arg("state"), py::arg("weight"), py::arg("into_state"))
+      .def_property_readonly("norm",
+                             [](const braze::StepPlan& plan) -> std::optional<at::Tensor> {
+                               if (!plan.norm().defined()) return std::nullopt;
+                               return plan.norm();
+                             })
+      .def_property_readonly("found_inf",
+                             [](const braze::StepPlan& plan) -> std::optional<at::Tensor> {
+                               if (!plan.found_inf().defined()) return std::nullopt;
+                               return plan.found_inf();
+                             })
+      .def("statistics",
+           [](braze::StepPlan& plan) {
+             py::list result;
+             for (const auto& s : plan.statistics()) {
+               const braze::GradientSums& sums = s.sums;
+               result.append(py::make_tuple(
+                   s.group, s.index, std::sqrt(sums.squares) * s.scale, sums.largest * s.scale,
+                   static_cast<double>(sums.zeros) /
+                       static_cast<double>(std::max<int64_t>(s.numel, 1)),
+                   sums.non_finite, std::sqrt(sums.update_squares / sums.param_squares)));
+             }
+             return result;
+           })
       .def("reset", &braze::StepPlan::reset)
       .def_property_readonly("rebuilds", &braze::StepPlan::rebuilds);
 

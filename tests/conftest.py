@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Read when torch is loaded. Threads that spin until others are done take the cores from the tests beside these.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # The helpers, and the test modules that others take parts of.
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
 

@@ -20,24 +20,18 @@ struct alignas(64) Share {
   int64_t end;
 };
 
-}  // namespace
-
-// Each thread has the same stretch of batches in every step, so that its data is still in its
-// cache; when it is through, it takes batches from the others, so that a thread held up elsewhere
-// delays one batch, not half of the step.
-void update_tensors(const std::vector<TensorWork>& tensors, const ChunkList& list,
-                    const Hypers& hypers, int threads) {
-  const auto update = kLoops[active_instruction_set()]->update[hypers.rule];
-  const auto update_batch = [&](int64_t batch) {
-    for (int64_t c = list.batches[batch]; c < list.batches[batch + 1]; ++c) {
-      const Chunk& chunk = list.chunks[c];
-      update(tensors[chunk.tensor], chunk.begin, chunk.end, hypers.data);
-    }
+// body(chunk) for each of the list. A thread has the same stretch of batches in every call, so that
+// its data is still in its cache; when it is through, it takes batches from the others, so that a
+// thread held up elsewhere delays one batch, not half of the call.
+template <class Body>
+void for_each_chunk(const ChunkList& list, int threads, const Body& body) {
+  const auto do_batch = [&](int64_t batch) {
+    for (int64_t c = list.batches[batch]; c < list.batches[batch + 1]; ++c) body(c);
   };
   const int64_t batches = list.num_batches();
   threads = threads_for(list.cost, batches, threads);
   if (threads == 1) {
-    for (int64_t b = 0; b < batches; ++b) update_batch(b);
+    for (int64_t b = 0; b < batches; ++b) do_batch(b);
     return;
   }
   std::vector<Share> shares(static_cast<size_t>(threads));
@@ -51,10 +45,35 @@ void update_tensors(const std::vector<TensorWork>& tensors, const ChunkList& lis
     for (size_t k = 0; k < shares.size(); ++k) {
       Share& share = shares[(own + k) % shares.size()];
       for (int64_t b; (b = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
-        update_batch(b);
+        do_batch(b);
       }
     }
   }
+}
+
+}  // namespace
+
+void update_tensors(const std::vector<TensorWork>& tensors, const ChunkList& list,
+                    const Hypers& hypers, int threads, GradientSums* sums) {
+  const auto update = kLoops[active_instruction_set()]->update[hypers.rule];
+  for_each_chunk(list, threads, [&](int64_t c) {
+    const Chunk& chunk = list.chunks[c];
+    update(tensors[chunk.tensor], chunk.begin, chunk.end, hypers,
+           sums == nullptr ? nullptr : sums + c);
+  });
+}
+
+double measure_gradients(const std::vector<TensorWork>& tensors, const ChunkList& list,
+                         double weight, bool all, int threads, std::vector<GradientSums>& sums) {
+  const auto measure = kLoops[active_instruction_set()]->measure;
+  sums.resize(list.chunks.size());
+  for_each_chunk(list, threads, [&](int64_t c) {
+    const Chunk& chunk = list.chunks[c];
+    measure(tensors[chunk.tensor], chunk.begin, chunk.end, weight, all, sums[c]);
+  });
+  double squares = 0;
+  for (const GradientSums& of_chunk : sums) squares += of_chunk.squares;
+  return squares;
 }
 
 }  // namespace braze::cpu

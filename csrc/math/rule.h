@@ -56,6 +56,11 @@ struct RuleDefaults {
   static constexpr bool kCountsSteps = false;  // state['step']
   // A state that does not exist yet is overwritten by the first update, instead of being zeros.
   static constexpr bool kFirstOverwrites = false;
+  // Whether zeros would do as well.
+  template <class Options>
+  static constexpr bool zeros_serve(const Options&) {
+    return true;
+  }
   // Gradients of an accumulation window may be summed up in states[0], as sum_in_state() says.
   static constexpr bool kSumsInState = false;
   static constexpr uint32_t kFlags = 0;      // its own

@@ -32,6 +32,7 @@ struct Sgd : RuleDefaults {
   static constexpr BRAZE_INLINE uint32_t flags(const Options& o) {
     return o.momentum == 0 ? 0 : kMomentum | (o.nesterov ? kNesterov : 0);
   }
+  static constexpr bool zeros_serve(const Options& o) { return o.dampening == 0; }
   static constexpr bool occurs(uint32_t flags) {
     return (flags & kMomentum) || !(flags & (kNesterov | kFirst));
   }

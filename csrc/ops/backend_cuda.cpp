@@ -1,9 +1,14 @@
 #include "backend_cuda.h"
 
+#include <c10/cuda/CUDACachingAllocator.h>
+
 #include "launch.h"
 #include "optimizer_cuda.h"
 
 namespace braze {
+
+// Not c10::GetAllocator's, which torch.cuda.memory.change_current_allocator leaves as it was.
+c10::Allocator* CudaBackend::allocator() const { return c10::cuda::CUDACachingAllocator::get(); }
 
 bool CudaBackend::is_capturing(int device) const { return cuda_is_capturing(device); }
 

@@ -9,6 +9,7 @@ namespace braze {
 
 class CudaBackend : public DeviceBackend {
  public:
+  c10::Allocator* allocator() const override;
   bool is_capturing(int device) const override;
   std::unique_ptr<DeviceStep> make_step(int device, const std::string& owner) const override;
   const Launches& launches() const override;

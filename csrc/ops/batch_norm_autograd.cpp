@@ -3,7 +3,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/batch_norm.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -237,9 +236,7 @@ at::Tensor BatchNormAct::slopes(const at::Tensor& mask, const at::Tensor& x, Act
   const at::Tensor bits = mask.view({shape.rows(), bytes, 1}).bitwise_and(weights).ne(0);
   const at::Tensor rows = bits.view({shape.rows(), bytes * 8}).narrow(1, 0, shape.row());
   const at::Tensor in_memory_order = at::where(rows, upper, lower).to(x.scalar_type());
-  at::Tensor out = at::empty_like(x);
-  out.as_strided({x.numel()}, {1}).copy_(in_memory_order.reshape({x.numel()}));
-  return out;
+  return in_memory_order.as_strided(x.sizes(), x.strides());
 }
 
 // --- arguments ---

@@ -1,6 +1,5 @@
 // The CUDA column of the launch table: batch normalisation.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 
 #include <algorithm>
 #include <map>
@@ -62,19 +61,19 @@ Tickets& tickets() {
 
 // The memory of one reduction.
 struct Scratch {
-  at::Tensor workspace, own_tickets;
+  c10::DataPtr workspace, own_tickets;
   cuda::NormScratch pointers;
 
-  Scratch(const at::Tensor& like, int device, cudaStream_t stream,
-          const cuda::NormScratchSize& size) {
-    workspace = at::empty({static_cast<int64_t>(size.workspace)},
-                          like.options().dtype(at::kByte).requires_grad(false));
-    pointers.workspace = workspace.mutable_data_ptr();
+  Scratch(int device, cudaStream_t stream, const cuda::NormScratchSize& size) {
+    c10::Allocator& allocator = *c10::cuda::CUDACachingAllocator::get();
+    workspace = allocator.allocate(size.workspace);
+    pointers.workspace = workspace.get();
     pointers.tickets = tickets().get(device, stream, size.tickets);
     if (pointers.tickets != nullptr) return;
-    own_tickets = at::zeros({static_cast<int64_t>(size.tickets)},
-                            like.options().dtype(at::kInt).requires_grad(false));
-    pointers.tickets = static_cast<unsigned int*>(own_tickets.mutable_data_ptr());
+    const size_t bytes = size.tickets * sizeof(unsigned int);
+    own_tickets = allocator.allocate(bytes);
+    pointers.tickets = static_cast<unsigned int*>(own_tickets.get());
+    check_launch(cudaMemsetAsync(pointers.tickets, 0, bytes, stream), kOwner, "a kernel", device);
   }
 };
 
@@ -87,12 +86,11 @@ void run(int device, const char* what, Launch launch) {
 // Allocates what the launch needs; it may be freed before the kernel runs, for allocations follow
 // the stream.
 template <class Args, class Launch>
-void reduce_with(int device, const at::Tensor& like, const Args& args, const char* what,
-                 Launch launch) {
+void reduce_with(int device, const Args& args, const char* what, Launch launch) {
   run(device, what, [&](cudaStream_t stream) {
     cuda::NormScratchSize size;
     check_launch(cuda::batch_norm_scratch(args, size), kOwner, what, device);
-    const Scratch scratch(like, device, stream, size);
+    const Scratch scratch(device, stream, size);
     return launch(args, scratch.pointers, stream);
   });
 }
@@ -100,12 +98,12 @@ void reduce_with(int device, const at::Tensor& like, const Args& args, const cha
 }  // namespace
 
 template <>
-void launch_on_cuda(int device, const at::Tensor& like, const StatisticsArgs& args) {
-  reduce_with(device, like, args, "the statistics", cuda::batch_norm_statistics);
+void launch_on_cuda(int device, const at::Tensor&, const StatisticsArgs& args) {
+  reduce_with(device, args, "the statistics", cuda::batch_norm_statistics);
 }
 template <>
-void launch_on_cuda(int device, const at::Tensor& like, const CombineArgs& args) {
-  reduce_with(device, like, args, "the statistics", cuda::batch_norm_combine);
+void launch_on_cuda(int device, const at::Tensor&, const CombineArgs& args) {
+  reduce_with(device, args, "the statistics", cuda::batch_norm_combine);
 }
 template <>
 void launch_on_cuda(int device, const at::Tensor&, const ApplyArgs& args) {
@@ -118,8 +116,8 @@ void launch_on_cuda(int device, const at::Tensor&, const RunningApplyArgs& args)
       [&](cudaStream_t stream) { return cuda::batch_norm_apply(args, stream); });
 }
 template <>
-void launch_on_cuda(int device, const at::Tensor& like, const ReduceArgs& args) {
-  reduce_with(device, like, args, "the backward pass", cuda::batch_norm_reduce);
+void launch_on_cuda(int device, const at::Tensor&, const ReduceArgs& args) {
+  reduce_with(device, args, "the backward pass", cuda::batch_norm_reduce);
 }
 template <>
 void launch_on_cuda(int device, const at::Tensor&, const CoefficientsArgs& args) {

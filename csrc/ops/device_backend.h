@@ -66,6 +66,8 @@ class DeviceBackend {
   // Whether kernels can read this one-element tensor, a step count or an option of a group.
   // `wanted`: the group asks for it (capturable or fused).
   virtual bool holds_scalar(const at::Tensor& tensor, bool wanted) const = 0;
+  // torch's own, which graphs' pools and streams rely on.
+  virtual c10::Allocator* allocator() const = 0;
   virtual bool is_capturing(int device) const = 0;
   virtual std::unique_ptr<DeviceStep> make_step(int device, const std::string& owner) const = 0;
   // The device's column of the launch table.

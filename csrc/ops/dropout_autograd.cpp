@@ -25,9 +25,13 @@ bool needs_grad(const at::Tensor& tensor) {
   return at::GradMode::is_enabled() && tensor.requires_grad();
 }
 
-// A dense tensor's dimensions from the outermost in memory inwards; empty if that is 0, 1, 2 ...
+// The dimensions of a tensor, or of the dense copy that kernels make of one with gaps, from the
+// outermost in memory inwards; empty if that is 0, 1, 2 ...
 std::vector<int64_t> order_in_memory(const at::Tensor& tensor) {
   if (tensor.is_contiguous()) return {};
+  if (!tensor.is_non_overlapping_and_dense()) {
+    return order_in_memory(at::empty_like(tensor, tensor.options().device(c10::kMeta)));
+  }
   const c10::SymIntArrayRef strides = tensor.sym_strides();
   std::vector<int64_t> order(strides.size());
   std::iota(order.begin(), order.end(), 0);
@@ -102,9 +106,7 @@ struct Dropout : Function<Dropout> {
     if (op.from.has_value()) {
       ctx->save_for_backward({op.from->defined() ? *op.from : output, *state});
     } else {
-      // A tensor with gaps was copied, in the order that empty_like gives the copy.
-      const bool dense = output.is_non_overlapping_and_dense();
-      saved.order = order_in_memory(dense ? output : at::empty_like(output));
+      saved.order = order_in_memory(output);
       ctx->save_for_backward({*state});
     }
     saved.save(ctx);
@@ -228,9 +230,8 @@ at::Tensor act_dropout_backward_autograd(const at::Tensor& grad, const at::Tenso
     });
   }
   if (needs_grad(saved) && is_curved(activation)) {
-    const at::Tensor copy = saved.is_non_overlapping_and_dense() ? saved : at::empty_like(saved);
     const at::Tensor dropped =
-        dropout_apply(in_order(grad, order_in_memory(copy)), state, p, false, false, true);
+        dropout_apply(in_order(grad, order_in_memory(saved)), state, p, false, false, true);
     return gradient_by_torch(dropped, saved, activation, parameter);
   }
   // Linear in grad; `saved` is a constant.

@@ -1,15 +1,17 @@
 #include "new_like.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <c10/core/Allocator.h>
+#include <ATen/ExpandUtils.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/alloc_cpu.h>
 
 #include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <vector>
+
+#include "device_backend.h"
 
 namespace braze {
 namespace {
@@ -100,21 +102,38 @@ class ReusingAllocator final : public c10::Allocator {
   }
 };
 
+c10::Allocator* allocator_of(const at::Tensor& like) {
+  return like.is_cpu() ? c10::GetCPUAllocator() : device_place(like).backend->allocator();
+}
+
+c10::DispatchKeySet keys_of(const at::Tensor& like) {
+  return c10::DispatchKeySet(like.options().computeDispatchKey());
+}
+
+at::Tensor make_like(const at::Tensor& like, c10::ScalarType dtype, c10::Allocator* allocator) {
+  const c10::DeviceGuard guard(like.device());
+  return at::detail::empty_strided_generic(
+      like.sizes(),
+      like.is_non_overlapping_and_dense() ? like.strides().vec()
+                                          : at::infer_dense_strides(like.sizes(), like.strides()),
+      allocator, keys_of(like), dtype);
+}
+
 }  // namespace
 
 at::Tensor new_like(const at::Tensor& like) {
-  if (!like.is_cpu() || like.nbytes() <= kLarge || !like.is_non_overlapping_and_dense() ||
-      !kept().reuse) {
-    return at::empty_like(like);
-  }
-  static ReusingAllocator* const allocator = new ReusingAllocator;
-  return at::detail::empty_strided_generic(like.sizes(), like.strides(), allocator,
-                                           c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                           like.scalar_type());
+  static ReusingAllocator* const reusing = new ReusingAllocator;
+  const bool reuses = like.is_cpu() && like.nbytes() > kLarge && kept().reuse;
+  return make_like(like, like.scalar_type(), reuses ? reusing : allocator_of(like));
+}
+
+at::Tensor new_lasting(const at::Tensor& like, c10::ScalarType dtype) {
+  return make_like(like, dtype, allocator_of(like));
 }
 
 at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype) {
-  return at::empty(sizes, like.options().dtype(dtype).memory_format(c10::nullopt));
+  const c10::DeviceGuard guard(like.device());
+  return at::detail::empty_generic(sizes, allocator_of(like), keys_of(like), dtype, std::nullopt);
 }
 
 void set_memory_reuse(bool on) {

@@ -10,6 +10,16 @@ struct GradientSums {
   int64_t zeros = 0, non_finite = 0;
   // Of what the step added to the parameter, and of the parameter before.
   double update_squares = 0, param_squares = 0;
+
+  GradientSums& operator+=(const GradientSums& other) {
+    squares += other.squares;
+    largest = largest > other.largest ? largest : other.largest;
+    zeros += other.zeros;
+    non_finite += other.non_finite;
+    update_squares += other.update_squares;
+    param_squares += other.param_squares;
+    return *this;
+  }
 };
 
 }  // namespace braze

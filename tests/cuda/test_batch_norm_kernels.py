@@ -9,7 +9,15 @@ from pathlib import Path
 
 import emulator_build as build
 import pytest
-from test_emulated_kernels import CUDA, KERNELS, build_kernels, compiled_again, expect_silence, run
+from test_emulated_kernels import (
+    CUDA,
+    KERNELS,
+    build_kernels,
+    compiled_again,
+    expect_silence,
+    run,
+    together,
+)
 
 pytestmark = pytest.mark.cpu_only("is about the emulator")
 
@@ -17,7 +25,8 @@ NORM = build.EMULATOR / "batch_norm"
 
 
 def norm_program(variant: str, faults: bool = False) -> Path:
-    sources = [*sorted(NORM.glob("*.cpp")), KERNELS / "harness.cpp", KERNELS / "intercept.cpp"]
+    sources = [together("batch_norm", sorted(NORM.glob("*.cpp")))]
+    sources += [KERNELS / "harness.cpp", KERNELS / "intercept.cpp"]
     sources += sorted(CUDA.glob("batch_norm_*.cu"))
     return build_kernels("batch_norm", sources, variant, faults)
 

@@ -38,11 +38,10 @@ FEW_BLOCKS = (
 )
 
 
-def together() -> Path:
-    """All tests as one source: half the time of compiling them one by one."""
-    files = [KERNELS / "harness.cpp", KERNELS / "problem.cpp", *sorted(KERNELS.glob("test_*.cpp"))]
+def together(name: str, files: Sequence[Path]) -> Path:
+    """The tests of a program as one source: half the time of compiling them one by one."""
     text = "".join(f'#include "{file}"\n' for file in files)
-    source = build.CACHE / "kernels.cpp"
+    source = build.CACHE / f"{name}.cpp"
     if not source.exists() or source.read_text() != text:
         build.CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=build.CACHE, delete=False) as new:
@@ -61,7 +60,8 @@ def build_kernels(name: str, sources: Sequence[Path], variant: str, faults: bool
 
 
 def kernels_program(variant: str, faults: bool = False) -> Path:
-    sources = [together(), KERNELS / "intercept.cpp", KERNELS / "reference.cpp"]
+    tests = [KERNELS / "harness.cpp", KERNELS / "problem.cpp", *sorted(KERNELS.glob("test_*.cpp"))]
+    sources = [together("kernels", tests), KERNELS / "intercept.cpp", KERNELS / "reference.cpp"]
     # Not every operation: each has a program of its own.
     sources += [CUDA / f"{name}.cu" for name in ("device_table", "zeros")]
     sources += sorted(CUDA.glob("optimizer_*.cu"))

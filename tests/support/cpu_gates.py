@@ -3,7 +3,7 @@
     .venv/bin/python tests/support/cpu_gates.py          compare with tests/support/cpu_ratchet.json
     .venv/bin/python tests/support/cpu_gates.py --pin    make the present figures the pinned ones
 
-valgrind's callgrind counts, in the objects of a build of its own; the difference between two sizes leaves
+valgrind's callgrind counts, in the objects of the build; the difference between two sizes leaves
 out what does not grow with them. valgrind 3.19 knows no AVX-512.
 """
 
@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from cuda_gates import ROOT, GateError, _run, tools_first
 
 RATCHET = ROOT / "tests/support/cpu_ratchet.json"
 BUILD = ROOT / "build/cpu-check"
+TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+WHEEL = ROOT / f"build/{TAG}-{TAG}-{re.sub('[-.]', '_', sysconfig.get_platform())}"
 DRIVER = ROOT / "tests/support/cpu_kernels.cpp"
 PIN = ".venv/bin/python tests/support/cpu_gates.py --pin"
 SETS = ("baseline", "avx2")
@@ -46,28 +49,28 @@ def compiler() -> str:
     return _run(["c++", "--version"]).splitlines()[0]
 
 
-def compile_objects(build: Path = BUILD) -> list[dict[str, str]]:
-    """CMake's compile commands of csrc/cpu and csrc/plan, which know no torch; all have been run."""
+def compile_objects() -> list[dict[str, str]]:
+    """Ninja's commands for csrc/cpu and csrc/plan, which know no torch; all have been run.
+
+    In the build of braze itself, if that is here with all sets: there is little left to compile then.
+    """
     environ = tools_first()
-    defines = ["CMAKE_EXPORT_COMPILE_COMMANDS=ON", "BRAZE_CUDA=OFF"]
-    defines += [f"Python_EXECUTABLE={sys.executable}"]
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-    _run([*configure, *(f"-D{define}" for define in defines)], environ)
-    commands = json.loads((build / "compile_commands.json").read_text())
-    used = [
-        c for c in commands if c["file"].startswith((f"{ROOT}/csrc/cpu/", f"{ROOT}/csrc/plan/"))
-    ]
-    for command in used:
-        command["output"] = str(Path(build, command["output"]))
-    objects = [str(Path(c["output"]).relative_to(build)) for c in used]
-    _run(["cmake", "--build", str(build), "--target", *objects], environ)
-    return used
+    rules = WHEEL / "build.ninja"
+    build = WHEEL if rules.exists() and "kernels_avx2" in rules.read_text() else BUILD
+    if build == BUILD:
+        defines = ["-DBRAZE_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+        _run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines], environ)
+    commands = json.loads(_run(["ninja", "-C", str(build), "-t", "compdb"], environ))
+    ours = (f"{ROOT}/csrc/cpu/", f"{ROOT}/csrc/plan/")
+    used = [c for c in commands if c["file"].startswith(ours) and c["output"].endswith(".o")]
+    _run(["ninja", "-C", str(build), *(c["output"] for c in used)], environ)
+    return [{**c, "output": str(build / c["output"])} for c in used]
 
 
 def flags_of(command: dict[str, str]) -> list[str]:
     """What CMake compiles a file with, beginning with the compiler."""
     words = shlex.split(command["command"])
-    return words[: words.index("-o")]
+    return words[: next(i for i, word in enumerate(words) if word in ("-MD", "-o"))]
 
 
 def compile_driver(commands: list[dict[str, str]], *more: str) -> Path:

@@ -2,6 +2,7 @@
 // are; all else passes through tiles of the arithmetic type.
 #include "../set_begin.h"
 //
+#include "../../math/gradient.h"
 #include "../optimizer_loops.h"
 #include "../simd.h"
 
@@ -231,24 +232,19 @@ class View {
 };
 
 // The gradient to apply: grad, the accumulator, or accumulator + weight * grad.
-template <class Rule, class T>
+template <class T>
 const T* open_gradient(const TensorWork& t, View<T>& grad, View<T>& sum, T* out, int64_t begin,
-                       int64_t n, const typename Rule::template Args<T>& a) {
-  if constexpr (Rule::kUpdatesParam) {
-    if (t.sum.data != nullptr) {
-      const T* s = sum.open(t, t.sum, begin, n, true);
-      if (t.grad.data == nullptr) return s;
-      const T* g = grad.open(t, t.grad, begin, n, true);
-      using V = Vec<T>;
-      for (int64_t i = 0; i < n; i += V::kLanes) {
-        accumulate_gradient(V::load(s + i, n - i), V::load(g + i, n - i), a.fold_weight, T(1),
-                            false)
-            .store(out + i);
-      }
-      return out;
-    }
+                       int64_t n, T weight) {
+  if (t.sum.data == nullptr) return grad.open(t, t.grad, begin, n, true);
+  const T* s = sum.open(t, t.sum, begin, n, true);
+  if (t.grad.data == nullptr) return s;
+  const T* g = grad.open(t, t.grad, begin, n, true);
+  using V = Vec<T>;
+  for (int64_t i = 0; i < n; i += V::kLanes) {
+    accumulate_gradient(V::load(s + i, n - i), V::load(g + i, n - i), weight, T(1), false)
+        .store(out + i);
   }
-  return grad.open(t, t.grad, begin, n, true);
+  return out;
 }
 
 template <class Rule, class T>
@@ -260,7 +256,9 @@ void run_tiles(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
   for (; begin < end; begin += kTile) {
     const int64_t n = std::min(kTile, end - begin);
     Arrays arrays = {};
-    arrays.grad = open_gradient<Rule>(t, grad, sum, joined, begin, n, a);
+    T weight(1);
+    if constexpr (Rule::kUpdatesParam) weight = a.fold_weight;
+    arrays.grad = open_gradient(t, grad, sum, joined, begin, n, weight);
     if (Rule::kUpdatesParam) arrays.param = param.open(t, t.param, begin, n, true);
     for (int k = 0; k < Rule::kStates; ++k) {
       if (!Rule::uses(flags, k)) continue;
@@ -282,22 +280,147 @@ void run(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
   }
 }
 
-// hypers: Hyper<Rule>[].
+// --- what goes with an update, and what comes before it ---
+
+// Sums in 16 lanes, element i of a stretch in lane i mod 16, whatever the instruction set: so they
+// have the same bits in each.
+using V16 = Lanes<double, 16>;
+
+template <class V>
+auto total(const V& lanes) {
+  alignas(64) typename V::Element value[V::kLanes];
+  lanes.store(value);
+  for (int width = V::kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) value[i] += value[i + width];
+  }
+  return value[0];
+}
+
+struct GradientLanes {
+  BRAZE_INLINE GradientLanes() : squares(0), largest(0), zeros(0), non_finite(0) {}
+
+  V16 squares, largest;
+  V16::Mask zeros, non_finite;
+  int64_t padding = 0;  // lanes without an element, which look like zeros
+};
+
+template <bool kAll, class S>
+void add_gradients(GradientLanes& lanes, const S* p, int64_t n) {
+  GradientLanes l = lanes;  // a copy can stay in registers
+  each_vector<V16>(n, [&](int64_t i, auto count) BRAZE_LAMBDA {
+    const V16 g = V16::load(p + i, count);
+    l.squares += g * g;
+    if constexpr (kAll) {
+      const V16 magnitude = larger(g, -g);
+      l.largest = larger(magnitude, l.largest);
+      l.zeros = l.zeros - (g == V16(0));
+      l.non_finite = l.non_finite - !(magnitude < V16(HUGE_VAL));
+    }
+  });
+  l.padding += (V16::kLanes - n % V16::kLanes) % V16::kLanes;
+  lanes = l;
+}
+
+template <bool kAll, class T>
+void measure_as(const TensorWork& t, int64_t begin, int64_t end, double weight,
+                GradientLanes& lanes) {
+  if (t.linear && t.sum.data == nullptr) {
+    with_dtype(t.grad.dtype, [&](auto element) {
+      add_gradients<kAll>(lanes, static_cast<const decltype(element)*>(t.grad.data) + begin,
+                          end - begin);
+    });
+    return;
+  }
+  View<T> grad, sum;
+  alignas(64) T joined[kTile];
+  for (; begin < end; begin += kTile) {
+    const int64_t n = std::min(kTile, end - begin);
+    const T* g = open_gradient(t, grad, sum, joined, begin, n, static_cast<T>(weight));
+    add_gradients<kAll>(lanes, g, n);
+  }
+}
+
+void measure(const TensorWork& t, int64_t begin, int64_t end, double weight, bool all,
+             GradientSums& sums) {
+  GradientLanes lanes;
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    all ? measure_as<true, T>(t, begin, end, weight, lanes)
+        : measure_as<false, T>(t, begin, end, weight, lanes);
+  };
+  t.is_double ? run(double()) : run(float());
+  const double scale = t.sum.data == nullptr ? weight : 1;  // else it is in already
+  sums = {.squares = total(lanes.squares) * scale * scale};
+  if (!all) return;
+  alignas(64) double magnitudes[V16::kLanes];
+  lanes.largest.store(magnitudes);
+  sums.largest = *std::max_element(magnitudes, magnitudes + V16::kLanes) * scale;
+  sums.zeros = total(lanes.zeros) - lanes.padding;
+  sums.non_finite = total(lanes.non_finite);
+}
+
+// An update, a tile at a time, and while the tile is in the cache, what depends on the parameter
+// that it made.
+template <class Rule, class T>
+void run_and_follow(const TensorWork& t, int64_t begin, int64_t end, uint32_t flags,
+                    const typename Rule::template Args<T>& a, T average_weight,
+                    GradientSums* sums) {
+  using V = Vec<T>;
+  View<T> param, average;
+  alignas(64) T old[kTile];
+  V16 change(0), size(0);
+  for (; begin < end; begin += kTile) {
+    const int64_t n = std::min(kTile, end - begin);
+    if (sums != nullptr) std::copy_n(param.open(t, t.param, begin, n, true), n, old);
+    run<Rule, T>(t, begin, begin + n, flags, a);
+    const T* const p = param.open(t, t.param, begin, n, true);
+    if (sums != nullptr) {
+      each_vector<V16>(n, [&](int64_t i, auto count) BRAZE_LAMBDA {
+        const V16 before = V16::load(old + i, count), step = V16::load(p + i, count) - before;
+        change += step * step;
+        size += before * before;
+      });
+    }
+    if (t.average.data == nullptr) continue;
+    T* const mean = average.open(t, t.average, begin, n, !t.first_average);
+    each_vector<V>(n, [&](int64_t i, auto count) BRAZE_LAMBDA {
+      const V now = V::load(p + i, count);
+      const V next =
+          t.first_average ? now : average_with(V::load(mean + i, count), now, average_weight);
+      next.store(mean + i, count);
+    });
+    average.close(t, t.average, begin, n);
+  }
+  if (sums == nullptr) return;
+  sums->update_squares = total(change);
+  sums->param_squares = total(size);
+}
+
+// hypers.data: Hyper<Rule>[].
 template <class Rule>
-void update(const TensorWork& t, int64_t begin, int64_t end, const void* hypers) {
-  const Hyper<Rule>& h = static_cast<const Hyper<Rule>*>(hypers)[t.hyper];
+void update(const TensorWork& t, int64_t begin, int64_t end, const Hypers& hypers,
+            GradientSums* sums) {
+  const Hyper<Rule>& h = static_cast<const Hyper<Rule>*>(hypers.data)[t.hyper];
   const uint32_t flags =
       h.flags | (Rule::kFirstOverwrites && t.first && Rule::uses(h.flags, 0) ? kFirst : 0u);
+  const auto run_as = [&]<class T>(const typename Rule::template Args<T>& a, T average_weight) {
+    if constexpr (Rule::kIsOptimizer) {
+      if (t.average.data != nullptr || sums != nullptr) {
+        return run_and_follow<Rule, T>(t, begin, end, flags, a, average_weight, sums);
+      }
+    }
+    run<Rule, T>(t, begin, end, flags, a);
+  };
   if (t.is_double) {
-    run<Rule, double>(t, begin, end, flags, h.d);
+    run_as(h.d, hypers.average_weight);
   } else {
-    run<Rule, float>(t, begin, end, flags, h.f);
+    run_as(h.f, static_cast<float>(hypers.average_weight));
   }
 }
 
 template <class... Rule>
 constexpr OptimizerLoops all(RuleList<Rule...>) {
-  return {{update<Rule>...}};
+  return {{update<Rule>...}, measure};
 }
 
 }  // namespace

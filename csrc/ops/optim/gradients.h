@@ -14,9 +14,10 @@ namespace braze {
 // One parameter with work in this call.
 struct Active {
   Slot* slot;
-  const at::Tensor* grad;   // null: none present, only the open window has something for this slot
-  bool linear;              // everything dense in the parameter's order
-  bool first = false;       // what is written to holds nothing yet
+  const at::Tensor* grad;  // null: none present, only the open window has something for this slot
+  bool linear;             // everything dense in the parameter's order
+  bool first = false;      // what is written to holds nothing yet
+  bool first_average = false;
   bool counted = false;     // the CPU keeps its step count
   bool repeatable = false;  // the next step may take it over as it stands
   double step = 0;          // the count after this step, where the CPU keeps it

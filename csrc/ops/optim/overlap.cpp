@@ -32,6 +32,7 @@ void WrittenMemory::collect(const Parameters& parameters) {
     for (size_t k = 0; k < state_keys.size(); ++k) add(slot.state[k], state_keys[k]);
     add(slot.step, keys().step);
     add(slot.sum, keys().grad_sum);
+    add(slot.average, keys().ema);
   }
   const OverlapPair pair = find_overlap(footprints_);
   if (pair.first >= 0) {

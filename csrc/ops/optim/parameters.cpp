@@ -79,6 +79,7 @@ void Parameters::read_states(Slot& slot) {
   for (size_t k = 0; k < rule.state_keys.size(); ++k) read(slot.state[k], rule.state_keys[k]);
   if (rule.counts_steps) read(slot.step, keys().step);
   read(slot.sum, keys().grad_sum);
+  read(slot.average, keys().ema);
   slot.in_window = dict_get(slot.state_dict, keys().in_window) != nullptr;
 }
 
@@ -184,7 +185,7 @@ int32_t Parameters::device_of(const at::Tensor& param) {
 bool Parameters::counts_on_device(const Slot& slot) const {
   const DevicePlace& place = devices[static_cast<size_t>(slot.device)];
   if (place.backend == nullptr || !rule.counts_steps) return false;
-  const bool wanted = options(slot).on_device;
+  const bool wanted = options(slot).on_device || device_counts;
   if (slot.step.tensor == nullptr) return wanted;
   return place.backend->holds_scalar(*slot.step.tensor, wanted);
 }

@@ -14,7 +14,7 @@ namespace braze {
 // One parameter. Kept small: every step reads all of them.
 struct Slot {
   SeenTensor param;
-  SeenTensor state[kMaxStates], step, sum;
+  SeenTensor state[kMaxStates], step, sum, average;
   PyObject* object = nullptr;      // the parameter itself; owned by Parameters
   PyObject* state_dict = nullptr;  // its inner state dict, or null; owned by Parameters
   int64_t numel = 0;               // real elements
@@ -49,8 +49,8 @@ class Parameters {
 
   bool unchanged(const Slot& slot) const {
     if (slot.obstacle != nullptr) return false;
-    if (!seen_.unchanged(slot.param) || !seen_.unchanged(slot.step) || !seen_.unchanged(slot.sum)) {
-      return false;
+    for (const SeenTensor* entry : {&slot.param, &slot.step, &slot.sum, &slot.average}) {
+      if (!seen_.unchanged(*entry)) return false;
     }
     for (size_t k = 0; k < rule.state_keys.size(); ++k) {
       if (!seen_.unchanged(slot.state[k])) return false;
@@ -72,6 +72,7 @@ class Parameters {
   std::vector<Slot> slots;
   std::vector<DevicePlace> devices;  // [0]: the CPU; one more for each device met
   bool any_on_cpu = false;
+  bool device_counts = false;  // step counts that are still to be made belong in device memory
   int64_t builds = 0;
 
  private:

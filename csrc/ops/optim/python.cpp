@@ -59,7 +59,8 @@ const Keys& keys() {
                                          .fused = intern("fused"),
                                          .step = intern("step"),
                                          .grad_sum = intern("grad_sum"),
-                                         .in_window = intern("in_window")};
+                                         .in_window = intern("in_window"),
+                                         .ema = intern("ema")};
   return *interned;
 }
 

@@ -54,7 +54,7 @@ PyObject* intern(const char* name);
 // The keys that are the same for every rule, interned.
 struct Keys {
   PyObject *params, *param_names, *differentiable, *capturable, *fused;  // of a group
-  PyObject *step, *grad_sum, *in_window;                                 // of a parameter's state
+  PyObject *step, *grad_sum, *in_window, *ema;                           // of a parameter's state
 };
 const Keys& keys();
 

@@ -47,23 +47,25 @@ template <class Rule>
 RuleInfo describe() {
   static_assert(sizeof(typename Rule::Options) <= kMaxOptionBytes);
   static_assert(kDeviceFields<Rule> <= kMaxDeviceFields && Rule::kStates <= kMaxStates);
-  RuleInfo info{.name = Rule::kName,
-                .fields = Rule::kFields,
-                .field_keys = {},
-                .state_keys = {},
-                .counts_steps = Rule::kCountsSteps,
-                .first_overwrites = Rule::kFirstOverwrites,
-                .states =
-                    [](const void* options) {
-                      const uint32_t flags = Rule::flags(as<Rule>(options));
-                      uint32_t states = 0;
-                      for (int k = 0; k < Rule::kStates; ++k) states |= Rule::uses(flags, k) << k;
-                      return states;
-                    },
-                .sum_in_state = nullptr,
-                .make_table = []() -> std::unique_ptr<HyperTable> {
-                  return std::make_unique<TableOf<Rule>>();
-                }};
+  RuleInfo info{
+      .name = Rule::kName,
+      .fields = Rule::kFields,
+      .field_keys = {},
+      .state_keys = {},
+      .counts_steps = Rule::kCountsSteps,
+      .first_overwrites = Rule::kFirstOverwrites,
+      .states =
+          [](const void* options) {
+            const uint32_t flags = Rule::flags(as<Rule>(options));
+            uint32_t states = 0;
+            for (int k = 0; k < Rule::kStates; ++k) states |= Rule::uses(flags, k) << k;
+            return states;
+          },
+      .zeros_serve = [](const void* options) { return Rule::zeros_serve(as<Rule>(options)); },
+      .sum_in_state = nullptr,
+      .make_table = []() -> std::unique_ptr<HyperTable> {
+        return std::make_unique<TableOf<Rule>>();
+      }};
   if constexpr (Rule::kSumsInState) {
     info.sum_in_state = [](const void* options) { return Rule::sum_in_state(as<Rule>(options)); };
   }
@@ -76,7 +78,7 @@ template <class... Rule>
 std::vector<RuleInfo> describe_all(RuleList<Rule...>) {
   std::vector<RuleInfo> all;
   const auto add = [&]<class R>(R) {
-    if constexpr (R::kUpdatesParam) all.push_back(describe<R>());
+    if constexpr (R::kIsOptimizer) all.push_back(describe<R>());
   };
   (add(Rule{}), ...);
   return all;

@@ -44,6 +44,8 @@ struct RuleInfo {
   bool counts_steps, first_overwrites;
   // Of Options: the states that a step with them has, as bits.
   uint32_t (*states)(const void* options);
+  // Whether an update with them from zeros is the same as one whose states hold nothing.
+  bool (*zeros_serve)(const void* options);
   // How the first gradient of a window joins states[0]; null if the rule does not sum there.
   Fold::Options (*sum_in_state)(const void* options);
   std::unique_ptr<HyperTable> (*make_table)();

@@ -1,12 +1,11 @@
 #include "states.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/DefaultDtype.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include "../new_like.h"
 #include "../tensor_work.h"
 
 namespace braze {
@@ -18,13 +17,12 @@ struct Missing {
   at::Tensor tensor;
 };
 
-// Accumulators are fp32, or fp64 for fp64 parameters.
-c10::ScalarType sum_dtype(const at::Tensor& param) {
-  const bool wide = real_dtype(param.scalar_type()) == DType::f64;
-  if (param.is_complex()) {
-    return wide ? c10::ScalarType::ComplexDouble : c10::ScalarType::ComplexFloat;
-  }
-  return wide ? c10::ScalarType::Double : c10::ScalarType::Float;
+// What sums up is fp32, or fp64 for fp64 parameters.
+at::Tensor empty_wide(const at::Tensor& param) {
+  const c10::ScalarType real =
+      real_dtype(param.scalar_type()) == DType::f64 ? c10::kDouble : c10::kFloat;
+  const c10::ScalarType dtype = param.is_complex() ? c10::toComplexType(real) : real;
+  return new_lasting(param, dtype);
 }
 
 at::Tensor new_count(const Parameters& parameters, const Slot& slot) {
@@ -77,18 +75,28 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
       const uint32_t states = parameters.options(slot).states;
       for (size_t k = 0; k < rule.state_keys.size(); ++k) {
         if (slot.state[k].tensor != nullptr || !(states >> k & 1)) continue;
-        add(rule.state_keys[k],
-            rule.first_overwrites ? at::empty_like(param) : at::zeros_like(param));
+        // Zeros, because a device may find out that it must not overwrite them in this step.
+        add(rule.state_keys[k], new_lasting(param, param.scalar_type()).zero_());
         a.first = a.first || rule.first_overwrites;
       }
+    }
+    if (destination.averages && slot.average.tensor == nullptr) {
+      // The present weights, for the same reason.
+      at::Tensor average = empty_wide(param);
+      average.copy_(param);
+      add(keys().ema, std::move(average));
+      a.first_average = true;
     }
     if (destination.fold && !in_state && !slot.has_sum()) {
       at::Tensor sum = std::move(spare_sums_[parameters.index_of(slot)]);
       if (sum.defined()) {
         missing.push_back({&a, keys().grad_sum, std::move(sum)});
       } else {
-        add(keys().grad_sum,
-            at::empty_like(param, param.options().dtype(sum_dtype(param)).requires_grad(false)));
+<<<<<<< HEAD
+        add(keys().grad_sum, empty_wide(param));
+=======
+        add(keys().grad_sum, new_lasting(param, sum_dtype(param)));
+>>>>>>> fills
       }
       a.first = true;
     }

@@ -12,6 +12,8 @@ namespace braze {
 struct Destination {
   bool fold = false;
   bool into_state = false;  // the sums are in states[0] where they can be
+  bool averages = false;    // running averages of the parameters
+  bool operator==(const Destination&) const = default;
 };
 
 // Whether the gradients of this slot's window are summed up in states[0] rather than in an

@@ -1,9 +1,14 @@
 // One call, from gradients to launches. Everything that can fail comes before the first write.
 #include "step_plan.h"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
+#include <cmath>
+
+#include "../../math/gradient.h"
 
 namespace braze {
 namespace {
@@ -102,7 +107,10 @@ void StepPlan::share_out() {
 // A GradScaler's tensors stay on the device if every kernel can read them and no later decision
 // hangs on them here; otherwise their values are waited for. False if they tell of an overflow.
 bool StepPlan::resolve_loss_scale(StepScalars& scalars, bool window) const {
-  if (scalars.amp.grad_scale == nullptr && scalars.amp.found_inf == nullptr) return true;
+  if (scalars.amp.grad_scale == nullptr && scalars.amp.found_inf == nullptr &&
+      !scalars.find_overflow) {
+    return true;
+  }
   const auto readable = [](const at::Tensor* tensor) {
     return tensor == nullptr ||
            (tensor->scalar_type() == c10::ScalarType::Float && tensor->numel() == 1);
@@ -113,12 +121,14 @@ bool StepPlan::resolve_loss_scale(StepScalars& scalars, bool window) const {
     for (const Active& a : work.active) {
       if (!deferred) break;
       // A state that is overwritten starts with the first step that is not skipped.
-      const bool starts = rule.first_overwrites && (parameters_.options(*a.slot).states & 1) != 0 &&
-                          a.slot->state[0].tensor == nullptr;
+      const GroupOptions& options = parameters_.options(*a.slot);
+      const bool starts = rule.first_overwrites && (options.states & 1) != 0 &&
+                          a.slot->state[0].tensor == nullptr && !rule.zeros_serve(options.values);
       deferred = !work.on_cpu() && !starts &&
                  (!rule.counts_steps || parameters_.counts_on_device(*a.slot));
     }
   }
+  scalars.deferred = deferred;
   if (deferred) return true;
   if (scalars.amp.found_inf != nullptr && scalars.amp.found_inf->item().toDouble() != 0) {
     return false;
@@ -172,12 +182,128 @@ void StepPlan::undo_states_on_failure(PyObject* state, Body body) {
   }
 }
 
+// The norm of all gradients, where it is known, and what hangs on it.
+void StepPlan::measure(StepScalars& scalars, DeviceScale& scale) {
+  std::vector<Measured> measured;
+  double squares = 0;
+  for (DeviceWork& work : work_) {
+    if (work.active.empty()) continue;
+    if (work.on_cpu()) {
+      squares += work.measure_on_cpu(scalars);
+    } else {
+      measured.push_back(work.measure_on_device(parameters_, scalars));
+    }
+  }
+  norm_scale_ = scalars.norm_scale();
+  bool finite = true;
+  if (scalars.norm_on_device) {
+    norm_ = measured.front().norm;
+    found_inf_ = measured.front().found_inf;
+    all_squares_ = measured.front().squares;
+    if (measured.size() > 1) {
+      std::vector<at::Tensor> all;
+      for (const Measured& m : measured) {
+        all.push_back(m.squares.to(norm_.device(), c10::kDouble, /*non_blocking=*/true));
+      }
+      all_squares_ = at::cat(all);
+      const at::Tensor total = all_squares_.sum();
+      found_inf_ = total.isfinite().logical_not().to(c10::kFloat).reshape({1});
+      at::Tensor norm = total.sqrt().mul(norm_scale_);
+      if (scalars.amp.grad_scale != nullptr) {
+        norm = norm.div(scalars.amp.grad_scale->to(norm.device(), c10::kDouble, true).reshape({}));
+      }
+      norm_ = norm.to(c10::kFloat);
+    }
+    if (scalars.norm_decides()) scale.squares = &all_squares_;
+    if (scalars.refuse_overflow && !scalars.find_overflow) {
+      finite = found_inf_.item().toDouble() == 0;
+    }
+  } else {
+    for (const Measured& m : measured) squares += m.squares.item().toDouble();
+    finite = std::isfinite(squares);
+    const double norm = std::sqrt(squares) * norm_scale_;
+    if (!host_norm_.defined()) {
+      host_norm_ = at::zeros({}, c10::kFloat);
+      host_found_inf_ = at::zeros({1}, c10::kFloat);
+    }
+    *host_norm_.mutable_data_ptr<float>() = static_cast<float>(norm);
+    *host_found_inf_.mutable_data_ptr<float>() = finite ? 0.0f : 1.0f;
+    norm_ = host_norm_;
+    found_inf_ = host_found_inf_;
+    scalars.overflowed = scalars.find_overflow && !finite;
+    if (scalars.max_norm >= 0) scalars.coefficient = clip_coefficient(norm, scalars.max_norm);
+  }
+  TORCH_CHECK(finite || !scalars.refuse_overflow || scalars.find_overflow, parameters_.owner,
+              ": the norm of the gradients is not finite, so they cannot be clipped, and ",
+              "error_if_nonfinite=True; nothing was changed");
+}
+
+// What is decided is done. "", "deferred", or "overflow": measured gradients are not finite, and
+// nothing changed.
+std::string StepPlan::carry_out(PyObject* state, StepScalars& scalars) {
+  const bool on_cpu = std::any_of(work_.begin(), work_.end(), [](const DeviceWork& work) {
+    return work.on_cpu() && !work.active.empty();
+  });
+  scalars.norm_on_device = !on_cpu && (!scalars.find_overflow || scalars.deferred);
+  const Destination destination{.averages = scalars.averages()};
+  undo_states_on_failure(state, [&] {
+    if (!gradients_.repeating) create_states(state, destination);
+    const auto choose_hypers = [&](bool again) {
+      for (DeviceWork& work : work_) work.choose_hypers(parameters_, scalars, again);
+    };
+    choose_hypers(gradients_.repeating);
+    check_capture();
+    for (DeviceWork& work : work_) work.fill(parameters_, destination, gradients_.repeating);
+    DeviceScale scale;
+    scale.max_norm = scalars.max_norm;
+    scale.skip_overflow = scalars.find_overflow;
+    if (scalars.measures()) measure(scalars, scale);
+    if (scalars.overflowed) return;
+    if (scalars.coefficient != 1) choose_hypers(true);
+    for (DeviceWork& work : work_) {
+      work.launch(parameters_, destination, scalars, scale);
+      work.count_step();
+    }
+  });
+  has_statistics_ = scalars.statistics;
+  if (scalars.overflowed) {
+    if (states_.undo(state, [](int32_t) { return false; })) forget();
+    return "overflow";
+  }
+  return scalars.deferred ? "deferred" : "";
+}
+
+std::vector<StepPlan::Statistics> StepPlan::statistics() {
+  Guard guard(*this);
+  if (!has_statistics_) return {};
+  std::vector<Statistics> result;
+  double squares = 0;
+  for (DeviceWork& work : work_) {
+    for (const auto& [index, sums] : work.sums()) {
+      const Slot& slot = parameters_.slots[index];
+      squares += sums.squares;
+      result.push_back({slot.group, slot.index, slot.numel, norm_scale_, sums});
+    }
+  }
+  // A loss scale that only the device knew is in the norm.
+  const double scale = norm_.item().toDouble() / std::sqrt(squares);
+  if (std::isfinite(scale) && scale > 0) {
+    for (Statistics& s : result) s.scale = scale;
+  }
+  return result;
+}
+
 std::string StepPlan::step(PyObject* groups, PyObject* state, StepScalars scalars) {
   if (watched()) return "mode";
   Guard guard(*this);
+  has_statistics_ = false;
+  parameters_.device_counts = scalars.device_counts;
   refresh(groups, state);
   const bool window = scalars.window_weight >= 0;
-  const std::string reason = gradients_.choose(parameters_, written_, window, !window);
+  const Destination destination{.averages = scalars.averages()};
+  const bool may_repeat = !window && destination == last_;
+  last_ = destination;
+  const std::string reason = gradients_.choose(parameters_, written_, window, may_repeat);
   if (!reason.empty()) return reason;
   const std::vector<Active>& active = gradients_.active;
   if (active.empty()) return "none";
@@ -190,29 +316,20 @@ std::string StepPlan::step(PyObject* groups, PyObject* state, StepScalars scalar
   }
   share_out();
   if (!resolve_loss_scale(scalars, window)) return "overflow";
-  const bool deferred = scalars.amp.found_inf != nullptr;
-  undo_states_on_failure(state, [&] {
-    if (!gradients_.repeating) create_states(state, {});
-    for (DeviceWork& work : work_) {
-      work.choose_hypers(parameters_, scalars, gradients_.repeating);
-    }
-    check_capture();
-    for (DeviceWork& work : work_) work.fill(parameters_, {}, gradients_.repeating);
-    for (DeviceWork& work : work_) {
-      work.launch(parameters_, {}, scalars.amp);
-      work.count_step();
-    }
-  });
+  const std::string result = carry_out(state, scalars);
+  if (result == "overflow") return result;
   if (window) states_.leave_window(parameters_, state);
-  const bool repeatable = std::all_of(active.begin(), active.end(),
-                                      [](const Active& a) { return a.repeatable && !a.first; });
+  const bool repeatable = std::all_of(active.begin(), active.end(), [](const Active& a) {
+    return a.repeatable && !a.first && !a.first_average;
+  });
   if (!window && repeatable) gradients_.remember(parameters_);
-  return deferred ? "deferred" : "";
+  return result;
 }
 
 std::string StepPlan::fold(PyObject* groups, PyObject* state, double weight, bool into_state) {
   if (watched()) return "mode";
   Guard guard(*this);
+  has_statistics_ = false;
   refresh(groups, state);
   const std::string reason = gradients_.choose(parameters_, written_, false, false);
   if (!reason.empty()) return reason;
@@ -228,7 +345,7 @@ std::string StepPlan::fold(PyObject* groups, PyObject* state, double weight, boo
     create_states(state, destination);
     for (DeviceWork& work : work_) work.choose_hypers(parameters_, destination, weight);
     for (DeviceWork& work : work_) work.fill(parameters_, destination, false);
-    for (DeviceWork& work : work_) work.launch(parameters_, destination, {});
+    for (DeviceWork& work : work_) work.launch(parameters_, destination, {}, {});
   });
   std::vector<Slot*> entering;
   for (const Active& a : gradients_.active) {

@@ -25,6 +25,19 @@ class StepPlan {
   // the rule can sum in, where that is fp32 or fp64) and releases .grad. Returns as step() does.
   std::string fold(PyObject* groups, PyObject* state, double weight, bool into_state);
 
+  // Of the last step that measured gradients, 0-d and one-element tensors of fp32: their norm
+  // before clipping, and 1 if one was not finite.
+  const at::Tensor& norm() const { return norm_; }
+  const at::Tensor& found_inf() const { return found_inf_; }
+  struct Statistics {
+    int32_t group, index;  // of the parameter
+    int64_t numel;
+    double scale;  // makes the sums those of unscaled gradients, by their root
+    GradientSums sums;
+  };
+  // Of the last step with statistics. Waits.
+  std::vector<Statistics> statistics();
+
   void reset();
   int64_t rebuilds() const { return parameters_.builds; }
   int traverse(visitproc visit, void* arg) const { return parameters_.traverse(visit, arg); }
@@ -35,6 +48,8 @@ class StepPlan {
   void forget();
   void share_out();
   bool resolve_loss_scale(StepScalars& scalars, bool window) const;
+  void measure(StepScalars& scalars, DeviceScale& scale);
+  std::string carry_out(PyObject* state, StepScalars& scalars);
   void create_states(PyObject* state, const Destination& destination);
   void check_capture() const;
   template <class Body>
@@ -49,6 +64,10 @@ class StepPlan {
   Gradients gradients_;
   States states_;
   std::vector<DeviceWork> work_;  // [Parameters::devices]
+  Destination last_;              // of the last step
+  at::Tensor norm_, found_inf_, host_norm_, host_found_inf_, all_squares_;
+  double norm_scale_ = 1;
+  bool has_statistics_ = false;  // of the last call
 };
 
 }  // namespace braze

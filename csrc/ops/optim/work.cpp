@@ -61,10 +61,10 @@ void DeviceWork::choose_hypers(const Parameters& parameters, const StepScalars& 
   }
   const std::vector<GroupReader>& readers = parameters.readers();
   made_on_device_ =
-      !on_cpu() &&
-      (scalars.amp.grad_scale != nullptr || scalars.amp.found_inf != nullptr || counts_on_device_ ||
-       std::any_of(readers.begin(), readers.end(),
-                   [](const GroupReader& r) { return r.options().any_tensor; }));
+      !on_cpu() && (scalars.amp.grad_scale != nullptr || scalars.amp.found_inf != nullptr ||
+                    counts_on_device_ || (scalars.norm_on_device && scalars.norm_decides()) ||
+                    std::any_of(readers.begin(), readers.end(),
+                                [](const GroupReader& r) { return r.options().any_tensor; }));
   if (table_ == nullptr) table_ = rule.make_table();
   table_->clear(made_on_device_);
   int32_t rows = 0;
@@ -76,11 +76,11 @@ void DeviceWork::choose_hypers(const Parameters& parameters, const StepScalars& 
     if (key != last) {
       last = key;
       const GroupOptions& options = parameters.options(slot);
-      const StepInputs inputs{
-          .step = a.step,
-          .grad_scale = (key.has_sum ? 1 : scalars.grad_scale) / scalars.divisor,
-          .fold_weight = scalars.grad_scale,
-          .in_window = slot.in_window};
+      const StepInputs inputs{.step = a.step,
+                              .grad_scale = (key.has_sum ? 1 : scalars.grad_scale) /
+                                            scalars.divisor * scalars.coefficient,
+                              .fold_weight = scalars.grad_scale,
+                              .in_window = slot.in_window};
       if (made_on_device_) {
         std::array<DeviceScalar, kMaxDeviceFields> fields;
         for (size_t j = 0; j < fields.size(); ++j) {
@@ -123,6 +123,7 @@ void DeviceWork::fill(const Parameters& parameters, const Destination& destinati
       TensorWork& work = tensors_[i];
       work.hyper = active[i].hyper;
       work.first = active[i].first;
+      work.first_average = active[i].first_average;
       if (active[i].grad != nullptr) work.grad = linear_operand(*active[i].grad);
     }
   };
@@ -132,8 +133,7 @@ void DeviceWork::fill(const Parameters& parameters, const Destination& destinati
   }
   bool all_linear = true;
   new_key_.build = parameters.builds;
-  new_key_.fold = destination.fold;
-  new_key_.into_state = destination.into_state;
+  new_key_.destination = destination;
   new_key_.tensors.clear();
   for (const Active& a : active) {
     all_linear = all_linear && a.linear;
@@ -172,9 +172,11 @@ void DeviceWork::fill_tensor(const Parameters& parameters, TensorWork& work, con
     }
   }
   const SeenTensor& sum = destination.fold ? none : slot.sum;
+  const SeenTensor& average = destination.averages ? slot.average : none;
   work.step = destination.fold || a.counted ? Operand{} : operand_of(slot.step);
   work.hyper = a.hyper;
   work.first = a.first;
+  work.first_average = a.first_average;
   work.is_double = slot.real == DType::f64;
   work.linear = a.linear;
   if (work.linear) {
@@ -182,45 +184,100 @@ void DeviceWork::fill_tensor(const Parameters& parameters, TensorWork& work, con
     work.param = operand_of(slot.param);
     work.grad = a.grad == nullptr ? Operand{} : linear_operand(*a.grad);
     work.sum = operand_of(sum);
+    work.average = operand_of(average);
     for (size_t k = 0; k < kMaxStates; ++k) work.state[k] = operand_of(*states[k]);
     return;
   }
-  std::vector<NamedOperand> operands = {
-      {slot.param.tensor, &work.param}, {a.grad, &work.grad}, {sum.tensor, &work.sum}};
+  std::vector<NamedOperand> operands = {{slot.param.tensor, &work.param},
+                                        {a.grad, &work.grad},
+                                        {sum.tensor, &work.sum},
+                                        {average.tensor, &work.average}};
   for (size_t k = 0; k < kMaxStates; ++k) {
     operands.push_back({states[k]->tensor, &work.state[k]});
   }
   lay_out(work, operands, layouts_);
 }
 
-void DeviceWork::launch_on_cpu(const Hypers& hypers) {
-  launched = true;
-  const int threads = at::get_num_threads();
-  if (chunks_.cost < kReleaseGilCost) {
-    cpu::update_tensors(tensors_, chunks_, hypers, threads);
-    return;
-  }
+// A short call keeps the GIL.
+template <class Body>
+void DeviceWork::without_gil(const Body& body) {
+  if (chunks_.cost < kReleaseGilCost) return body();
   for (const Active& a : active) {
     if (a.grad != nullptr) held_.push_back(*a.grad);
   }
   const GilReleased released;
-  cpu::update_tensors(tensors_, chunks_, hypers, threads);
+  body();
+}
+
+Hypers DeviceWork::hypers(const Destination& destination, const StepScalars& scalars) const {
+  Hypers result = destination.fold ? view_of(folds_) : table_->view();
+  result.average_weight = scalars.average_weight;
+  return result;
+}
+
+DeviceStep& DeviceWork::device_step(const Parameters& parameters) {
+  if (!step_) step_ = place_.backend->make_step(place_.index, parameters.owner);
+  return *step_;
+}
+
+const at::Tensor* DeviceWork::here(const at::Tensor* tensor) {
+  const c10::Device device = active.front().slot->param.tensor->device();
+  if (tensor == nullptr || tensor->device() == device) return tensor;
+  held_.push_back(tensor->to(device, tensor->scalar_type(), /*non_blocking=*/true));
+  return &held_.back();
+}
+
+double DeviceWork::measure_on_cpu(const StepScalars& scalars) {
+  double squares = 0;
+  without_gil([&] {
+    squares = cpu::measure_gradients(tensors_, chunks_, scalars.measured_weight(),
+                                     scalars.statistics, at::get_num_threads(), sums_);
+  });
+  return squares;
+}
+
+Measured DeviceWork::measure_on_device(const Parameters& parameters, const StepScalars& scalars) {
+  DeviceScale scale{.grad_scale = here(scalars.amp.grad_scale)};
+  scale.norm_scale = scalars.norm_scale();
+  scale.statistics = scalars.statistics;
+  return device_step(parameters)
+      .measure({tensors_, generation_}, hypers({}, scalars), scalars.measured_weight(), scale);
 }
 
 void DeviceWork::launch(const Parameters& parameters, const Destination& destination,
-                        const DeviceScale& scale) {
+                        const StepScalars& scalars, DeviceScale scale) {
   if (active.empty()) return;
-  const Hypers hypers = destination.fold ? view_of(folds_) : table_->view();
-  if (on_cpu()) return launch_on_cpu(hypers);
-  if (!step_) step_ = place_.backend->make_step(place_.index, parameters.owner);
-  const c10::Device device = active.front().slot->param.tensor->device();
-  const auto here = [&](const at::Tensor* tensor) -> const at::Tensor* {
-    if (tensor == nullptr || tensor->device() == device) return tensor;
-    held_.push_back(tensor->to(device, tensor->scalar_type(), /*non_blocking=*/true));
-    return &held_.back();
-  };
-  step_->launch({tensors_, generation_}, hypers, {here(scale.grad_scale), here(scale.found_inf)});
+  const Hypers table = hypers(destination, scalars);
+  if (on_cpu()) {
+    launched = true;
+    GradientSums* const sums = scalars.statistics ? sums_.data() : nullptr;
+    without_gil(
+        [&] { cpu::update_tensors(tensors_, chunks_, table, at::get_num_threads(), sums); });
+    return;
+  }
+  scale.grad_scale = here(scalars.amp.grad_scale);
+  scale.found_inf = here(scalars.amp.found_inf);
+  scale.squares = here(scale.squares);
+  scale.norm_scale = scalars.norm_scale();
+  scale.statistics = scalars.statistics;
+  device_step(parameters).launch({tensors_, generation_}, table, scale);
   launched = true;
+}
+
+std::vector<std::pair<size_t, GradientSums>> DeviceWork::sums() {
+  std::vector<GradientSums> of_tensor(tensors_.size());
+  if (!on_cpu()) {
+    if (step_) of_tensor = step_->sums();
+  } else {
+    for (size_t c = 0; c < sums_.size(); ++c) {
+      of_tensor[static_cast<size_t>(chunks_.chunks[c].tensor)] += sums_[c];
+    }
+  }
+  std::vector<std::pair<size_t, GradientSums>> result;
+  for (size_t i = 0; i < std::min(of_tensor.size(), key_.tensors.size()); ++i) {
+    result.emplace_back(key_.tensors[i].slot, of_tensor[i]);
+  }
+  return result;
 }
 
 void DeviceWork::count_step() const {

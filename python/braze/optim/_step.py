@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -15,8 +16,11 @@ from torch.optim.optimizer import Optimizer
 from braze import _native
 from braze._native import _C
 from braze.optim import _torch_path
+from braze.optim._extras import DEFAULTS, Extras, average_weight, checked_norm
+from braze.optim._stats import GradStats
 
 _NO_WINDOW = -1.0
+_EMA_KEY = "ema_updates"
 _GRAD_SCALER = torch.amp.GradScaler(enabled=False)  # for its pass over the gradients
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -60,30 +64,22 @@ class FusedStep(Optimizer):
 
     accumulation_steps: int
     accumulation: str
+    max_grad_norm: float | None
+    error_if_nonfinite: bool
+    ema_decay: float | Callable[[int], float] | None
+    ema_warmup: bool
+    collect_grad_stats: bool
+    """Whether steps collect what ``grad_stats()`` tells. Off by default."""
 
-    @staticmethod
-    def _check_extras(accumulation_steps: int, accumulation: str, l1: float) -> None:
-        if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool):
-            raise TypeError(
-                f"accumulation_steps must be an int, got {type(accumulation_steps).__name__}"
-            )
-        if accumulation_steps < 1:
-            raise ValueError(f"Invalid accumulation_steps value: {accumulation_steps}")
-        if accumulation not in ("mean", "sum"):
-            raise ValueError(f"Invalid accumulation value: {accumulation!r}; use 'mean' or 'sum'")
-        if not l1 >= 0.0:
-            raise ValueError(f"Invalid l1 value: {l1}")
-
-    def _configure(
-        self, accumulation_steps: int, accumulation: str, l1: float, capturable: bool = False
-    ) -> None:
-        self.accumulation_steps = accumulation_steps
-        self.accumulation = accumulation
-        # Only a group that uses it has the key: a default state_dict keeps exactly torch's keys.
-        extras: dict[str, Any] = {"l1": l1} if l1 != 0.0 else {}
-        if capturable:
-            extras["capturable"] = True
+    def _configure(self, extras: Extras, **group_extras: Any) -> None:
+        """After the torch class's constructor. Only a group that uses an extra has its key: a default
+        ``state_dict`` keeps exactly torch's keys."""
         for key, value in extras.items():
+            if key != "l1":
+                setattr(self, key, value)
+        if extras["l1"] != 0.0:
+            group_extras["l1"] = extras["l1"]
+        for key, value in group_extras.items():
             self.defaults[key] = value
             for group in self.param_groups:
                 group.setdefault(key, value)
@@ -99,7 +95,12 @@ class FusedStep(Optimizer):
             or defaults.get("fused") is False
         )
         self._remember(None)
+        self.collect_grad_stats = False
         self._updated: bool | Tensor = False  # a tensor: a found_inf not looked at yet
+        self._grad_norm: Tensor | None = None
+        self._skipped: Tensor | None = None  # not 0: the last step found an overflow
+        self._scaler_asks: bool = False  # the step is to find the overflow itself
+        self._counts_moved = False
         self._plan = _C.StepPlan(self._algorithm, type(self).__name__)
 
     @property
@@ -110,6 +111,21 @@ class FusedStep(Optimizer):
         if isinstance(self._updated, Tensor):
             self._updated = not bool(self._updated)
         return self._updated
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of all gradients of the last ``step()`` before clipping, unscaled: fp32, without
+        dimensions, on the device of the gradients, not waited for. The next step writes into the same
+        tensor: clone what is to be kept. None if that step had no reason to measure it."""
+        return self._grad_norm
+
+    @property
+    def skipped(self) -> Tensor:
+        """Whether the last ``step()`` found an overflow and changed nothing: a bool without dimensions, on
+        the device that knows, not waited for."""
+        if self._skipped is None:
+            return torch.tensor(False)
+        return (self._skipped != 0).reshape(())
 
     # ------------------------------------------------------------------ step
 
@@ -149,6 +165,7 @@ class FusedStep(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._updated = False
+        self._grad_norm = self._skipped = None
         grad_scale = getattr(self, "grad_scale", None)
         window = self._window()
         if window is None and self.accumulation_steps == 1:
@@ -157,7 +174,7 @@ class FusedStep(Optimizer):
             if not isinstance(found_inf, Tensor):
                 found_inf = None
             self._update(1.0, _NO_WINDOW, False, grad_scale, found_inf)
-            if grad_scale is not None:
+            if grad_scale is not None and not self._scaler_asks:
                 self._unscale_gradients(grad_scale, found_inf)
             return loss
         if self._overflowed():
@@ -222,6 +239,12 @@ class FusedStep(Optimizer):
         ``found_inf`` are a GradScaler's; on a device they are not waited for.
         """
         mean = self.accumulation == "mean"
+        finds_overflow = self._scaler_asks
+        max_norm = checked_norm(self.max_grad_norm)
+        weight, updates = -1.0, 0
+        if self.ema_decay is not None:
+            updates = int(self.param_groups[0].get(_EMA_KEY, 0))
+            weight = average_weight(self.ema_decay, self.ema_warmup, updates)
         if self._uses_torch:
             reason = "torch"
         else:
@@ -234,24 +257,45 @@ class FusedStep(Optimizer):
                 counts,
                 grad_scale,
                 found_inf,
+                -1.0 if max_norm is None else max_norm,
+                finds_overflow,
+                self.error_if_nonfinite,
+                self.collect_grad_stats,
+                weight,
+                self._counts_moved,
             )
+        if reason in ("", "deferred", "overflow"):
+            if max_norm is not None or finds_overflow or self.collect_grad_stats:
+                self._grad_norm = self._plan.norm
+            self._skipped = self._plan.found_inf if finds_overflow else found_inf
         if reason in ("none", "overflow"):
             return
         if reason == "deferred":
-            self._updated = True if found_inf is None else found_inf
-            return
-        if reason != "":
+            self._updated = True if self._skipped is None else self._skipped
+        elif reason == "":
+            self._updated = True
+        else:
             self._check_reason(reason)
+            self._skipped = found_inf
             if found_inf is not None and bool(found_inf):
                 return
             if grad_scale is not None:
                 scale /= float(grad_scale)
             window = None if window_weight == _NO_WINDOW else window_weight
-            if not _torch_path.step(self, self._torch_class, scale, window, mean, counts):
+            clip = _torch_path.Clip(max_norm, finds_overflow, self.error_if_nonfinite)
+            done = _torch_path.step(self, self._torch_class, scale, window, mean, counts, clip)
+            self._grad_norm = clip.norm
+            if finds_overflow:
+                self._skipped = clip.found_inf
+            if not done:
                 return
             if window is not None:
                 self._plan.reset()
-        self._updated = True
+            if weight >= 0.0:
+                _torch_path.average(self, weight)
+            self._updated = True
+        if weight >= 0.0:
+            self.param_groups[0][_EMA_KEY] = updates + 1
 
     def _check_reason(self, reason: str) -> None:
         if reason.startswith("cuda") and not self._uses_torch:
@@ -260,6 +304,89 @@ class FusedStep(Optimizer):
                 f"here: {_native.cuda_missing()}. Nothing was changed. To use torch's implementation "
                 "instead, construct the optimizer with foreach=True"
             )
+
+    def step_scaled(self, scale: Tensor | None, found_inf: Tensor | None) -> Any:
+        """What :class:`braze.amp.GradScaler` calls: ``step()`` with gradients that are scaled by ``scale``,
+        in which it finds overflows itself, or with unscaled ones and what was found in them."""
+        if not self._counts_moved:  # where a step that the CPU need not know of can count itself
+            for p in self._parameters():
+                count = self.state[p].get("step") if p in self.state else None
+                if p.is_cuda and isinstance(count, Tensor) and count.is_cpu:
+                    self.state[p]["step"] = count.to(p.device, torch.float32)
+            self._counts_moved = True
+        self.__dict__.update(grad_scale=scale, found_inf=found_inf)
+        self._scaler_asks = found_inf is None
+        try:
+            return self.step()
+        finally:
+            self._scaler_asks = False
+            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
+
+    # ---------------------------------------------------- statistics, averages
+
+    def grad_stats(self) -> dict[Tensor, GradStats]:
+        """Of each parameter that the last ``step()`` updated, by parameter, if ``collect_grad_stats`` was
+        True then: its unscaled gradient before clipping, accumulated where that was so, and its update.
+        Waits for the device. The pass over the gradients that a step with ``max_grad_norm`` or
+        :class:`braze.amp.GradScaler` makes anyway collects it. Empty where torch's code did the step."""
+        return {
+            self.param_groups[group]["params"][index]: GradStats(*values)
+            for group, index, *values in self._plan.statistics()
+        }
+
+    def ema_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """``model.state_dict()`` with the running averages in the place of the parameters.
+
+        Buffers and parameters that no step has updated are the model's. Loads into the plain model.
+
+        Args:
+            model: has parameters of this optimizer.
+
+        Raises:
+            RuntimeError: ``ema_decay`` is None, and no checkpoint brought averages.
+            ValueError: none of the model's parameters has an average.
+        """
+        averages = self._averages()
+        state = model.state_dict(keep_vars=True)
+        if not any(value in averages for value in state.values() if isinstance(value, Tensor)):
+            raise ValueError(
+                f"{type(self).__name__}.ema_state_dict: no parameter of the model has an average; pass the "
+                "model whose parameters the optimizer steps"
+            )
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = averages.get(value, value).detach().to(value.dtype)
+        return state
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Within it the parameters hold their running averages, in the same memory: for evaluation.
+
+        Raises:
+            RuntimeError: as :meth:`ema_state_dict`.
+        """
+        averages = self._averages()
+        with torch.no_grad():
+            weights = {p: p.detach().clone() for p in averages}
+            for p, average in averages.items():
+                p.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, weight in weights.items():
+                    p.copy_(weight)
+
+    def _averages(self) -> dict[Tensor, Tensor]:
+        averages = {
+            p: self.state[p]["ema"] for p in self._parameters() if "ema" in self.state.get(p, ())
+        }
+        if self.ema_decay is None and not averages:
+            raise RuntimeError(
+                f"{type(self).__name__} keeps no averages of the weights: construct it with "
+                "ema_decay=0.999 or the like"
+            )
+        return averages
 
     # ---------------------------------------------------------- accumulation
 
@@ -323,7 +450,9 @@ class FusedStep(Optimizer):
 
     def _fold(self, weight: float, scale: float) -> bool:
         into_state = self._folds_momentum and self.accumulation == "sum"
-        into_state = into_state and not self._uses_torch
+        # Only a sum of its own can be measured.
+        into_state = into_state and not self._uses_torch and self.max_grad_norm is None
+        into_state = into_state and not self.collect_grad_stats
         reason = self._plan.fold(self.param_groups, self.state, weight * scale, into_state)
         if reason == "none":
             return False
@@ -365,12 +494,13 @@ class FusedStep(Optimizer):
             self._set_window(window)
         return {
             **super().__getstate__(),
-            "accumulation_steps": self.accumulation_steps,
-            "accumulation": self.accumulation,
+            **{key: getattr(self, key) for key in DEFAULTS if key != "l1"},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(
+            {**{k: v for k, v in DEFAULTS.items() if k != "l1" and k not in self.__dict__}, **state}
+        )
         for key in ("l1", "capturable"):
             if key in self.defaults:
                 for group in self.param_groups:
@@ -379,12 +509,13 @@ class FusedStep(Optimizer):
             self._prepare()
         self._remember(None)
         self._window()
+        self._counts_moved = False
         self._plan.reset()
 
     @_opaque
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. The tensors are copied, so that a step never writes into the caller's dict, and
-        fp32 accumulators of an open window keep their dtype."""
+        fp32 accumulators of an open window and running averages keep their dtype."""
         seen: dict[str, Any] = {}  # what is loaded, after all other hooks have had their say
         handle = self.register_load_state_dict_pre_hook(lambda _, final: seen.update(final))
         try:
@@ -405,8 +536,9 @@ class FusedStep(Optimizer):
             if p not in self.state:
                 continue
             entry = self.state[p]
-            if "grad_sum" in saved.get(key, ()):
-                entry["grad_sum"] = saved[key]["grad_sum"].to(p.device)
+            for name in ("grad_sum", "ema"):
+                if name in saved.get(key, ()):
+                    entry[name] = saved[key][name].to(p.device)
             for name, value in entry.items():
                 if not isinstance(value, Tensor):
                     continue

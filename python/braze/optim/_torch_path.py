@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm as torch_get_total_norm
 from torch.optim.optimizer import Optimizer
 
 
@@ -19,6 +21,46 @@ def _torch_step_of(cls: type[Optimizer]) -> Callable[[Optimizer], Any]:
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
+
+
+@dataclass
+class Clip:
+    """What is asked about the norm of the gradients, and what it was."""
+
+    max_norm: float | None
+    find_overflow: bool
+    error_if_nonfinite: bool
+    norm: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def factor(self, gradients: list[Tensor]) -> Tensor | None:
+        """What the gradients are to be multiplied by; None if they overflowed."""
+        if self.max_norm is None and not self.find_overflow:
+            return torch.tensor(1.0)
+        values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        norm = torch_get_total_norm(values, 2.0, self.error_if_nonfinite and not self.find_overflow)
+        # Of shards: over all of them.
+        self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.found_inf = self.norm.isfinite().logical_not().float()
+        if self.find_overflow and bool(self.found_inf):
+            return None
+        if self.max_norm is None:
+            return torch.tensor(1.0)
+        return (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def average(optimizer: Optimizer, weight: float) -> None:
+    """The running averages of what has just been updated."""
+    for p in _parameters(optimizer):
+        if p.grad is None or p not in optimizer.state:
+            continue
+        state = optimizer.state[p]
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if "ema" in state:
+            state["ema"].lerp_(p.to(wide), weight)
+        else:
+            state["ema"] = p.detach().to(wide, copy=True)
 
 
 @torch.no_grad()
@@ -49,6 +91,7 @@ def step(
     window_weight: float | None,
     mean: bool,
     counts: bool,
+    clip: Clip,
 ) -> bool:
     """Runs ``torch_class.step``.
 
@@ -59,9 +102,10 @@ def step(
         window_weight: sum of the weights of the open accumulation window, or None.
         mean: divide the window's sum by its weights, to which present gradients add 1.
         counts: this call adds 1 to them even if no gradient is present.
+        clip: what to do about the gradients' norm; takes what it was.
 
     Returns:
-        False if there was nothing to do.
+        False if there was nothing to do, or an overflow was found.
 
     Raises:
         ValueError: the weights sum to 0, or an l1 penalty meets a sparse gradient; nothing has changed.
@@ -85,10 +129,28 @@ def step(
         if divisor == 0.0:
             raise ValueError(f"{name}: the weights of the accumulated gradients sum to 0")
 
-    grads = [
-        (p, p.grad, _effective_gradient(optimizer, p, scale, divisor, group))
+    scaled = [
+        (group, p, _scaled_gradient(optimizer, p, scale, divisor))
         for group in optimizer.param_groups
         for p in group["params"]
+    ]
+    factor = clip.factor([grad for _, _, grad in scaled if grad is not None])
+    if factor is None:
+        return False
+    grads = [
+        (
+            p,
+            p.grad,
+            None
+            if grad is None
+            else _effective_gradient(
+                optimizer,
+                p,
+                grad * factor.to(grad.device) if clip.max_norm is not None else grad,
+                group,
+            ),
+        )
+        for group, p, grad in scaled
     ]
     # torch must see neither the sums, whose presence it takes for an initialised state, nor the scaler's scale,
     # which is applied already.
@@ -123,20 +185,24 @@ def step(
     return True
 
 
-def _effective_gradient(
-    optimizer: Optimizer, p: Tensor, scale: float, divisor: float, group: dict[str, Any]
+def _scaled_gradient(
+    optimizer: Optimizer, p: Tensor, scale: float, divisor: float
 ) -> Tensor | None:
     grad = p.grad
     total = optimizer.state[p].get("grad_sum") if p in optimizer.state else None
-    l1 = group.get("l1", 0.0)
     if grad is not None and scale != 1.0:
         grad = grad * scale
     if total is not None:
         grad = total if grad is None else total + grad
     if grad is None:
         return None
-    if divisor != 1.0:
-        grad = grad / divisor
+    return grad / divisor if divisor != 1.0 else grad
+
+
+def _effective_gradient(
+    optimizer: Optimizer, p: Tensor, grad: Tensor, group: dict[str, Any]
+) -> Tensor:
+    l1 = group.get("l1", 0.0)
     if l1 != 0.0:
         if grad.layout is not torch.strided:
             raise ValueError(f"{type(optimizer).__name__}: l1 needs dense gradients")

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.optim.adam import Adam as TorchAdam
 from torch.optim.adam import adam as adam
 from torch.optim.optimizer import Optimizer, ParamsT
+from typing_extensions import Unpack
 
+from braze.optim._extras import Extras, checked
 from braze.optim._step import FusedStep
 
 __all__ = ["Adam", "adam"]
@@ -86,11 +88,9 @@ class Adam(FusedStep, TorchAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        l1: float = 0.0,
-        accumulation_steps: int = 1,
-        accumulation: str = "mean",
+        **extras: Unpack[Extras],
     ) -> None:
-        self._check_extras(accumulation_steps, accumulation, l1)
+        checked_extras = checked(type(self).__name__, extras)
         TorchAdam.__init__(
             self,
             params,
@@ -106,4 +106,4 @@ class Adam(FusedStep, TorchAdam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._configure(accumulation_steps, accumulation, l1)
+        self._configure(checked_extras)

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.adamw import adamw as adamw
 from torch.optim.optimizer import Optimizer, ParamsT
+from typing_extensions import Unpack
 
+from braze.optim._extras import Extras
 from braze.optim.adam import Adam
 
 __all__ = ["AdamW", "adamw"]
@@ -41,9 +43,7 @@ class AdamW(Adam, TorchAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        l1: float = 0.0,
-        accumulation_steps: int = 1,
-        accumulation: str = "mean",
+        **extras: Unpack[Extras],
     ) -> None:
         super().__init__(
             params,
@@ -58,7 +58,5 @@ class AdamW(Adam, TorchAdamW):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
-            l1=l1,
-            accumulation_steps=accumulation_steps,
-            accumulation=accumulation,
+            **extras,
         )

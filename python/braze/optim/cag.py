@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from braze.optim._extras import Extras
 from braze.optim.sgd import SGD
 
 __all__ = ["CAG"]
@@ -52,12 +54,10 @@ class CAG(SGD):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         *,
-        accumulation_steps: int = 4,
-        accumulation: str = "sum",
         momentum: float = 0,
         weight_decay: float = 0,
-        l1: float = 0.0,
         maximize: bool = False,
+        **extras: Unpack[Extras],
     ) -> None:
         super().__init__(
             params,
@@ -65,7 +65,5 @@ class CAG(SGD):
             momentum,
             weight_decay=weight_decay,
             maximize=maximize,
-            l1=l1,
-            accumulation_steps=accumulation_steps,
-            accumulation=accumulation,
+            **cast(Extras, {"accumulation_steps": 4, "accumulation": "sum", **extras}),
         )

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from typing_extensions import Unpack
 
+from braze.optim._extras import Extras, checked
 from braze.optim._step import FusedStep
 
 __all__ = ["Lion"]
@@ -86,11 +88,9 @@ class Lion(FusedStep, _LionInTorch):
         *,
         maximize: bool = False,
         capturable: bool = False,
-        l1: float = 0.0,
-        accumulation_steps: int = 1,
-        accumulation: str = "mean",
+        **extras: Unpack[Extras],
     ) -> None:
-        self._check_extras(accumulation_steps, accumulation, l1)
+        checked_extras = checked(type(self).__name__, extras)
         for name, value in (("learning rate", lr), ("weight_decay value", weight_decay)):
             if not 0.0 <= value:
                 raise ValueError(f"Invalid {name}: {value}")
@@ -105,4 +105,4 @@ class Lion(FusedStep, _LionInTorch):
             "capturable": capturable,
         }
         Optimizer.__init__(self, params, defaults)
-        self._configure(accumulation_steps, accumulation, l1)
+        self._configure(checked_extras)

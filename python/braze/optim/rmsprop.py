@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.rmsprop import RMSprop as TorchRMSprop
 from torch.optim.rmsprop import rmsprop as rmsprop
+from typing_extensions import Unpack
 
+from braze.optim._extras import Extras, checked
 from braze.optim._step import FusedStep
 
 __all__ = ["RMSprop", "rmsprop"]
@@ -53,12 +55,9 @@ class RMSprop(FusedStep, TorchRMSprop):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        *,
-        l1: float = 0.0,
-        accumulation_steps: int = 1,
-        accumulation: str = "mean",
+        **extras: Unpack[Extras],
     ) -> None:
-        self._check_extras(accumulation_steps, accumulation, l1)
+        checked_extras = checked(type(self).__name__, extras)
         TorchRMSprop.__init__(
             self,
             params,
@@ -73,4 +72,4 @@ class RMSprop(FusedStep, TorchRMSprop):
             maximize,
             differentiable,
         )
-        self._configure(accumulation_steps, accumulation, l1)
+        self._configure(checked_extras)

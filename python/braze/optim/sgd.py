@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import SGD as TorchSGD
 from torch.optim.sgd import sgd as sgd
+from typing_extensions import Unpack
 
+from braze.optim._extras import Extras, checked
 from braze.optim._step import FusedStep
 
 __all__ = ["SGD", "sgd"]
@@ -57,11 +59,9 @@ class SGD(FusedStep, TorchSGD):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
-        l1: float = 0.0,
-        accumulation_steps: int = 1,
-        accumulation: str = "mean",
+        **extras: Unpack[Extras],
     ) -> None:
-        self._check_extras(accumulation_steps, accumulation, l1)
+        checked_extras = checked(type(self).__name__, extras)
         TorchSGD.__init__(
             self,
             params,
@@ -75,4 +75,4 @@ class SGD(FusedStep, TorchSGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._configure(accumulation_steps, accumulation, l1, capturable)
+        self._configure(checked_extras, **({"capturable": True} if capturable else {}))

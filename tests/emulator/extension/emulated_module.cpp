@@ -3,6 +3,7 @@
 // installed, for its tensors instead.
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <Python.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/Generator.h>
@@ -33,6 +34,10 @@ void set_current_stream(DeviceIndex device, cudaStream_t stream) {
 }
 
 }  // namespace c10::cuda
+
+c10::Allocator* c10::cuda::CUDACachingAllocator::get() {
+  return c10::GetAllocator(fake_device::installed() ? c10::kCUDA : c10::kCPU);
+}
 
 namespace {
 
