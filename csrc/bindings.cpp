@@ -3,6 +3,7 @@
 
 #include "cpu/instruction_set.h"
 #include "ops/batch_norm.h"
+#include "ops/clip.h"
 #include "ops/device_backend.h"
 #include "ops/dropout.h"
 #include "ops/fingerprint.h"
@@ -127,6 +128,8 @@ PYBIND11_MODULE(_C, m) {
   op("batch_norm_apply", braze::batch_norm_apply);
   op("batch_norm_reduce", braze::batch_norm_reduce);
   op("batch_norm_apply_grad", braze::batch_norm_apply_grad);
+  op("clip_to_norm", braze::clip_to_norm);
+  op("clip_to_value", braze::clip_to_value);
   op("dropout", braze::dropout);
   op("dropout_", braze::dropout_);
   op("dropout_apply", braze::dropout_apply);

@@ -92,11 +92,7 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
       if (sum.defined()) {
         missing.push_back({&a, keys().grad_sum, std::move(sum)});
       } else {
-<<<<<<< HEAD
         add(keys().grad_sum, empty_wide(param));
-=======
-        add(keys().grad_sum, new_lasting(param, sum_dtype(param)));
->>>>>>> fills
       }
       a.first = true;
     }

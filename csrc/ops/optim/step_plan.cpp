@@ -1,7 +1,6 @@
 // One call, from gradients to launches. Everything that can fail comes before the first write.
 #include "step_plan.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
@@ -9,6 +8,7 @@
 #include <cmath>
 
 #include "../../math/gradient.h"
+#include "../measured.h"
 
 namespace braze {
 namespace {
@@ -197,23 +197,10 @@ void StepPlan::measure(StepScalars& scalars, DeviceScale& scale) {
   norm_scale_ = scalars.norm_scale();
   bool finite = true;
   if (scalars.norm_on_device) {
-    norm_ = measured.front().norm;
-    found_inf_ = measured.front().found_inf;
-    all_squares_ = measured.front().squares;
-    if (measured.size() > 1) {
-      std::vector<at::Tensor> all;
-      for (const Measured& m : measured) {
-        all.push_back(m.squares.to(norm_.device(), c10::kDouble, /*non_blocking=*/true));
-      }
-      all_squares_ = at::cat(all);
-      const at::Tensor total = all_squares_.sum();
-      found_inf_ = total.isfinite().logical_not().to(c10::kFloat).reshape({1});
-      at::Tensor norm = total.sqrt().mul(norm_scale_);
-      if (scalars.amp.grad_scale != nullptr) {
-        norm = norm.div(scalars.amp.grad_scale->to(norm.device(), c10::kDouble, true).reshape({}));
-      }
-      norm_ = norm.to(c10::kFloat);
-    }
+    const Measured all = combined(measured, norm_scale_, scalars.amp.grad_scale);
+    norm_ = all.norm;
+    found_inf_ = all.found_inf;
+    all_squares_ = all.squares;
     if (scalars.norm_decides()) scale.squares = &all_squares_;
     if (scalars.refuse_overflow && !scalars.find_overflow) {
       finite = found_inf_.item().toDouble() == 0;

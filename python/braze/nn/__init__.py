@@ -8,6 +8,7 @@ if not _typing.TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
 
 import braze.nn.functional as functional  # noqa: F401  (`from` finds the star's, torch's)
+import braze.nn.utils as utils  # noqa: F401
 from braze.nn import _aliases, _folded
 from braze.nn._to_torch import to_torch as to_torch
 from braze.nn.batch_norm import BatchNorm1d as BatchNorm1d
@@ -58,7 +59,6 @@ if _typing.TYPE_CHECKING:
     from torch.nn import modules as modules
     from torch.nn import parallel as parallel
     from torch.nn import parameter as parameter
-    from torch.nn import utils as utils
     from torch.nn.modules import *  # type: ignore[assignment]  # noqa: F403
     from torch.nn.parallel import DataParallel as DataParallel
     from torch.nn.parameter import Buffer as Buffer
