@@ -30,6 +30,7 @@ _FUNCTIONS = _own(torch.nn.functional, braze.nn.functional)
 # torch's classes and functions, and braze's that stand for them.
 REPLACED: dict[Any, Any] = {
     **_own(torch.nn, nn),
+    **_own(torch.nn.utils, nn.utils),
     **_own(torch.optim, optim),
     **_FUNCTIONS,
 }
@@ -86,8 +87,9 @@ def install() -> Installation:
 
     From then on ``torch.optim`` has braze's SGD, Adam, AdamW and RMSprop, ``torch.nn`` its BatchNorm,
     LazyBatchNorm, Dropout, AlphaDropout, FeatureAlphaDropout and SyncBatchNorm classes,
-    ``torch.nn.functional`` its ``batch_norm`` and the six dropouts: all that ``braze.nn`` and
-    ``braze.optim`` have under torch's names.
+    ``torch.nn.functional`` its ``batch_norm`` and the six dropouts, ``torch.nn.utils`` its clipping of
+    gradients, ``torch.amp`` its GradScaler: all that braze has under torch's names. So Lightning, Accelerate,
+    transformers and timm, which look them up when they need them, use them unasked.
     The functions are those that torch's own modules call, too, ``MultiheadAttention`` and modules made before
     among them; ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` are made with braze's Dropout.
 

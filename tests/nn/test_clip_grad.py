@@ -253,13 +253,16 @@ def test_imports_as_torchs() -> None:
     assert all(hasattr(ours, name) for name in ours.__all__)
 
 
-def test_replaces_torchs_functions() -> None:
+def test_install_puts_them_where_frameworks_look() -> None:
     program = (
-        "import torch, braze.nn.utils as u\n"
-        "u.replace_torch(); u.replace_torch()\n"
+        "import torch, braze, braze.nn.utils as u\n"
+        "before = torch.nn.utils.clip_grad_norm_\n"
+        "braze.install()\n"
         "assert torch.nn.utils.clip_grad_norm_ is u.clip_grad_norm_\n"
         "p = torch.nn.Parameter(torch.zeros(3)); p.grad = torch.full((3,), 2.0)\n"
         "assert float(torch.nn.utils.clip_grad_norm_([p], 1.0, norm_type=1)) == 6.0\n"
         "torch.nn.utils.clip_grad_value_([p], 0.1, foreach=True)\n"
+        "braze.uninstall()\n"
+        "assert torch.nn.utils.clip_grad_norm_ is before\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
