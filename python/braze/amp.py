@@ -17,7 +17,7 @@ for _module in (autocast_mode, grad_scaler):
     _sys.modules.setdefault("braze" + _module.__name__.removeprefix("torch"), _module)
 
 
-class GradScaler(_torch_amp.GradScaler):
+class GradScaler(_torch_amp.GradScaler):  # type: ignore[no-redef]
     """``torch.amp.GradScaler``, whose ``step`` leaves the search for overflows to braze's optimizers.
 
     g = .grad / scale; if every g is finite, the optimizer's update with g, ``max_grad_norm`` of g included;
