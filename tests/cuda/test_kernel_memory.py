@@ -115,6 +115,24 @@ def test_vectors_are_coalesced(step: str, dtype: str) -> None:
     assert moved == ELEMENTS * SIZES[dtype] * OPERANDS[step]
 
 
+@pytest.mark.parametrize("dtype", SIZES)
+def test_gradients_are_measured_in_full_sectors(dtype: str) -> None:
+    all_of_it = counted()[f"measure_{dtype}"].items()
+    accesses = {access: c for access, c in all_of_it if access.startswith("grad ")}
+    assert moved_whole(accesses) == ELEMENTS * SIZES[dtype]
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+def test_averages_are_read_and_written_by_vectors(dtype: str) -> None:
+    """Beside 16-bit parameters two of them, one after the other: each request is of half sectors."""
+    size = max(4, SIZES[dtype])
+    averages = {a: c for a, c in counted()[f"averaged_{dtype}"].items() if a.startswith("average ")}
+    assert averages.keys() == {"average read 16", "average write 16"}
+    for requests, lanes, sectors in averages.values():
+        assert lanes * 16 == ELEMENTS * size and lanes == 32 * requests
+        assert sectors == requests * (32 if SIZES[dtype] == 2 else 16)
+
+
 def test_misaligned_tensors_keep_their_vectors() -> None:
     accesses = counted()["adam_f32_off_by_1"]
     # Each of two chunks has a head of three elements and a tail of one.

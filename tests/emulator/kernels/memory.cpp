@@ -26,9 +26,10 @@ __global__ void vector_kernel(const float* in, float* out) {
   cuda::store16(out + 4 * threadIdx.x, cuda::load16(in + 4 * threadIdx.x));
 }
 
+constexpr int64_t kElements = 12288;
+
 // One tensor of one chunk and a half, `phase` elements off 16 bytes.
 TensorWork tensor(DType dtype, DType state, int phase) {
-  constexpr int64_t kElements = 12288;
   const auto operand = [&](const char* name, DType of) {
     const size_t size = size_of(of);
     return Operand{device_memory(name, kElements * size, static_cast<size_t>(phase) * size),
@@ -69,6 +70,21 @@ void count_steps() {
     count("adam_" + name, [&] { return launcher.step({work, 1}, view_of(adam), {}, nullptr); });
     count("sgd_" + name, [&] { return launcher.step({work, 2}, view_of(sgd), {}, nullptr); });
     count("fold_" + name, [&] { return launcher.step({work, 3}, view_of(fold), {}, nullptr); });
+    cuda::StepScale scale;
+    scale.sums = reinterpret_cast<double*>(device_memory("sums", 2 * sizeof(double)));
+    auto* totals = reinterpret_cast<cuda::MeasuredTotals*>(
+        device_memory("totals", sizeof(cuda::MeasuredTotals)));
+    count("measure_" + name, [&] {
+      return launcher.measure({work, 4}, view_of(adam), 1, scale, false, totals, nullptr);
+    });
+    std::vector<TensorWork> averaged = work;
+    const DType wide = c.dtype == DType::f64 ? c.dtype : DType::f32;
+    const size_t size = size_of(wide);
+    averaged[0].average = {
+        device_memory("average", kElements * size, static_cast<size_t>(c.phase) * size), nullptr,
+        wide};
+    count("averaged_" + name,
+          [&] { return launcher.step({averaged, 5}, view_of(sgd), {}, nullptr); });
   }
   std::vector<TensorWork> work = {tensor(DType::f32, DType::f32, 0)};
   work[0].step = {device_memory("step", 4), nullptr, DType::f32};

@@ -342,9 +342,10 @@ TEST(measured_steps) {
   }
 }
 
-// For sanitizers that can tell few threads apart.
+// For sanitizers that can tell few threads apart; more chunks than the device has blocks.
 TEST(measured_few_chunks) {
-  for (const bool on_device : {false, true}) measure_and_step(plain_specs({8200, 50}), on_device);
+  for (const bool on_device : {false, true})
+    measure_and_step(plain_specs({8200, 9, 5, 7, 50, 6}), on_device);
 }
 
 }  // namespace measure_tests
