@@ -24,7 +24,7 @@ class GradScaler(_torch_amp.GradScaler):  # type: ignore[no-redef]
     otherwise nothing changes, and ``update()`` makes the scale smaller. torch reads and writes all gradients
     for that before the step, and waits for the answer on the host unless the optimizer has ``fused=True``.
     Here the optimizer's own step does it in two passes that write no gradient, and on a device the host never
-    waits, once the optimizer's state exists: ``optimizer.skipped`` and ``optimizer.grad_norm`` hold the
+    waits once the optimizer's state exists: ``optimizer.skipped`` and ``optimizer.grad_norm`` hold the
     answers there.
 
     Arguments, errors, the other methods and ``state_dict`` are torch's; checkpoints go both ways. Other
@@ -35,13 +35,15 @@ class GradScaler(_torch_amp.GradScaler):  # type: ignore[no-redef]
 
     - After ``step``, ``.grad`` still carries the scale, unless ``unscale_`` was called before.
     - Gradients in fp16 are taken, without ``fused=True`` too. ``unscale_`` refuses them as torch's does.
+    - An fp64 gradient whose square is beyond fp64 counts as an overflow.
     - After an overflow ``step`` was called nonetheless, so that its hooks ran, and ``updated`` is False.
-    - Step counts that an optimizer kept on the CPU for parameters on a device move to the device.
+    - Step counts that an optimizer kept on the CPU for parameters on a device move to the device. A step
+      that is skipped there, unknown to the CPU, counts for ``ema_warmup``.
 
-    What waits for the device: a step that makes a momentum buffer, sparse gradients and others that torch's
-    code has to step, and accumulation. There torch's protocol holds: a micro-batch that overflows is left
-    out of the window and does not count in it. Where several ``backward()`` add up in ``.grad`` before one
-    ``step``, an overflow in any of them skips that step.
+    What waits for the device: the step that makes an average or a damped momentum buffer, sparse gradients
+    and others that torch's code has to step, and accumulation. There torch's protocol holds: a micro-batch
+    that overflows is left out of the window and does not count in it. Where several ``backward()`` add up in
+    ``.grad`` before one ``step``, an overflow in any of them skips that step.
     """
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

@@ -261,6 +261,20 @@ def test_fp16_gradients_need_no_fused_flag(kind: str) -> None:
     assert_same(everything(ours), everything(plain))
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_squares_beyond_fp32_are_no_overflow(sparse: bool) -> None:
+    """Sparse gradients are torch's code."""
+    embedding = torch.nn.Embedding(6, 3, sparse=sparse)
+    optimizer, scaler = optim.SGD(embedding.parameters(), lr=1e-20), started()
+    before = embedding.weight.detach().clone()
+    scaler.scale(embedding(torch.tensor([1, 4])).sum() * 1e20).backward()
+    scaler.step(optimizer)
+    assert optimizer.updated is True and not optimizer.skipped
+    torch.testing.assert_close(optimizer.grad_norm, torch.tensor(6.0**0.5 * 1e20))
+    expected = before - torch.tensor([[0.0], [1], [0], [0], [1], [0]])
+    torch.testing.assert_close(embedding.weight.detach(), expected)
+
+
 def test_misuse_is_refused_as_torch_refuses_it() -> None:
     ours, scaler = optimizer_of("Adam"), GradScaler("cpu", init_scale=SCALE)
     give(ours, 0, SCALE)
