@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import braze.nn.functional
-from braze import nn, optim
+from braze import amp, nn, optim
 
 __all__ = ["REPLACED", "install", "uninstall"]
 
@@ -31,6 +31,7 @@ _FUNCTIONS = _own(torch.nn.functional, braze.nn.functional)
 REPLACED: dict[Any, Any] = {
     **_own(torch.nn, nn),
     **_own(torch.nn.utils, nn.utils),
+    **_own(torch.amp, amp),
     **_own(torch.optim, optim),
     **_FUNCTIONS,
 }
@@ -71,10 +72,10 @@ def _hold(installation: Installation) -> None:
 
 
 def _swap(pairs: dict[Any, Any]) -> None:
-    """Puts the second of a pair wherever torch.nn and torch.optim have the first."""
+    """Puts the second of a pair wherever torch.nn, torch.optim and torch.amp have the first."""
     by_id = {id(old): new for old, new in pairs.items()}
     for name, module in list(sys.modules.items()):
-        if not f"{name}.".startswith(("torch.nn.", "torch.optim.")):
+        if not f"{name}.".startswith(("torch.nn.", "torch.optim.", "torch.amp.")):
             continue
         for attribute, value in list(vars(module).items()):
             # A class stays where pickle and its own methods look for it.

@@ -259,6 +259,7 @@ def test_install_puts_them_where_frameworks_look() -> None:
         "before = torch.nn.utils.clip_grad_norm_\n"
         "braze.install()\n"
         "assert torch.nn.utils.clip_grad_norm_ is u.clip_grad_norm_\n"
+        "assert torch.amp.GradScaler is braze.amp.GradScaler\n"
         "p = torch.nn.Parameter(torch.zeros(3)); p.grad = torch.full((3,), 2.0)\n"
         "assert float(torch.nn.utils.clip_grad_norm_([p], 1.0, norm_type=1)) == 6.0\n"
         "torch.nn.utils.clip_grad_value_([p], 0.1, foreach=True)\n"
