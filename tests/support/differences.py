@@ -91,8 +91,8 @@ DIFFERENCES: tuple[Difference, ...] = (
         "Optimizers",
         "Norms of gradients",
         "`max_grad_norm`, `braze.nn.utils.clip_grad_norm_` and `get_total_norm` sum squares in fp64 and "
-        "round the norm once. Torch rounds the norm of each 16-bit gradient to 16 bits, and has infinity where squares "
-        "overflow fp32. An fp64 gradient whose square overflows counts as not finite.",
+        "round the norm once. Torch rounds the norm of each 16-bit gradient to 16 bits, and has infinity where "
+        "squares overflow fp32. An fp64 gradient whose square overflows counts as not finite.",
         "Products of fp32 are exact in fp64, and the order of the sum depends on the shapes alone.",
     ),
     Difference(

@@ -22,4 +22,4 @@ __all__ = _torch_utils.__all__
 
 if _typing.TYPE_CHECKING:
     # Last: a checker keeps the first of two.
-    from torch.nn.utils import *  # type: ignore[assignment]  # noqa: F403
+    from torch.nn.utils import *  # noqa: F403

@@ -64,7 +64,7 @@ def clip_grad_norm_(
     again = parameters
     if isinstance(parameters, GeneratorType):
         parameters = list(parameters)
-        again = parameters or (p for p in ())
+        again = parameters or (p for p in parameters)
     elif isinstance(parameters, Tensor):
         parameters = [parameters]
     else:
