@@ -24,7 +24,7 @@ def _ours(foreach: bool | None) -> bool:
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+    return [grad for p in parameters if (grad := p.grad) is not None]
 
 
 def clip_grad_norm_(
