@@ -1,7 +1,8 @@
 """One optimizer step, against the best of torch.optim's modes.
 
 Time of opt.step() with every gradient present, interleaved; ratios above 1 mean braze is faster. floor = bytes
-/ stream bandwidth. On CUDA: end to end, on the device, on the host with the device kept busy, and launches.
+/ stream bandwidth. --clip, --amp and --ema: the whole of what follows backward(), see recipe.py. On CUDA: end
+to end, on the device, on the host with the device kept busy, and launches.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch.nn import Parameter
 
 from . import cuda_clock, optim_cuda, rows, table
-from .cells import CELLS, OPTIONS, Cell, torch_optimizers
+from .cells import CELLS, OPTIONS, Cell
 from .cuda_clock import Step
+from .recipe import CELLS as RECIPE_CELLS
+from .recipe import CLIP, Recipe, contenders
 from .rows import Work
 from .timing import interleave, ratios, stream_bandwidth
 
@@ -28,14 +31,12 @@ COLUMNS = (
 )
 
 
-def _contenders(cell: Cell, name: str) -> dict[str, Step]:
+def _contenders(cell: Cell, name: str, recipe: Recipe) -> dict[str, Step]:
     groups = optim_cuda.groups_of(cell, "cpu")
-    modes: dict[str, Step] = {
-        mode: make(groups).step for mode, make in torch_optimizers(name).items()
-    }
+    calls = contenders(groups, name, recipe, "cpu")
     if name == "SGD" and cell.dtype in (torch.bfloat16, torch.float16) and _fused_sgd_is_broken():
-        del modes["fused"]
-    return {**modes, "braze": getattr(braze.optim, name)(groups, **OPTIONS[name]).step}
+        del calls["fused"]
+    return calls
 
 
 def _fused_sgd_is_broken() -> bool:
@@ -46,8 +47,10 @@ def _fused_sgd_is_broken() -> bool:
     return not bool((p == 0.5).all())
 
 
-def _measure(cell: Cell, name: str, seconds: float, bandwidth: float) -> dict[str, Any]:
-    calls = _contenders(cell, name)
+def _measure(
+    cell: Cell, name: str, recipe: Recipe, seconds: float, bandwidth: float
+) -> dict[str, Any]:
+    calls = _contenders(cell, name, recipe)
     torch_modes = [mode for mode in calls if mode != "braze"]
     probe = interleave({mode: calls[mode] for mode in torch_modes}, 0.0)
     best = min(torch_modes, key=lambda mode: probe[mode].minimum)
@@ -57,8 +60,8 @@ def _measure(cell: Cell, name: str, seconds: float, bandwidth: float) -> dict[st
         "optimizer": name,
         "torch_mode": best,
         **ratios(times, best),
-        "goal": cell.goal_sgd if name == "SGD" else cell.goal_adam,
-        "floor_us": cell.bytes_moved(name) / bandwidth * 1e6,
+        "goal": recipe.goal(cell, name),
+        "floor_us": recipe.bytes_moved(cell, name) / bandwidth * 1e6,
     }
 
 
@@ -81,7 +84,10 @@ def fixed_cost(seconds: float) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--optimizer", choices=[*OPTIONS, "all"], default="all")
+    parser.add_argument("--optimizer", choices=[*OPTIONS, CLIP, "all"], default="all")
+    parser.add_argument("--clip", action="store_true", help="with clipping by the norm")
+    parser.add_argument("--amp", action="store_true", help="with a GradScaler")
+    parser.add_argument("--ema", action="store_true", help="with a running average of the weights")
     rows.add_options(parser, ("cpu", "cuda"), 1.5)
 
 
@@ -89,7 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures row by row. Returns :func:`rows.run`'s code."""
     if arguments.device == "cuda":
         return optim_cuda.run(arguments)
-    names = rows.choose([cell.name for cell in CELLS], arguments.only)
+    recipe = Recipe(arguments.clip, arguments.amp, arguments.ema)
+    cells = RECIPE_CELLS if recipe else CELLS
+    names = rows.choose([cell.name for cell in cells], arguments.only)
     cuda_clock.prepare(arguments)
     bandwidth = stream_bandwidth()
     result: dict[str, Any] = {
@@ -103,9 +111,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"fixed cost beyond torch's hook wrapper: {fixed}\n\n{table.header(COLUMNS)}")
 
     def work(cell: Cell, name: str) -> Work:
-        fixed = (cell, name, arguments.seconds, bandwidth)
+        fixed = (cell, name, recipe, arguments.seconds, bandwidth)
         return Work(f"{cell.name} / {name}", lambda row: row.update(_measure(*fixed)))
 
-    optimizers = list(OPTIONS) if arguments.optimizer == "all" else [arguments.optimizer]
-    every = [work(cell, name) for cell in CELLS if cell.name in names for name in optimizers]
+    optimizers = [arguments.optimizer]
+    if arguments.optimizer == "all":
+        optimizers = ["SGD", "AdamW", *([CLIP] if recipe.clip else [])] if recipe else [*OPTIONS]
+    every = [work(cell, name) for cell in cells if cell.name in names for name in optimizers]
     return rows.run(every, arguments, result, lambda row: table.line(row, COLUMNS))

@@ -157,8 +157,8 @@ std::optional<at::Tensor> clip_to_norm(const std::vector<at::Tensor>& gradients,
   if (measured.size() == shares.size()) {
     const Measured all = combined(measured, 1, nullptr);
     if (refuse && all.found_inf.item().toDouble() != 0) return std::nullopt;
-    const at::Tensor norm =
-        all.norm.to(device, dtype, /*non_blocking=*/false, /*copy=*/true).reshape({});
+    const at::Tensor wide = dtype == c10::kDouble ? all.squares.sum().sqrt() : all.norm;
+    const at::Tensor norm = wide.to(device, dtype, /*non_blocking=*/false, /*copy=*/true);
     for (Share& share : shares) {
       if (clips) share.clip(all.squares, max_norm);
     }

@@ -6,6 +6,7 @@ model that is there already.
 """
 
 from braze import _native as _native
+from braze import amp as amp
 from braze import memory as memory
 from braze import nn as nn
 from braze import optim as optim
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FusionError",
     "FusionReport",
+    "amp",
     "build_info",
     "fuse",
     "fusion_report",

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 SHAPES = ((5,), (3, 4), (), (300,))
-# Those whose step reads the scaler's tensors on the device from the first step on; SGD with momentum does
+# Those whose step reads the scaler's tensors on the device from the first step on; SGD with dampening does
 # from the second.
 DEFERRED: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("SGD", {"lr": 0.1}),
+    "SGD, momentum": ("SGD", {"lr": 0.1, "momentum": 0.9}),
     "Adam, fused": ("Adam", {"lr": 0.1, "fused": True}),
     "AdamW, capturable": ("AdamW", {"lr": 0.1, "capturable": True, "amsgrad": True}),
 }
 WAITING: dict[str, tuple[str, dict[str, Any]]] = {
-    "SGD, momentum": ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    "SGD, dampening": ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
     "AdamW": ("AdamW", {"lr": 0.1}),
 }
 ALL = {**DEFERRED, **WAITING}
@@ -90,7 +91,7 @@ def test_an_overflow_in_the_first_step(device: Device, kind: str) -> None:
     with device.on():
         optimizer, plain = make(device.place, kind), make(device.place, kind)
         scaled_step(optimizer, 9, 8.0, 1.0)
-        if kind == "SGD, momentum":
+        if kind == "SGD, dampening":
             assert not optimizer.state
         for seed in range(3):
             scaled_step(optimizer, seed, 8.0, 0.0)

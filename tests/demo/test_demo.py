@@ -215,6 +215,17 @@ def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "its format is 1" in refused(capsys, *run, "--resume")
 
 
+def test_monitor_tells_a_plain_deep_network_from_one_with_batch_norm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *QUICK, "--monitor", "--out", str(tmp_path)]) == 0
+    plain, normalized = capsys.readouterr().out.splitlines()
+    assert "plain: gradients vanish in 0.weight, " in plain
+    assert "batch_norm: gradients are healthy" in normalized
+    pictures = {path.name for path in tmp_path.iterdir()}
+    assert pictures == {"gradients_plain.png", "gradients_batch_norm.png"}
+
+
 def test_early_stopping(tmp_path: Path) -> None:
     result = run_demo(tmp_path, "--epochs", "9", "--patience", "1", "--lr", "0")
     assert len(result["braze"]["curves"]["accuracy"]) < 9

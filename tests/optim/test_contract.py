@@ -98,7 +98,7 @@ def test_every_public_name_is_torchs_but_ours() -> None:
     for name in (n for n in dir(torch.optim) if not n.startswith("_")):
         same = getattr(optim, name) is getattr(torch.optim, name)
         assert same is (name not in (*NAMES, "RMSprop")), name
-    assert set(optim.__all__) == {*torch.optim.__all__, "CAG", "Lion"}
+    assert set(optim.__all__) == {*torch.optim.__all__, "CAG", "GradientMonitor", "Lion"}
     assert not hasattr(torch.optim, "CAG")
 
 

@@ -81,10 +81,7 @@ bool States::create(Parameters& parameters, PyObject* state, std::vector<Active>
       }
     }
     if (destination.averages && slot.average.tensor == nullptr) {
-      // The present weights, for the same reason.
-      at::Tensor average = empty_wide(param);
-      average.copy_(param);
-      add(keys().ema, std::move(average));
+      add(keys().ema, empty_wide(param));
       a.first_average = true;
     }
     if (destination.fold && !in_state && !slot.has_sum()) {

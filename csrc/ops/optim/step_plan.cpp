@@ -120,10 +120,12 @@ bool StepPlan::resolve_loss_scale(StepScalars& scalars, bool window) const {
   for (const DeviceWork& work : work_) {
     for (const Active& a : work.active) {
       if (!deferred) break;
-      // A state that is overwritten starts with the first step that is not skipped.
+      // What is overwritten, as an average is, starts with the first step that is not skipped.
       const GroupOptions& options = parameters_.options(*a.slot);
-      const bool starts = rule.first_overwrites && (options.states & 1) != 0 &&
-                          a.slot->state[0].tensor == nullptr && !rule.zeros_serve(options.values);
+      const bool overwritten = rule.first_overwrites && (options.states & 1) != 0 &&
+                               a.slot->state[0].tensor == nullptr &&
+                               !rule.zeros_serve(options.values);
+      const bool starts = overwritten || (scalars.averages() && a.slot->average.tensor == nullptr);
       deferred = !work.on_cpu() && !starts &&
                  (!rule.counts_steps || parameters_.counts_on_device(*a.slot));
     }

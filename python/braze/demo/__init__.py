@@ -18,6 +18,7 @@ import torch
 
 from .data import DATASETS, DemoError, load
 from .models import ARCHITECTURES
+from .monitor import watch
 from .report import draw, parts_of, summarize, table_of
 from .sides import OPTIMIZERS, SCHEDULES, train
 
@@ -79,6 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where best.pt, curves.png and result.json go (default: ./braze-demo)",
     )
+    add(
+        "--monitor",
+        action="store_true",
+        help="instead, show where gradients vanish in a deep network; writes gradients_*.png",
+    )
     add("--resume", action="store_true", help="continue from best.pt in --out")
 
 
@@ -113,6 +119,8 @@ def _run(arguments: argparse.Namespace) -> None:
     start = perf_counter()
     data = load(arguments.data, arguments.root)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.monitor:
+        return watch(arguments, data)
     print(
         f"{len(data.train_labels)} training and {len(data.test_labels)} test images; {arguments.arch}, "
         f"{arguments.optimizer}, lr {arguments.lr:g}, {arguments.schedule}, batches of {arguments.batch_size}"

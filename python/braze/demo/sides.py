@@ -36,7 +36,7 @@ SCHEDULES: dict[str, Callable[[Any, int], lr_scheduler.LRScheduler]] = {
 }
 _FORMAT = 2
 # What a run that is continued may change.
-_FREE = ("root", "patience", "threads", "device", "out", "resume")
+_FREE = ("root", "patience", "threads", "device", "out", "resume", "monitor")
 
 
 class Side:

@@ -7,6 +7,7 @@ from torch.optim import *  # noqa: F403
 from torch.optim import lr_scheduler as lr_scheduler
 from torch.optim import swa_utils as swa_utils
 
+from braze.optim._monitor import GradientMonitor as GradientMonitor
 from braze.optim.adam import Adam as Adam
 from braze.optim.adamw import AdamW as AdamW
 from braze.optim.cag import CAG as CAG
@@ -14,7 +15,7 @@ from braze.optim.lion import Lion as Lion
 from braze.optim.rmsprop import RMSprop as RMSprop
 from braze.optim.sgd import SGD as SGD
 
-__all__ = [*_torch_optim.__all__, "CAG", "Lion"]
+__all__ = [*_torch_optim.__all__, "CAG", "GradientMonitor", "Lion"]
 
 # `import braze.optim.lr_scheduler` and the like give torch's very modules, unless braze has its own.
 for _name, _module in list(_sys.modules.items()):

@@ -305,6 +305,16 @@ class FusedStep(Optimizer):
                 "instead, construct the optimizer with foreach=True"
             )
 
+    @property
+    def takes_scaled_gradients(self) -> bool:
+        """Whether ``step_scaled`` can be called: torch's code is not asked for, and nothing accumulates."""
+        return (
+            not self._uses_torch
+            and self.accumulation_steps == 1
+            and self._window() is None
+            and "grad_scale" not in self.__dict__  # one that the scaler's is to be multiplied with
+        )
+
     def step_scaled(self, scale: Tensor | None, found_inf: Tensor | None) -> Any:
         """What :class:`braze.amp.GradScaler` calls: ``step()`` with gradients that are scaled by ``scale``,
         in which it finds overflows itself, or with unscaled ones and what was found in them."""

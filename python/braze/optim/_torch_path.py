@@ -37,16 +37,22 @@ class Clip:
         """What the gradients are to be multiplied by; None if they overflowed."""
         if self.max_norm is None and not self.find_overflow:
             return torch.tensor(1.0)
-        values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        values = [
+            (g.coalesce().values() if g.is_sparse else g).to(
+                torch.promote_types(g.dtype, torch.float64)  # squares of finite ones are finite
+            )
+            for g in gradients
+        ]
         norm = torch_get_total_norm(values, 2.0, self.error_if_nonfinite and not self.find_overflow)
-        # Of shards: over all of them.
-        self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.found_inf = self.norm.isfinite().logical_not().float()
+        if hasattr(norm, "full_tensor"):  # of shards: over all of them
+            norm = norm.full_tensor()
+        self.norm = norm.float()
+        self.found_inf = norm.isfinite().logical_not().float()
         if self.find_overflow and bool(self.found_inf):
             return None
         if self.max_norm is None:
             return torch.tensor(1.0)
-        return (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+        return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 @torch.no_grad()
