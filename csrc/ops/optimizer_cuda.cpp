@@ -72,17 +72,16 @@ class CudaStep final : public DeviceStep {
           "the copy of sums");
     check(cudaStreamSynchronize(stream()), "the copy of sums");
     for (size_t i = 0; i < chunks_.size(); ++i) {
-      GradientSums& sums = result[i];
       for (const int64_t end = chunk + chunks_[i]; chunk < end; ++chunk) {
         const auto column = [&](cuda::SumColumn c) {
           return c < columns ? host[static_cast<size_t>(c * all_chunks + chunk)] : 0;
         };
-        sums.squares += column(cuda::kSquares);
-        sums.largest = larger(column(cuda::kLargest), sums.largest);
-        sums.zeros += static_cast<int64_t>(column(cuda::kZeros));
-        sums.non_finite += static_cast<int64_t>(column(cuda::kNonFinite));
-        sums.update_squares += column(cuda::kUpdateSquares);
-        sums.param_squares += column(cuda::kParamSquares);
+        result[i] += {.squares = column(cuda::kSquares),
+                      .largest = column(cuda::kLargest),
+                      .zeros = static_cast<int64_t>(column(cuda::kZeros)),
+                      .non_finite = static_cast<int64_t>(column(cuda::kNonFinite)),
+                      .update_squares = column(cuda::kUpdateSquares),
+                      .param_squares = column(cuda::kParamSquares)};
       }
     }
     return result;
