@@ -296,38 +296,17 @@ auto total(const V& lanes) {
   return value[0];
 }
 
-struct GradientLanes {
-  BRAZE_INLINE GradientLanes() : squares(0), largest(0), zeros(0), non_finite(0) {}
+// The same for what need not be as exact, in the arithmetic of S.
+template <class S>
+using Own16 = Lanes<std::conditional_t<sizeof(S) == 8, double, float>, 16>;
 
-  V16 squares, largest;
-  V16::Mask zeros, non_finite;
-  int64_t padding = 0;  // lanes without an element, which look like zeros
-};
-
-template <bool kAll, class S>
-void add_gradients(GradientLanes& lanes, const S* p, int64_t n) {
-  GradientLanes l = lanes;  // a copy can stay in registers
-  each_vector<V16>(n, [&](int64_t i, auto count) BRAZE_LAMBDA {
-    const V16 g = V16::load(p + i, count);
-    l.squares += g * g;
-    if constexpr (kAll) {
-      const V16 magnitude = larger(g, -g);
-      l.largest = larger(magnitude, l.largest);
-      l.zeros = l.zeros - (g == V16(0));
-      l.non_finite = l.non_finite - !(magnitude < V16(HUGE_VAL));
-    }
-  });
-  l.padding += (V16::kLanes - n % V16::kLanes) % V16::kLanes;
-  lanes = l;
-}
-
-template <bool kAll, class T>
-void measure_as(const TensorWork& t, int64_t begin, int64_t end, double weight,
-                GradientLanes& lanes) {
+// visit(g, n) for the gradients as they are measured, a stretch at a time.
+template <class T, class Visit>
+void each_stretch(const TensorWork& t, int64_t begin, int64_t end, double weight,
+                  const Visit& visit) {
   if (t.linear && t.sum.data == nullptr) {
     with_dtype(t.grad.dtype, [&](auto element) {
-      add_gradients<kAll>(lanes, static_cast<const decltype(element)*>(t.grad.data) + begin,
-                          end - begin);
+      visit(static_cast<const decltype(element)*>(t.grad.data) + begin, end - begin);
     });
     return;
   }
@@ -335,28 +314,67 @@ void measure_as(const TensorWork& t, int64_t begin, int64_t end, double weight,
   alignas(64) T joined[kTile];
   for (; begin < end; begin += kTile) {
     const int64_t n = std::min(kTile, end - begin);
-    const T* g = open_gradient(t, grad, sum, joined, begin, n, static_cast<T>(weight));
-    add_gradients<kAll>(lanes, g, n);
+    visit(open_gradient(t, grad, sum, joined, begin, n, static_cast<T>(weight)), n);
   }
+}
+
+template <class S>
+void add_squares(V16& sum, const S* p, int64_t n) {
+  V16 squares = sum;  // a copy can stay in registers
+  each_vector<V16>(n, [&](int64_t i, auto count) BRAZE_LAMBDA {
+    const V16 g = V16::load(p + i, count);
+    squares += g * g;
+  });
+  sum = squares;
+}
+
+template <class S>
+void add_magnitudes(GradientSums& sums, const S* p, int64_t n) {
+  using V = Own16<S>;
+  V largest(0);
+  typename V::Mask zeros(0);
+  each_vector<V>(n, [&](int64_t i, auto count) BRAZE_LAMBDA {
+    const V g = V::load(p + i, count);
+    largest = larger(larger(g, -g), largest);
+    zeros = zeros - (g == V(0));
+  });
+  alignas(64) typename V::Element magnitudes[V::kLanes];
+  largest.store(magnitudes);
+  for (const auto magnitude : magnitudes) {
+    sums.largest = std::max<double>(sums.largest, magnitude);
+  }
+  // Lanes without an element look like zeros.
+  sums.zeros += total(zeros) - (V::kLanes - n % V::kLanes) % V::kLanes;
+}
+
+template <class T>
+void measure_as(const TensorWork& t, int64_t begin, int64_t end, double weight, bool all,
+                GradientSums& sums) {
+  V16 squares(0);
+  each_stretch<T>(t, begin, end, weight, [&](const auto* g, int64_t n) {
+    add_squares(squares, g, n);
+    if (all) add_magnitudes(sums, g, n);
+  });
+  sums.squares = total(squares);
+  if (!all || sums.squares < HUGE_VAL) return;
+  each_stretch<T>(t, begin, end, weight, [&](const auto* g, int64_t n) {
+    using V = Own16<std::remove_cvref_t<decltype(*g)>>;
+    for (int64_t i = 0; i < n; i += V::kLanes) {
+      const V value = V::load(g + i, n - i);
+      const typename V::Mask non_finite = !(larger(value, -value) < V(HUGE_VAL));
+      sums.non_finite += __builtin_popcount(non_finite.bits());
+    }
+  });
 }
 
 void measure(const TensorWork& t, int64_t begin, int64_t end, double weight, bool all,
              GradientSums& sums) {
-  GradientLanes lanes;
-  const auto run = [&](auto element) {
-    using T = decltype(element);
-    all ? measure_as<true, T>(t, begin, end, weight, lanes)
-        : measure_as<false, T>(t, begin, end, weight, lanes);
-  };
-  t.is_double ? run(double()) : run(float());
-  const double scale = t.sum.data == nullptr ? weight : 1;  // else it is in already
-  sums = {.squares = total(lanes.squares) * scale * scale};
-  if (!all) return;
-  alignas(64) double magnitudes[V16::kLanes];
-  lanes.largest.store(magnitudes);
-  sums.largest = *std::max_element(magnitudes, magnitudes + V16::kLanes) * scale;
-  sums.zeros = total(lanes.zeros) - lanes.padding;
-  sums.non_finite = total(lanes.non_finite);
+  sums = {};
+  t.is_double ? measure_as<double>(t, begin, end, weight, all, sums)
+              : measure_as<float>(t, begin, end, weight, all, sums);
+  if (t.sum.data != nullptr) return;  // the weight is in already
+  sums.squares *= weight * weight;
+  sums.largest *= weight;
 }
 
 // An update, a tile at a time, and while the tile is in the cache, what depends on the parameter
@@ -367,19 +385,26 @@ void run_and_follow(const TensorWork& t, int64_t begin, int64_t end, uint32_t fl
                     GradientSums* sums) {
   using V = Vec<T>;
   View<T> param, average;
+  using Own = Own16<T>;
   alignas(64) T old[kTile];
-  V16 change(0), size(0);
+  V16 changes(0), sizes(0);
   for (; begin < end; begin += kTile) {
     const int64_t n = std::min(kTile, end - begin);
     if (sums != nullptr) std::copy_n(param.open(t, t.param, begin, n, true), n, old);
     run<Rule, T>(t, begin, begin + n, flags, a);
     const T* const p = param.open(t, t.param, begin, n, true);
     if (sums != nullptr) {
-      each_vector<V16>(n, [&](int64_t i, auto count) BRAZE_LAMBDA {
-        const V16 before = V16::load(old + i, count), step = V16::load(p + i, count) - before;
+      Own change(0), size(0);  // of few enough elements for their own arithmetic
+      each_vector<Own>(n, [&](int64_t i, auto count) BRAZE_LAMBDA {
+        const Own before = Own::load(old + i, count), step = Own::load(p + i, count) - before;
         change += step * step;
         size += before * before;
       });
+      alignas(64) T parts[2][Own::kLanes];
+      change.store(parts[0]);
+      size.store(parts[1]);
+      changes += V16::load(parts[0]);
+      sizes += V16::load(parts[1]);
     }
     if (t.average.data == nullptr) continue;
     T* const mean = average.open(t, t.average, begin, n, !t.first_average);
@@ -392,8 +417,8 @@ void run_and_follow(const TensorWork& t, int64_t begin, int64_t end, uint32_t fl
     average.close(t, t.average, begin, n);
   }
   if (sums == nullptr) return;
-  sums->update_squares = total(change);
-  sums->param_squares = total(size);
+  sums->update_squares = total(changes);
+  sums->param_squares = total(sizes);
 }
 
 // hypers.data: Hyper<Rule>[].
