@@ -67,7 +67,7 @@ def _scaler(cls: Any, device: str) -> Any:
 
 def _torch_recipe(optimizer: Any, params: list[torch.Tensor], recipe: Recipe, device: str) -> Step:
     if not recipe:
-        return optimizer.step  # type: ignore[no-any-return]
+        return optimizer.step
     scaler = _scaler(torch.amp.GradScaler, device) if recipe.amp else None
     averages = [p.detach().clone() for p in params] if recipe.ema else None
     average: Callable[..., None] = get_ema_multi_avg_fn(DECAY)

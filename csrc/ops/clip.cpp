@@ -22,24 +22,30 @@ namespace {
 bool takes(const std::vector<at::Tensor>& gradients) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
   std::vector<std::pair<uintptr_t, uintptr_t>> spans;
+  spans.reserve(gradients.size());
   for (const at::Tensor& g : gradients) {
     const bool has_kernels = g.is_cpu() || device_place(g).backend != nullptr;
     if (!has_kernels || !is_plain(g) || !real_dtype(g.scalar_type())) return false;
     if (g.is_inference() && !c10::InferenceMode::is_enabled()) return false;
     if (g.numel() == 0) continue;
     const auto begin = reinterpret_cast<uintptr_t>(g.const_data_ptr());
-    int64_t last = 0;
-    for (int64_t d = 0; d < g.dim(); ++d) last += (g.size(d) - 1) * g.stride(d);
-    spans.emplace_back(begin, begin + static_cast<uintptr_t>(last + 1) * g.itemsize());
-    if (!g.is_non_overlapping_and_dense() &&
-        !is_non_overlapping(g.sizes().vec(), g.strides().vec())) {
-      return false;
+    if (g.is_non_overlapping_and_dense()) {
+      spans.emplace_back(begin, begin + g.nbytes());
+      continue;
     }
+    const Footprint walked = footprint(g);
+    if (!is_non_overlapping(walked.sizes, walked.strides)) return false;
+    spans.emplace_back(begin, walked.end());
   }
   // Those that share memory would be scaled twice, and by several threads.
-  std::sort(spans.begin(), spans.end());
+  // backward() made them one after another, mostly: in this order or the opposite.
+  if (!std::is_sorted(spans.rbegin(), spans.rend()) &&
+      !std::is_sorted(spans.begin(), spans.end())) {
+    std::sort(spans.begin(), spans.end());
+  }
   for (size_t i = 1; i < spans.size(); ++i) {
-    if (spans[i].first < spans[i - 1].second) return false;
+    const auto& [first, second] = std::minmax(spans[i - 1], spans[i]);
+    if (second.first < first.second) return false;
   }
   return true;
 }
@@ -55,7 +61,12 @@ class Share {
   }
   void add(const at::Tensor& gradient) {
     TensorWork& work = tensors_.emplace_back();
-    lay_out(work, {{&gradient, &work.param}, {&gradient, &work.grad}}, layouts_);
+    if (gradient.is_non_overlapping_and_dense()) {
+      work.numel = gradient.numel() * (gradient.is_complex() ? 2 : 1);
+      work.param = work.grad = linear_operand(gradient);
+    } else {
+      lay_out(work, {{&gradient, &work.param}, {&gradient, &work.grad}}, layouts_);
+    }
     work.is_double = work.param.dtype == DType::f64;
   }
 
@@ -157,8 +168,8 @@ std::optional<at::Tensor> clip_to_norm(const std::vector<at::Tensor>& gradients,
   if (measured.size() == shares.size()) {
     const Measured all = combined(measured, 1, nullptr);
     if (refuse && all.found_inf.item().toDouble() != 0) return std::nullopt;
-    const at::Tensor norm =
-        all.norm.to(device, dtype, /*non_blocking=*/false, /*copy=*/true).reshape({});
+    const at::Tensor wide = dtype == c10::kDouble ? all.squares.sum().sqrt() : all.norm;
+    const at::Tensor norm = wide.to(device, dtype, /*non_blocking=*/false, /*copy=*/true);
     for (Share& share : shares) {
       if (clips) share.clip(all.squares, max_norm);
     }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import braze.nn.functional
-from braze import nn, optim
+from braze import amp, nn, optim
 
 __all__ = ["REPLACED", "install", "uninstall"]
 
@@ -30,6 +30,8 @@ _FUNCTIONS = _own(torch.nn.functional, braze.nn.functional)
 # torch's classes and functions, and braze's that stand for them.
 REPLACED: dict[Any, Any] = {
     **_own(torch.nn, nn),
+    **_own(torch.nn.utils, nn.utils),
+    **_own(torch.amp, amp),
     **_own(torch.optim, optim),
     **_FUNCTIONS,
 }
@@ -70,10 +72,10 @@ def _hold(installation: Installation) -> None:
 
 
 def _swap(pairs: dict[Any, Any]) -> None:
-    """Puts the second of a pair wherever torch.nn and torch.optim have the first."""
+    """Puts the second of a pair wherever torch.nn, torch.optim and torch.amp have the first."""
     by_id = {id(old): new for old, new in pairs.items()}
     for name, module in list(sys.modules.items()):
-        if not f"{name}.".startswith(("torch.nn.", "torch.optim.")):
+        if not f"{name}.".startswith(("torch.nn.", "torch.optim.", "torch.amp.")):
             continue
         for attribute, value in list(vars(module).items()):
             # A class stays where pickle and its own methods look for it.
@@ -86,8 +88,9 @@ def install() -> Installation:
 
     From then on ``torch.optim`` has braze's SGD, Adam, AdamW and RMSprop, ``torch.nn`` its BatchNorm,
     LazyBatchNorm, Dropout, AlphaDropout, FeatureAlphaDropout and SyncBatchNorm classes,
-    ``torch.nn.functional`` its ``batch_norm`` and the six dropouts: all that ``braze.nn`` and
-    ``braze.optim`` have under torch's names.
+    ``torch.nn.functional`` its ``batch_norm`` and the six dropouts, ``torch.nn.utils`` its clipping of
+    gradients, ``torch.amp`` its GradScaler: all that braze has under torch's names. So Lightning, Accelerate,
+    transformers and timm, which look them up when they need them, use them unasked.
     The functions are those that torch's own modules call, too, ``MultiheadAttention`` and modules made before
     among them; ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` are made with braze's Dropout.
 

@@ -89,6 +89,28 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(
         "Optimizers",
+        "Norms of gradients",
+        "`max_grad_norm`, `braze.nn.utils.clip_grad_norm_` and `get_total_norm` sum squares in fp64 and "
+        "round the norm once. Torch rounds the norm of each 16-bit gradient to 16 bits, and has infinity where "
+        "squares overflow fp32. An fp64 gradient whose square overflows counts as not finite.",
+        "Products of fp32 are exact in fp64, and the order of the sum depends on the shapes alone.",
+    ),
+    Difference(
+        "Optimizers",
+        "`braze.amp.GradScaler` leaves `.grad` scaled",
+        "After `scaler.step(optimizer)` with an optimizer of braze, `.grad` is as `backward()` left it; "
+        "torch's unscales it. After `unscale_()` it is unscaled in both.",
+        "Writing gradients back that nobody reads takes a tenth of the step's memory traffic.",
+    ),
+    Difference(
+        "Optimizers",
+        "Averages of 16-bit weights are fp32",
+        "`ema_decay` keeps an fp32 average of bf16 and fp16 parameters; torch's `AveragedModel` one in their "
+        "dtype. A parameter without a gradient keeps its average.",
+        "With a decay of 0.999 a 16-bit average rounds nearly every change away.",
+    ),
+    Difference(
+        "Optimizers",
         "CUDA without braze's CUDA kernels",
         "Parameters on a CUDA device are a RuntimeError that says how to build the kernels; `foreach=True` "
         "or `fused=False` runs torch's code.",

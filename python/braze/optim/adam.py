@@ -54,6 +54,25 @@ class Adam(FusedStep, TorchAdam):
             The rate in force at the J-th call is used. Default: 1.
         accumulation (str): "mean" divides the accumulated gradient by the sum of the weights, "sum" does
             not. Default: "mean".
+        max_grad_norm (float, optional): c; the gradient, as accumulated and unscaled, is multiplied by
+            :math:`\min(1, c / (\|g\| + 10^{-6}))` before penalties and decay, where g are all gradients of the
+            optimizer together: ``torch.nn.utils.clip_grad_norm_`` before the step, but ``.grad`` stays as it
+            is. One pass more that reads the gradients, and no wait for a device; ``grad_norm`` has the norm.
+            ``float("inf")`` only measures. Where the norm is not finite, as torch. May be changed between
+            steps. Default: None.
+        error_if_nonfinite (bool): raise RuntimeError, before anything is changed, if that norm is not finite;
+            waits for the device. Default: False.
+        ema_decay (float or callable, optional): d; keeps ``state[p]["ema"]``, a running average of each
+            parameter, in the pass that updates it: a copy at the first update, then
+            :math:`e \leftarrow e + (1-d)(p - e)`, as ``torch.optim.swa_utils.get_ema_multi_avg_fn``. fp32 for
+            16-bit parameters, where a decay near 1 would round every change away. A callable gets the number
+            of updates so far, kept in ``param_groups[0]["ema_updates"]``, and returns d. A parameter without
+            a gradient keeps its average. ``swap_ema()`` and ``ema_state_dict(model)`` hand them out;
+            buffers are not averaged. Default: None.
+        ema_warmup (bool): d is at most (1 + n) / (10 + n) after n updates. Default: False.
+
+    ``collect_grad_stats = True`` makes steps collect what ``grad_stats()`` tells of each parameter;
+    :class:`braze.optim.GradientMonitor` watches it.
 
     Differences from torch: one memory pass whatever the flags; parameters that overlap in memory, or are
     given twice, raise ValueError at the first step (torch warns and steps twice); a subclass's ``_init_group``
@@ -64,8 +83,7 @@ class Adam(FusedStep, TorchAdam):
     torch's own code.
 
     Raises:
-        ValueError, TypeError: an argument torch would refuse, or a bad ``l1``, ``accumulation_steps`` or
-            ``accumulation``.
+        ValueError, TypeError: an argument torch would refuse, or a bad one of those above.
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014; ``torch.optim.Adam``.
     """

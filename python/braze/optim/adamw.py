@@ -21,7 +21,7 @@ class AdamW(Adam, TorchAdamW):
 
     As :class:`braze.optim.Adam`, but :math:`p \leftarrow (1-\gamma\lambda) p` replaces the term
     :math:`\lambda p` in the gradient. ``weight_decay`` defaults to 1e-2. Dtypes, numerics, the keyword-only
-    additions ``l1``, ``accumulation_steps`` and ``accumulation``, the differences from torch and the errors
+    additions (``**extras``), the differences from torch and the errors
     raised are those of :class:`braze.optim.Adam`; ``l1`` acts through the gradient, not decoupled.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017; ``torch.optim.AdamW``.

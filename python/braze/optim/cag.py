@@ -38,10 +38,11 @@ class CAG(SGD):
         lr (float or Tensor): :math:`\gamma`.
         accumulation_steps (int): J. Default: 4.
         accumulation (str): "sum" as in the formula, or "mean". Default: "sum".
-        momentum (float): :math:`\mu`. Default: 0.
+        momentum (float): :math:`\mu`. Default: 0. With ``max_grad_norm`` or ``collect_grad_stats`` the sum has
+            a buffer of its own, for it has to be measured.
         weight_decay (float): :math:`\lambda`. Default: 0.
-        l1 (float): default 0.
         maximize (bool): ascend instead. Default: False.
+        **extras: the other keyword-only additions of :class:`braze.optim.Adam`.
 
     Raises:
         ValueError, TypeError: as :class:`braze.optim.SGD`.

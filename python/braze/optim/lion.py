@@ -67,7 +67,7 @@ class Lion(FusedStep, _LionInTorch):
         maximize (bool): ascend instead. Default: False.
         capturable (bool): for CUDA graphs: ``lr``, ``betas`` and ``weight_decay`` that are tensors on the
             device are read when the graph runs. Default: False.
-        l1, accumulation_steps, accumulation: as :class:`braze.optim.Adam`.
+        **extras: the keyword-only additions of :class:`braze.optim.Adam`.
 
     Raises:
         ValueError, TypeError: an argument out of its range.

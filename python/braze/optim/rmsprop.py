@@ -29,7 +29,7 @@ class RMSprop(FusedStep, TorchRMSprop):
         p &\leftarrow p - \gamma \,(b \text{ if } \mu > 0, \text{ else } d)
 
     Arguments, state, ``state_dict`` and hooks are torch's. Dtypes, layouts, the numerics class, the
-    keyword-only additions ``l1``, ``accumulation_steps`` and ``accumulation``, the differences from torch
+    keyword-only additions (``**extras``), the differences from torch
     and the errors raised are those of :class:`braze.optim.Adam`. Besides them: where rounding takes
     :math:`v - a^2` below zero it counts as zero (torch's parameter becomes NaN), and with
     ``capturable=True`` ``lr``, ``momentum`` and ``weight_decay`` that are tensors on the device are read

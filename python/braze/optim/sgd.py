@@ -27,7 +27,7 @@ class SGD(FusedStep, TorchSGD):
         p &\leftarrow p - \gamma \,(g + \mu b \text{ if nesterov, else } b)
 
     Arguments, state, ``state_dict`` and hooks are torch's. Dtypes, layouts, the numerics class, the
-    keyword-only additions ``l1``, ``accumulation_steps`` and ``accumulation``, the differences from torch
+    keyword-only additions (``**extras``), the differences from torch
     and the errors raised are those of :class:`braze.optim.Adam`. A momentum buffer has the parameter's
     dtype and layout; on an overflow found by a GradScaler not even a first one appears.
 

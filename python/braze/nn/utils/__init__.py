@@ -20,14 +20,6 @@ from braze.nn.utils.clip_grad import get_total_norm as get_total_norm
 
 __all__ = _torch_utils.__all__
 
-
-def replace_torch() -> None:
-    """Puts braze's functions into ``torch.nn.utils``, where Lightning, Accelerate, transformers and timm look
-    them up. Harmless when called twice."""
-    for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm"):
-        setattr(_torch_utils, name, getattr(clip_grad, name))
-
-
 if _typing.TYPE_CHECKING:
     # Last: a checker keeps the first of two.
-    from torch.nn.utils import *  # type: ignore[assignment]  # noqa: F403
+    from torch.nn.utils import *  # noqa: F403

@@ -24,7 +24,7 @@ def _ours(foreach: bool | None) -> bool:
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+    return [grad for p in parameters if (grad := p.grad) is not None]
 
 
 def clip_grad_norm_(
@@ -50,7 +50,7 @@ def clip_grad_norm_(
     Returns:
         The norm before clipping, in the dtype and on the device that torch gives it.
 
-    Differences from torch: squares are summed in fp64, in an order that depends on the shapes alone; the norm of
+    Differences from torch: squares are summed in fp64, in an order that the shapes decide; the norm of
     16-bit gradients is rounded once, and gradients whose squares overflow fp32 have a norm. Sparse gradients,
     tensor subclasses such as DTensor, and gradients that share memory are torch's code.
 
@@ -64,7 +64,7 @@ def clip_grad_norm_(
     again = parameters
     if isinstance(parameters, GeneratorType):
         parameters = list(parameters)
-        again = parameters or (p for p in ())
+        again = parameters or (p for p in parameters)
     elif isinstance(parameters, Tensor):
         parameters = [parameters]
     else:
