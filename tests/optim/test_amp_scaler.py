@@ -234,6 +234,27 @@ def test_a_micro_batch_that_overflows_is_left_out_of_its_window(kind: str) -> No
 
 
 @EACH
+def test_an_overflow_leaves_a_window_open_that_accumulate_opened(kind: str) -> None:
+    ours, plain, scaler = optimizer_of(kind), optimizer_of(kind), started()
+    ours.accumulate()
+    plain.accumulate()
+    scaled_step(scaler, ours, 0, overflow=True)
+    scaled_step(scaler, ours, 1)
+    give(plain, 1)
+    plain.step()
+    assert_same(everything(ours), everything(plain))
+    assert scaler.get_scale() == SCALE / 2
+
+
+def test_what_is_given_to_torchs_code_is_unscaled_in_place() -> None:
+    ours = optimizer_of("Adam", foreach=True)
+    scaled_step(started(), ours, 0)
+    got = [p.grad for p in params_of(ours)]
+    give(ours, 0)
+    assert_same(got, [p.grad for p in params_of(ours)])
+
+
+@EACH
 def test_an_overflow_in_one_of_several_backwards_skips_their_step(kind: str) -> None:
     ours, scaler = optimizer_of(kind), started()
     scaled_step(scaler, ours, 0)

@@ -225,11 +225,16 @@ def test_the_step_offers_scaling_exactly_where_torchs_does(name: str) -> None:
 
 @pytest.mark.parametrize("flags", [{"fused": True}, {}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_no_gradients_at_all(scaler: GradScaler, name: str, flags: dict[str, bool]) -> None:
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_no_gradients_at_all(
+    scaler: GradScaler, name: str, flags: dict[str, bool], unscaled: bool
+) -> None:
     """A scaler leaves the int 0 in found_inf then; without fused=True it asserts before the step."""
     p = nn.Parameter(torch.ones(3))
     optimizer = getattr(optim, name)([p], **flags)
     scaler.scale(torch.ones(1))
+    if unscaled:
+        scaler.unscale_(optimizer)
     if not flags.get("fused"):
         with pytest.raises(AssertionError, match="No inf checks were recorded"):
             scaler.step(optimizer)
