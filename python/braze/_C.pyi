@@ -25,6 +25,12 @@ class StepPlan:
         counts: bool = False,
         loss_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        max_norm: float = -1.0,
+        find_overflow: bool = False,
+        refuse_overflow: bool = False,
+        statistics: bool = False,
+        average_weight: float = -1.0,
+        device_counts: bool = False,
     ) -> str: ...
     def fold(
         self,
@@ -33,10 +39,17 @@ class StepPlan:
         weight: float,
         into_state: bool,
     ) -> str: ...
+    def statistics(self) -> list[tuple[int, int, float, float, float, int, float]]: ...
     def reset(self) -> None: ...
+    @property
+    def norm(self) -> Tensor | None: ...
+    @property
+    def found_inf(self) -> Tensor | None: ...
     @property
     def rebuilds(self) -> int: ...
 
+def clip_to_norm(gradients: list[Tensor], max_norm: float, refuse: bool) -> Tensor | None: ...
+def clip_to_value(gradients: list[Tensor], limit: float) -> bool: ...
 def register_backend(backend: object) -> None:
     """Takes the capsule ``backend`` of ``braze._cuda``. Raises RuntimeError if the builds do not fit."""
 

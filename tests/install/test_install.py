@@ -32,10 +32,13 @@ FUNCTIONS = {
     "batch_norm",
 }
 OPTIMIZERS = {"SGD", "Adam", "AdamW", "RMSprop"}
+UTILITIES = {"clip_grad_norm_", "clip_grad_value_", "get_total_norm"}
 ORIGINAL = {
     **{name: getattr(nn, name) for name in CLASSES},
     **{name: getattr(F, name) for name in FUNCTIONS},
     **{name: getattr(torch.optim, name) for name in OPTIMIZERS},
+    **{name: getattr(nn.utils, name) for name in UTILITIES},
+    "GradScaler": torch.amp.GradScaler,
 }
 
 
@@ -54,11 +57,11 @@ def _installed() -> bool:
 
 
 def _names() -> dict[tuple[str, str], int]:
-    """What every attribute of torch.nn and torch.optim is."""
+    """What every attribute of torch.nn, torch.optim and torch.amp is."""
     return {
         (name, attribute): id(value)
         for name, module in list(sys.modules.items())
-        if f"{name}.".startswith(("torch.nn.", "torch.optim."))
+        if f"{name}.".startswith(("torch.nn.", "torch.optim.", "torch.amp."))
         for attribute, value in vars(module).items()
         if not attribute.startswith("_")  # some of which torch._dynamo replaces
     }
@@ -68,8 +71,11 @@ def _names() -> dict[tuple[str, str], int]:
 
 
 def test_every_name_that_both_have_is_replaced() -> None:
-    assert {original.__name__ for original in REPLACED} == CLASSES | FUNCTIONS | OPTIMIZERS
-    places = ((nn, CLASSES), (nn.modules, CLASSES), (F, FUNCTIONS), (torch.optim, OPTIMIZERS))
+    assert set(REPLACED) == set(ORIGINAL.values())
+    places = (
+        *((nn, CLASSES), (nn.modules, CLASSES), (F, FUNCTIONS), (torch.optim, OPTIMIZERS)),
+        *((nn.utils, UTILITIES), (torch.amp, {"GradScaler"})),
+    )
     with braze.install():
         for module, names in places:
             for name in names:
@@ -81,7 +87,7 @@ def test_every_name_that_both_have_is_replaced() -> None:
 
 def test_classes_stay_where_pickle_looks_for_them() -> None:
     with braze.install():
-        for name in CLASSES | OPTIMIZERS:
+        for name in CLASSES | OPTIMIZERS | {"GradScaler"}:
             original = ORIGINAL[name]
             assert getattr(sys.modules[original.__module__], name) is original
 

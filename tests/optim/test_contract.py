@@ -15,12 +15,12 @@ import braze.optim as optim
 import pytest
 import torch
 from braze.optim import lr_scheduler
+from braze.optim._extras import DEFAULTS, Extras
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch.optim import swa_utils
 
 NAMES = ("SGD", "Adam", "AdamW")
-EXTRAS = {"l1": 0.0, "accumulation_steps": 1, "accumulation": "mean"}
 EACH = pytest.mark.parametrize("name", NAMES)
 # Native, and the three ways in which torch's own code takes over.
 PATHS: dict[str, dict[str, bool]] = {
@@ -87,9 +87,14 @@ def test_signature_is_torchs_plus_keyword_only_extras(name: str) -> None:
     shared = [p for p in mine.values() if p.name in theirs]
     described = [(p.name, p.kind, p.default) for p in shared]
     assert described == [(p.name, p.kind, p.default) for p in theirs.values()]
-    extras = {p.name: p.default for p in mine.values() if p.name not in theirs}
-    assert extras == {**EXTRAS, **({"capturable": False} if name == "SGD" else {})}
-    assert all(mine[extra].kind is inspect.Parameter.KEYWORD_ONLY for extra in extras)
+    extras = [p for p in mine.values() if p.name not in theirs]
+    assert [p.name for p in extras] == [*(["capturable"] if name == "SGD" else []), "extras"]
+    assert extras[-1].kind is inspect.Parameter.VAR_KEYWORD
+    assert set(Extras.__annotations__) == set(DEFAULTS)
+    made = getattr(optim, name)([parameter()])
+    assert all(getattr(made, extra) == DEFAULTS[extra] for extra in set(DEFAULTS) - {"l1"})
+    with pytest.raises(TypeError, match="no_such_extra"):
+        getattr(optim, name)([parameter()], no_such_extra=1)
     step = inspect.signature(getattr(optim, name)([parameter()]).step)
     assert list(step.parameters) == ["closure"]  # GradScaler looks for a parameter "grad_scaler"
 

@@ -197,6 +197,7 @@ void StepPlan::measure(StepScalars& scalars, DeviceScale& scale) {
     }
   }
   norm_scale_ = scalars.norm_scale();
+  scaled_on_device_ = scalars.amp.grad_scale != nullptr;
   bool finite = true;
   if (scalars.norm_on_device) {
     const Measured all = combined(measured, norm_scale_, scalars.amp.grad_scale);
@@ -275,7 +276,7 @@ std::vector<StepPlan::Statistics> StepPlan::statistics() {
     }
   }
   // A loss scale that only the device knew is in the norm.
-  const double scale = norm_.item().toDouble() / std::sqrt(squares);
+  const double scale = scaled_on_device_ ? norm_.item().toDouble() / std::sqrt(squares) : 0;
   if (std::isfinite(scale) && scale > 0) {
     for (Statistics& s : result) s.scale = scale;
   }

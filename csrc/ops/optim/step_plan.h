@@ -67,6 +67,7 @@ class StepPlan {
   Destination last_;              // of the last step
   at::Tensor norm_, found_inf_, host_norm_, host_found_inf_, all_squares_;
   double norm_scale_ = 1;
+  bool scaled_on_device_ = false;
   bool has_statistics_ = false;  // of the last call
 };
 

@@ -17,4 +17,5 @@ class GradStats(NamedTuple):
     non_finite: int
     """Elements that are infinite or NaN."""
     update_ratio: float
-    """2-norm of the parameter's change over that of the parameter before; NaN where nothing is known."""
+    """2-norm of the parameter's change over that of the parameter before; infinite where
+    that was 0, NaN where both are."""
