@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -309,3 +311,51 @@ def test_optimizer_in_post_accumulate_grad_hooks(name: str, kwargs: dict[str, An
     for seed in range(3):
         model(batch(seed)).pow(2).sum().backward()
     assert_close(model, trained(name, kwargs, 3))
+
+
+_TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import braze.amp, braze.optim as optim
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+
+def trained(shard):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 17), nn.Tanh(), nn.Linear(17, 3)).double()
+    if shard:
+        fully_shard(model, mesh=mesh)
+    optimizer = optim.SGD(model.parameters(), lr=0.5, momentum=0.9, max_grad_norm=0.1, ema_decay=0.5)
+    scaler = braze.amp.GradScaler("cpu", init_scale=8.0)
+    norms = []
+    for seed in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        scaler.scale(model(x).pow(2).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        norms.append(float(optimizer.grad_norm))
+    whole = [p.full_tensor() if shard else p for p in model.parameters()]
+    averages = [optimizer.state[p]["ema"] for p in model.parameters()]
+    averages = [a.full_tensor() if shard else a for a in averages]
+    return norms, [t.detach() for t in whole], averages
+
+sharded, single = trained(True), trained(False)
+assert min(single[0]) > 0.1, single[0]
+torch.testing.assert_close(sharded, single, rtol=1e-6, atol=1e-9)
+dist.destroy_process_group()
+"""
+
+
+def test_the_norm_is_of_all_shards(tmp_path: Path) -> None:
+    store = (tmp_path / "store").as_uri()
+    workers = [
+        subprocess.Popen([sys.executable, "-c", _TWO_PROCESSES, str(rank), store], stderr=-1)
+        for rank in range(2)
+    ]
+    errors = [worker.communicate(timeout=120)[1].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
