@@ -15,7 +15,7 @@ COMMANDS = {
     "debt": "kernels whose GPU results are missing or older than the sources (source checkout)",
     # The other programs that bench/gpu.py runs.
     **dict.fromkeys(("batch_norm_cuda", "golden", "gpu_build", "gpu_tests"), ""),
-    **dict.fromkeys(("micro", "optim_cuda", "sanitize"), ""),
+    **dict.fromkeys(("micro", "optim_cuda", "recipe_cuda", "sanitize"), ""),
 }
 
 

@@ -17,7 +17,7 @@ import braze.optim
 import torch
 from torch.nn import Parameter
 
-from . import cuda_clock, optim_cuda, rows, table
+from . import cuda_clock, optim_cuda, recipe_cuda, rows, table
 from .cells import CELLS, OPTIONS, Cell
 from .cuda_clock import Step
 from .recipe import CELLS as RECIPE_CELLS
@@ -94,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures row by row. Returns :func:`rows.run`'s code."""
     if arguments.device == "cuda":
-        return optim_cuda.run(arguments)
+        recipe = arguments.clip or arguments.amp or arguments.ema
+        return (recipe_cuda if recipe else optim_cuda).run(arguments)
     recipe = Recipe(arguments.clip, arguments.amp, arguments.ema)
     cells = RECIPE_CELLS if recipe else CELLS
     names = rows.choose([cell.name for cell in cells], arguments.only)

@@ -15,6 +15,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         *_KERNELS,
         "csrc/ops/optim/*",
         "csrc/ops/tensor_work*",
+        "csrc/ops/clip*",
+        "csrc/ops/measured*",
     ),
     "batch_norm": (*_KERNELS, "csrc/ops/batch_norm*", "csrc/ops/dense*"),
     "dropout": (*_KERNELS, "csrc/ops/dropout*", "csrc/ops/dense*"),
