@@ -189,11 +189,15 @@ def test_state_dict_of_averages_loads_into_the_plain_model() -> None:
         optimizer.ema_state_dict(nn.Linear(2, 2))
 
 
-def test_windows_average_once_per_update() -> None:
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("releases", [False, True])
+def test_windows_average_once_per_update(flags: dict[str, bool], releases: bool) -> None:
     p = nn.Parameter(torch.zeros(3))
-    optimizer = optim.SGD([p], lr=1.0, ema_decay=0.5, accumulation_steps=2)
+    optimizer = optim.SGD([p], lr=1.0, ema_decay=0.5, accumulation_steps=2, **flags)
     for _ in range(4):
         p.grad = torch.full((3,), -1.0)
+        if releases:  # no gradient is left when the step closes the window
+            optimizer.accumulate()
         optimizer.step()
     assert optimizer.param_groups[0]["ema_updates"] == 2
     assert torch.equal(optimizer.state[p]["ema"], torch.full((3,), 1.5))

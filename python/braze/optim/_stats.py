@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 
 class GradStats(NamedTuple):
-    """Of one parameter's gradient at a step, before clipping, and of the update that came of it."""
+    """Of one parameter's gradient at a step, before clipping, and of the update that came of it.
+
+    A complex gradient counts as its real and imaginary parts.
+    """
 
     norm: float
     """2-norm."""

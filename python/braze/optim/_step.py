@@ -283,16 +283,16 @@ class FusedStep(Optimizer):
                 scale /= float(grad_scale)
             window = None if window_weight == _NO_WINDOW else window_weight
             clip = _torch_path.Clip(max_norm, finds_overflow, self.error_if_nonfinite)
-            done = _torch_path.step(self, self._torch_class, scale, window, mean, counts, clip)
+            updated = _torch_path.step(self, self._torch_class, scale, window, mean, counts, clip)
             self._grad_norm = clip.norm
             if finds_overflow:
                 self._skipped = clip.found_inf
-            if not done:
+            if not updated:
                 return
             if window is not None:
                 self._plan.reset()
             if weight >= 0.0:
-                _torch_path.average(self, weight)
+                _torch_path.average(self, updated, weight)
             self._updated = True
         if weight >= 0.0:
             self.param_groups[0][_EMA_KEY] = updates + 1

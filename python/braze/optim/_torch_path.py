@@ -56,11 +56,9 @@ class Clip:
 
 
 @torch.no_grad()
-def average(optimizer: Optimizer, weight: float) -> None:
+def average(optimizer: Optimizer, updated: list[Tensor], weight: float) -> None:
     """The running averages of what has just been updated."""
-    for p in _parameters(optimizer):
-        if p.grad is None or p not in optimizer.state:
-            continue
+    for p in updated:
         state = optimizer.state[p]
         wide = torch.promote_types(p.dtype, torch.float32)
         if "ema" in state:
@@ -98,7 +96,7 @@ def step(
     mean: bool,
     counts: bool,
     clip: Clip,
-) -> bool:
+) -> list[Tensor]:
     """Runs ``torch_class.step``.
 
     Args:
@@ -111,7 +109,7 @@ def step(
         clip: what to do about the gradients' norm; takes what it was.
 
     Returns:
-        False if there was nothing to do, or an overflow was found.
+        The parameters it updated: none if there was nothing to do, or an overflow was found.
 
     Raises:
         ValueError: the weights sum to 0, or an l1 penalty meets a sparse gradient; nothing has changed.
@@ -128,7 +126,7 @@ def step(
             "off for the whole window"
         )
     if not present and not window:
-        return False
+        return []
     divisor = 1.0
     if window_weight is not None and mean:
         divisor = window_weight + float(present or counts)
@@ -142,7 +140,7 @@ def step(
     ]
     factor = clip.factor([grad for _, _, grad in scaled if grad is not None])
     if factor is None:
-        return False
+        return []
     grads = [
         (
             p,
@@ -188,7 +186,7 @@ def step(
         if not done:
             for p, total in sums:
                 optimizer.state[p]["grad_sum"] = total
-    return True
+    return [p for p, _, new in grads if new is not None]
 
 
 def _scaled_gradient(
