@@ -98,7 +98,8 @@ PYBIND11_MODULE(_C, m) {
              for (const auto& s : plan.statistics()) {
                const braze::GradientSums& sums = s.sums;
                result.append(py::make_tuple(
-                   s.group, s.index, std::sqrt(sums.squares) * s.scale, sums.largest * s.scale,
+                   py::reinterpret_borrow<py::object>(s.parameter),
+                   std::sqrt(sums.squares) * s.scale, sums.largest * s.scale,
                    static_cast<double>(sums.zeros) /
                        static_cast<double>(std::max<int64_t>(s.numel, 1)),
                    sums.non_finite, std::sqrt(sums.update_squares / sums.param_squares)));

@@ -11,11 +11,12 @@ import pytest
 import torch
 from braze import _native
 from cudnn_stand_in import LAYOUTS
+from devices import MODE
 from fuse_cases import Residual, bn
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or _native.CUDA_FILE is None,
+    MODE == "fake" or not torch.cuda.is_available() or _native.CUDA_FILE is None,
     reason="needs a GPU and braze's kernels for it",
 )
 # cuDNN may choose a Winograd algorithm; TF32 would be off by 1e-3.

@@ -272,7 +272,7 @@ std::vector<StepPlan::Statistics> StepPlan::statistics() {
     for (const auto& [index, sums] : work.sums()) {
       const Slot& slot = parameters_.slots[index];
       squares += sums.squares;
-      result.push_back({slot.group, slot.index, slot.numel, norm_scale_, sums});
+      result.push_back({slot.object, slot.numel, norm_scale_, sums});
     }
   }
   // A loss scale that only the device knew is in the norm.

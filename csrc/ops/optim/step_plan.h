@@ -30,7 +30,7 @@ class StepPlan {
   const at::Tensor& norm() const { return norm_; }
   const at::Tensor& found_inf() const { return found_inf_; }
   struct Statistics {
-    int32_t group, index;  // of the parameter
+    PyObject* parameter;  // borrowed
     int64_t numel;
     double scale;  // makes the sums those of unscaled gradients, by their root
     GradientSums sums;

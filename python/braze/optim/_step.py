@@ -335,14 +335,11 @@ class FusedStep(Optimizer):
     # ---------------------------------------------------- statistics, averages
 
     def grad_stats(self) -> dict[Tensor, GradStats]:
-        """Of each parameter that the last ``step()`` updated, by parameter, if ``collect_grad_stats`` was
-        True then: its unscaled gradient before clipping, accumulated where that was so, and its update.
-        Waits for the device. The pass over the gradients that a step with ``max_grad_norm`` or
-        :class:`braze.amp.GradScaler` makes anyway collects it. Empty where torch's code did the step."""
-        return {
-            self.param_groups[group]["params"][index]: GradStats(*values)
-            for group, index, *values in self._plan.statistics()
-        }
+        """Of each parameter of the last ``step()``, by parameter, if ``collect_grad_stats`` was True then: its
+        unscaled gradient before clipping, accumulated where that was so, and its update. Waits for the device.
+        The pass over the gradients that a step with ``max_grad_norm`` or :class:`braze.amp.GradScaler` makes
+        anyway collects it. Empty where the call accumulated only, and where torch's code did the step."""
+        return {p: GradStats(*values) for p, *values in self._plan.statistics()}
 
     def ema_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """``model.state_dict()`` with the running averages in the place of the parameters.
@@ -360,8 +357,8 @@ class FusedStep(Optimizer):
         state = model.state_dict(keep_vars=True)
         if not any(value in averages for value in state.values() if isinstance(value, Tensor)):
             raise ValueError(
-                f"{type(self).__name__}.ema_state_dict: no parameter of the model has an average; pass the "
-                "model whose parameters the optimizer steps"
+                f"{type(self).__name__}.ema_state_dict: no parameter of the model has an average: "
+                "none of them is this optimizer's, or no step has updated one yet"
             )
         for name, value in state.items():
             if isinstance(value, Tensor):

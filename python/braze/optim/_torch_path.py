@@ -33,10 +33,12 @@ class Clip:
     norm: Tensor | None = None
     found_inf: Tensor | None = None
 
+    @property
+    def asks(self) -> bool:
+        return self.max_norm is not None or self.find_overflow
+
     def factor(self, gradients: list[Tensor]) -> Tensor | None:
         """What the gradients are to be multiplied by; None if they overflowed."""
-        if self.max_norm is None and not self.find_overflow:
-            return torch.tensor(1.0)
         values = [
             (g.coalesce().values() if g.is_sparse else g).to(
                 torch.promote_types(g.dtype, torch.float64)  # squares of finite ones are finite
@@ -51,7 +53,7 @@ class Clip:
         if self.find_overflow and bool(self.found_inf):
             return None
         if self.max_norm is None:
-            return torch.tensor(1.0)
+            return torch.ones(())
         return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -138,22 +140,16 @@ def step(
         for group in optimizer.param_groups
         for p in group["params"]
     ]
-    factor = clip.factor([grad for _, _, grad in scaled if grad is not None])
-    if factor is None:
-        return []
+    if clip.asks:
+        factor = clip.factor([grad for _, _, grad in scaled if grad is not None])
+        if factor is None:
+            return []
+        scaled = [
+            (group, p, None if grad is None else grad * factor.to(grad.device))
+            for group, p, grad in scaled
+        ]
     grads = [
-        (
-            p,
-            p.grad,
-            None
-            if grad is None
-            else _effective_gradient(
-                optimizer,
-                p,
-                grad * factor.to(grad.device) if clip.max_norm is not None else grad,
-                group,
-            ),
-        )
+        (p, p.grad, None if grad is None else _effective_gradient(optimizer, p, grad, group))
         for group, p, grad in scaled
     ]
     # torch must see neither the sums, whose presence it takes for an initialised state, nor the scaler's scale,
