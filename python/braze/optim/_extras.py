@@ -27,6 +27,8 @@ DEFAULTS = Extras(
     ema_decay=None,
     ema_warmup=False,
 )
+# Those that an optimizer has as attributes, and not its groups.
+ATTRIBUTES = tuple(name for name in DEFAULTS if name != "l1")
 
 
 def _is_number(value: Any) -> bool:
@@ -84,12 +86,3 @@ def checked_decay(value: Any, name: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"Invalid {name} value: {value}; it must be between 0 and 1")
     return float(value)
-
-
-def average_weight(decay: float | Callable[[int], float], warmup: bool, updates: int) -> float:
-    """1 - decay, of the new weights in their average, after so many updates."""
-    if callable(decay):
-        decay = checked_decay(decay(updates), "ema_decay's result")
-    if warmup:
-        decay = min(decay, (1 + updates) / (10 + updates))
-    return 1.0 - decay

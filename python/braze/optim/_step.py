@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -16,11 +15,11 @@ from torch.optim.optimizer import Optimizer
 from braze import _native
 from braze._native import _C
 from braze.optim import _torch_path
-from braze.optim._extras import DEFAULTS, Extras, average_weight, checked_norm
+from braze.optim._average import WeightAverages
+from braze.optim._extras import ATTRIBUTES, DEFAULTS, Extras, checked_norm
 from braze.optim._stats import GradStats
 
 _NO_WINDOW = -1.0
-_EMA_KEY = "ema_updates"
 _GRAD_SCALER = torch.amp.GradScaler(enabled=False)  # for its pass over the gradients
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -48,7 +47,7 @@ class _Window(NamedTuple):
 _WINDOW_KEYS = tuple(f"accumulated_{field}" for field in _Window._fields)
 
 
-class FusedStep(Optimizer):
+class FusedStep(WeightAverages):
     """Mixin in front of a torch optimizer class: replaces ``step`` and adds gradient accumulation.
 
     A window is the run of micro-batches that one update is made of. While it is open, each parameter's
@@ -66,17 +65,14 @@ class FusedStep(Optimizer):
     accumulation: str
     max_grad_norm: float | None
     error_if_nonfinite: bool
-    ema_decay: float | Callable[[int], float] | None
-    ema_warmup: bool
     collect_grad_stats: bool
     """Whether steps collect what ``grad_stats()`` tells. Off by default."""
 
     def _configure(self, extras: Extras, **group_extras: Any) -> None:
         """After the torch class's constructor. Only a group that uses an extra has its key: a default
         ``state_dict`` keeps exactly torch's keys."""
-        for key, value in extras.items():
-            if key != "l1":
-                setattr(self, key, value)
+        for key in ATTRIBUTES:
+            setattr(self, key, extras[key])  # type: ignore[literal-required]
         if extras["l1"] != 0.0:
             group_extras["l1"] = extras["l1"]
         for key, value in group_extras.items():
@@ -241,10 +237,7 @@ class FusedStep(Optimizer):
         mean = self.accumulation == "mean"
         finds_overflow = self._scaler_asks
         max_norm = checked_norm(self.max_grad_norm)
-        weight, updates = -1.0, 0
-        if self.ema_decay is not None:
-            updates = int(self.param_groups[0].get(_EMA_KEY, 0))
-            weight = average_weight(self.ema_decay, self.ema_warmup, updates)
+        weight = self._average_weight()
         if self._uses_torch:
             reason = "torch"
         else:
@@ -295,7 +288,7 @@ class FusedStep(Optimizer):
                 _torch_path.average(self, updated, weight)
             self._updated = True
         if weight >= 0.0:
-            self.param_groups[0][_EMA_KEY] = updates + 1
+            self._count_average()
 
     def _check_reason(self, reason: str) -> None:
         if reason.startswith("cuda") and not self._uses_torch:
@@ -332,7 +325,7 @@ class FusedStep(Optimizer):
             self._scaler_asks = False
             del self.__dict__["grad_scale"], self.__dict__["found_inf"]
 
-    # ---------------------------------------------------- statistics, averages
+    # ------------------------------------------------------------- statistics
 
     def grad_stats(self) -> dict[Tensor, GradStats]:
         """Of each parameter of the last ``step()``, by parameter, if ``collect_grad_stats`` was True then: its
@@ -340,60 +333,6 @@ class FusedStep(Optimizer):
         The pass over the gradients that a step with ``max_grad_norm`` or :class:`braze.amp.GradScaler` makes
         anyway collects it. Empty where the call accumulated only, and where torch's code did the step."""
         return {p: GradStats(*values) for p, *values in self._plan.statistics()}
-
-    def ema_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """``model.state_dict()`` with the running averages in the place of the parameters.
-
-        Buffers and parameters that no step has updated are the model's. Loads into the plain model.
-
-        Args:
-            model: has parameters of this optimizer.
-
-        Raises:
-            RuntimeError: ``ema_decay`` is None, and no checkpoint brought averages.
-            ValueError: none of the model's parameters has an average.
-        """
-        averages = self._averages()
-        state = model.state_dict(keep_vars=True)
-        if not any(value in averages for value in state.values() if isinstance(value, Tensor)):
-            raise ValueError(
-                f"{type(self).__name__}.ema_state_dict: no parameter of the model has an average: "
-                "none of them is this optimizer's, or no step has updated one yet"
-            )
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                state[name] = averages.get(value, value).detach().to(value.dtype)
-        return state
-
-    @contextmanager
-    def swap_ema(self) -> Iterator[None]:
-        """Within it the parameters hold their running averages, in the same memory: for evaluation.
-
-        Raises:
-            RuntimeError: as :meth:`ema_state_dict`.
-        """
-        averages = self._averages()
-        with torch.no_grad():
-            weights = {p: p.detach().clone() for p in averages}
-            for p, average in averages.items():
-                p.copy_(average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for p, weight in weights.items():
-                    p.copy_(weight)
-
-    def _averages(self) -> dict[Tensor, Tensor]:
-        averages = {
-            p: self.state[p]["ema"] for p in self._parameters() if "ema" in self.state.get(p, ())
-        }
-        if self.ema_decay is None and not averages:
-            raise RuntimeError(
-                f"{type(self).__name__} keeps no averages of the weights: construct it with "
-                "ema_decay=0.999 or the like"
-            )
-        return averages
 
     # ---------------------------------------------------------- accumulation
 
@@ -501,13 +440,14 @@ class FusedStep(Optimizer):
             self._set_window(window)
         return {
             **super().__getstate__(),
-            **{key: getattr(self, key) for key in DEFAULTS if key != "l1"},
+            **{key: getattr(self, key) for key in ATTRIBUTES},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(
-            {**{k: v for k, v in DEFAULTS.items() if k != "l1" and k not in self.__dict__}, **state}
-        )
+        # A pickle of an older version lacks some.
+        given = {*self.__dict__, *state}
+        missing = {k: v for k, v in DEFAULTS.items() if k in ATTRIBUTES and k not in given}
+        super().__setstate__({**missing, **state})
         for key in ("l1", "capturable"):
             if key in self.defaults:
                 for group in self.param_groups:
