@@ -45,6 +45,13 @@ class Toolkit:
         return None
 
 
+    @property
+    def cudart_static(self) -> Path | None:
+        """The runtime library as libbraze_cuda holds it."""
+        files = (self.root / folder / "libcudart_static.a" for folder in ("lib64", "lib"))
+        return next((file for file in files if file.exists()), None)
+
+
 def probe(nvcc: Path) -> Toolkit | None:
     """Asks a compiler where it really lives: an ``nvcc`` on PATH is often a script elsewhere."""
     try:
@@ -169,14 +176,14 @@ def gencode(listed: list[str]) -> list[str]:
 
 
 def main(torch_cuda: str) -> int:
-    """For CMake: prints nvcc; root; release; cudart; architectures. On failure, why, and returns 1."""
+    """For CMake: prints nvcc; root; release; static runtime; architectures. On failure, why, and returns 1."""
     try:
         toolkit = find(torch_cuda)
         facts = [
             toolkit.nvcc,
             toolkit.root,
             toolkit.release,
-            toolkit.cudart or "",
+            toolkit.cudart_static or "",
             *architectures(),
         ]
     except ToolkitError as error:
