@@ -76,7 +76,7 @@ target_compile_options(braze_cuda PRIVATE
   "$<$<COMPILE_LANGUAGE:CUDA>:${BRAZE_NVCC_FLAGS};-Xcompiler=${prefix_map};$<$<BOOL:${BRAZE_WERROR}>:${werror_nvcc_flags}>>")
 target_include_directories(braze_cuda SYSTEM PRIVATE "${BRAZE_TOOLKIT}/include")
 target_link_libraries(braze_cuda PRIVATE "${cudart}" rt dl pthread)
-target_link_options(braze_cuda PRIVATE -Wl,--exclude-libs,ALL)
+target_link_options(braze_cuda PRIVATE ${exports})
 braze_options(braze_cuda)
 set_target_properties(braze_cuda PROPERTIES PREFIX lib LINKER_LANGUAGE CXX
   CUDA_EXTENSIONS OFF CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY None)
