@@ -24,13 +24,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 build: .venv/built
 
 demo: .venv/built
+	$(BIN)/python -c 'import matplotlib, numpy, sklearn' 2>/dev/null || $(PIP) matplotlib numpy scikit-learn
 	$(RUN) $(BIN)/python -m braze demo $(ARGS)
 
 test-all: export BRAZE_TEST_ALL := 1
-test test-all: .venv/built
+test test-all: .venv/built .venv/tools
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-bench: .venv/built
+bench: .venv/built .venv/tools
 	$(RUN) $(BIN)/python -m braze bench optim $(ARGS)
 
 # Not in .venv: a GPU machine brings its own torch.
@@ -40,7 +41,7 @@ gpu:
 cuda-import: .venv/built
 	$(RUN) $(BIN)/python tests/install/cuda_import.py
 
-lint: .venv/built
+lint: .venv/built .venv/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -55,14 +56,17 @@ format: .venv/tools
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("braze needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 
-.venv/tools: .venv/bin/python requirements-dev.txt requirements-models.txt
-	$(PIP) '$(TORCH)'
+.venv/torch: .venv/bin/python requirements-build.txt
+	$(PIP) '$(TORCH)' -r requirements-build.txt
+	touch $@
+
+.venv/tools: .venv/torch requirements-dev.txt requirements-models.txt
 	$(PIP) -r requirements-dev.txt
 	$(PIP) --no-deps -r requirements-models.txt || \
 	  echo "not all of requirements-models.txt: tests that need it will be skipped"
 	touch $@
 
-.venv/built: .venv/tools $(SOURCES)
+.venv/built: .venv/torch $(SOURCES)
 	$(RUN) $(PIP) --no-build-isolation --no-deps \
 	  -C cmake.define.BRAZE_WERROR=$(WERROR) .
 	touch $@

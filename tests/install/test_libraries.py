@@ -30,8 +30,9 @@ def names(library: Path, which: str) -> list[str]:
 def marked(folders: tuple[str, ...]) -> int:
     """Functions that the headers offer to other libraries."""
     headers = [p for folder in folders for p in sorted((ROOT / "csrc" / folder).glob("*.h"))]
-    return sum(len(re.findall(r"\bBRAZE_API (?!class)", p.read_text())) for p in headers) - sum(
-        "define BRAZE_API" in p.read_text() for p in headers
+    return sum(
+        len(re.findall(r"^(?!#define|class).*\bBRAZE_API ", p.read_text(), re.MULTILINE))
+        for p in headers
     )
 
 
