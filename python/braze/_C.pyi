@@ -71,6 +71,7 @@ def instruction_set() -> str: ...
 def set_instruction_set(name: str) -> bool: ...
 
 # "one", "two" or "curved", in the order of the activations' numbers.
+TORCH_VERSION: str
 ACTIVATION_SLOPES: dict[str, str]
 
 def __getattr__(name: str) -> Any: ...  # tensor operations, with the arguments of torch.ops.braze's
