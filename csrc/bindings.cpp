@@ -1,5 +1,6 @@
 // The Python module braze._C. The only file that includes pybind11.
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/version.h>
 
 #include "cpu/instruction_set.h"
 #include "ops/batch_norm.h"
@@ -9,6 +10,7 @@
 #include "ops/fingerprint.h"
 #include "ops/new_like.h"
 #include "ops/optim/step_plan.h"
+#include "plan/interface.h"
 
 namespace py = pybind11;
 
@@ -47,6 +49,10 @@ PyObject* to_python(const at::Tensor& tensor) { return THPVariable_Wrap(tensor);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "braze's compiled CPU operators";
+  const std::string mismatch =
+      braze::interface_mismatch("libbraze_kernels", braze::kernels_interface());
+  if (!mismatch.empty()) throw py::import_error(mismatch);
+  m.attr("TORCH_VERSION") = TORCH_VERSION;
 
   py::class_<braze::StepPlan>(m, "StepPlan", py::custom_type_setup(enable_gc))
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("owner"))

@@ -2,9 +2,10 @@
 // their number nor on the instruction set.
 #pragma once
 #include "../plan/dropout.h"
+#include "../plan/interface.h"
 
 namespace braze::cpu {
 
-void dropout(const DropoutArgs& args, int threads);
+BRAZE_API void dropout(const DropoutArgs& args, int threads);
 
 }  // namespace braze::cpu

@@ -3,12 +3,14 @@
 #include <string>
 #include <vector>
 
+#include "../plan/interface.h"
+
 namespace braze::cpu {
 
 // Compiled in and runnable here, slowest first.
-std::vector<std::string> available_instruction_sets();
-std::string instruction_set();
-bool set_instruction_set(const std::string& name);  // false: not available
+BRAZE_API std::vector<std::string> available_instruction_sets();
+BRAZE_API std::string instruction_set();
+BRAZE_API bool set_instruction_set(const std::string& name);  // false: not available
 
 // Index into the tables of loops, in the order of sets.h.
 int active_instruction_set();

@@ -5,17 +5,19 @@
 #include "../plan/chunks.h"
 #include "../plan/gradient_sums.h"
 #include "../plan/hyper.h"
+#include "../plan/interface.h"
 
 namespace braze::cpu {
 
 // One update of all tensors. `hypers` are Hyper<Rule>, not made on a device. sums, [chunk]: null,
 // or what is to learn of the update.
-void update_tensors(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
-                    const Hypers& hypers, int threads, GradientSums* sums = nullptr);
+BRAZE_API void update_tensors(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
+                              const Hypers& hypers, int threads, GradientSums* sums = nullptr);
 
 // One pass over the gradients: sums, [chunk], as OptimizerLoops::measure has them. Returns the sum
 // of all squares, whose bits depend on the shapes alone.
-double measure_gradients(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
-                         double weight, bool all, int threads, std::vector<GradientSums>& sums);
+BRAZE_API double measure_gradients(const std::vector<TensorWork>& tensors, const ChunkList& chunks,
+                                   double weight, bool all, int threads,
+                                   std::vector<GradientSums>& sums);
 
 }  // namespace braze::cpu

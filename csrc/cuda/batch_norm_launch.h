@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../plan/batch_norm.h"
+#include "../plan/interface.h"
 
 namespace braze::cuda {
 
@@ -22,19 +23,20 @@ struct NormScratchSize {
   size_t tickets = 0;    // numbers
 };
 
-cudaError_t batch_norm_scratch(const StatisticsArgs& args, NormScratchSize& size);
-cudaError_t batch_norm_scratch(const CombineArgs& args, NormScratchSize& size);
-cudaError_t batch_norm_scratch(const BackwardArgs& args, NormScratchSize& size);  // of reduce
+BRAZE_API cudaError_t batch_norm_scratch(const StatisticsArgs& args, NormScratchSize& size);
+BRAZE_API cudaError_t batch_norm_scratch(const CombineArgs& args, NormScratchSize& size);
+BRAZE_API cudaError_t batch_norm_scratch(const BackwardArgs& args,
+                                         NormScratchSize& size);  // of reduce
 
-cudaError_t batch_norm_statistics(const StatisticsArgs& args, const NormScratch& scratch,
-                                  cudaStream_t stream);
-cudaError_t batch_norm_combine(const CombineArgs& args, const NormScratch& scratch,
-                               cudaStream_t stream);
-cudaError_t batch_norm_apply(const ApplyArgs& args, cudaStream_t stream);
-cudaError_t batch_norm_apply(const RunningApplyArgs& args, cudaStream_t stream);
-cudaError_t batch_norm_reduce(const BackwardArgs& args, const NormScratch& scratch,
-                              cudaStream_t stream);
-cudaError_t batch_norm_coefficients(const CoefficientsArgs& args, cudaStream_t stream);
-cudaError_t batch_norm_apply_grad(const BackwardArgs& args, cudaStream_t stream);
+BRAZE_API cudaError_t batch_norm_statistics(const StatisticsArgs& args, const NormScratch& scratch,
+                                            cudaStream_t stream);
+BRAZE_API cudaError_t batch_norm_combine(const CombineArgs& args, const NormScratch& scratch,
+                                         cudaStream_t stream);
+BRAZE_API cudaError_t batch_norm_apply(const ApplyArgs& args, cudaStream_t stream);
+BRAZE_API cudaError_t batch_norm_apply(const RunningApplyArgs& args, cudaStream_t stream);
+BRAZE_API cudaError_t batch_norm_reduce(const BackwardArgs& args, const NormScratch& scratch,
+                                        cudaStream_t stream);
+BRAZE_API cudaError_t batch_norm_coefficients(const CoefficientsArgs& args, cudaStream_t stream);
+BRAZE_API cudaError_t batch_norm_apply_grad(const BackwardArgs& args, cudaStream_t stream);
 
 }  // namespace braze::cuda

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../plan/dropout.h"
+#include "../plan/interface.h"
 
 namespace braze::cuda {
 
@@ -12,6 +13,6 @@ namespace braze::cuda {
 constexpr int64_t kDropoutChunk = 8192;
 
 // On the current device. An error means that nothing was launched.
-cudaError_t dropout(const DropoutArgs& args, cudaStream_t stream);
+BRAZE_API cudaError_t dropout(const DropoutArgs& args, cudaStream_t stream);
 
 }  // namespace braze::cuda

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "../plan/interface.h"
 #include "device_table.h"
 #include "optimizer_table.h"
 
@@ -19,7 +20,7 @@ struct StepWork {
 
 // Of one optimizer on one device, which must be current in every call. An error means that nothing
 // was launched.
-class StepLauncher {
+class BRAZE_API StepLauncher {
  public:
   StepLauncher() = default;
   StepLauncher(const StepLauncher&) = delete;

@@ -5,11 +5,13 @@
 
 #include <cstddef>
 
+#include "../plan/interface.h"
+
 namespace braze::cuda {
 
 // `words` on the current device, for launches that follow each other. By cudaMalloc and never
 // freed: a captured graph may outlive whoever asked for them. May be called while streams are
 // captured, and puts nothing into their graphs.
-cudaError_t take_zeros(size_t words, unsigned int** zeros);
+BRAZE_API cudaError_t take_zeros(size_t words, unsigned int** zeros);
 
 }  // namespace braze::cuda

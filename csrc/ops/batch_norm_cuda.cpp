@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <tuple>
 
 #include "../cuda/batch_norm_launch.h"
+#include "../cuda/runtime.h"
 #include "../cuda/zeros.h"
 #include "launch.h"
 #include "launch_cuda.h"
@@ -23,22 +25,20 @@ class Tickets {
  public:
   // Null where the driver has no memory: torch may have some.
   unsigned int* get(int device, cudaStream_t stream, size_t count) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    unsigned long long capture = 0;
-    check_launch(cudaStreamGetCaptureInfo(stream, &status, &capture), kOwner, "a kernel", device);
-    const bool capturing = status != cudaStreamCaptureStatusNone;
+    std::optional<unsigned long long> capture;
+    check_launch(cuda::find_capture(stream, capture), kOwner, "a kernel", device);
     const std::lock_guard lock(mutex_);
-    Set& set = sets_[{device, stream, capturing}];
-    if (set.count < count || (capturing && set.capture != capture)) {
+    Set& set = sets_[{device, stream, capture.has_value()}];
+    if (set.count < count || (capture && set.capture != *capture)) {
       const size_t wanted = std::max(kMinTickets, count);
       unsigned int* zeros = nullptr;
       const cudaError_t error = cuda::take_zeros(wanted, &zeros);
       if (error == cudaErrorMemoryAllocation) {
-        (void)cudaGetLastError();
+        cuda::forget_error();
         return nullptr;
       }
       check_launch(error, kOwner, "a kernel", device);
-      set = {zeros, wanted, capture};
+      set = {zeros, wanted, capture.value_or(0)};
     }
     return set.zeros;
   }
@@ -73,7 +73,7 @@ struct Scratch {
     const size_t bytes = size.tickets * sizeof(unsigned int);
     own_tickets = allocator.allocate(bytes);
     pointers.tickets = static_cast<unsigned int*>(own_tickets.get());
-    check_launch(cudaMemsetAsync(pointers.tickets, 0, bytes, stream), kOwner, "a kernel", device);
+    check_launch(cuda::clear(pointers.tickets, bytes, stream), kOwner, "a kernel", device);
   }
 };
 

@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "../cuda/runtime.h"
+
 namespace braze {
 
 void check_launch(cudaError_t error, const std::string& owner, const char* what, int device) {
@@ -10,7 +12,7 @@ void check_launch(cudaError_t error, const std::string& owner, const char* what,
               ". `python -m braze info` lists what they were built for; rebuild with ",
               "TORCH_CUDA_ARCH_LIST set to this GPU's compute capability");
   TORCH_CHECK(error == cudaSuccess, owner, ": launching ", what, " on cuda:", device,
-              " failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+              " failed: ", cuda::describe(error));
 }
 
 }  // namespace braze

@@ -1,4 +1,5 @@
 // The Python module braze._cuda: nothing but the backend, for braze._C.register_backend.
+#include "../cuda/runtime.h"
 #include "backend_cuda.h"
 
 namespace braze {
@@ -17,6 +18,11 @@ class RealCudaBackend final : public CudaBackend {
 }  // namespace braze
 
 PyMODINIT_FUNC PyInit__cuda() {
+  const std::string mismatch = braze::interface_mismatch("libbraze_cuda", braze::cuda::interface());
+  if (!mismatch.empty()) {
+    PyErr_SetString(PyExc_ImportError, mismatch.c_str());
+    return nullptr;
+  }
   static braze::RealCudaBackend backend;
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                    "_cuda",

@@ -1,12 +1,11 @@
 #include "optimizer_cuda.h"
 
 #include <ATen/cuda/EmptyTensor.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
 
 #include "../cuda/optimizer_launch.h"
+#include "../cuda/runtime.h"
 #include "launch_cuda.h"
 
 namespace braze {
@@ -28,14 +27,14 @@ class CudaStep final : public DeviceStep {
   // At the end of the process the driver may be gone; then there is nothing to free.
   ~CudaStep() override {
     try {
-      const c10::cuda::CUDAGuard guard(index());
+      const OnDevice guard(index());
       launcher_.reset();
     } catch (const c10::Error&) {
     }
   }
 
   void launch(const Work& work, const Hypers& hypers, const DeviceScale& scale) override {
-    const c10::cuda::CUDAGuard guard(index());
+    const OnDevice guard(index());
     check(launcher_->step({work.tensors, work.generation}, hypers,
                           pointers(scale, scale.statistics), stream()),
           "the step");
@@ -43,7 +42,7 @@ class CudaStep final : public DeviceStep {
 
   Measured measure(const Work& work, const Hypers& hypers, double weight,
                    const DeviceScale& scale) override {
-    const c10::cuda::CUDAGuard guard(index());
+    const OnDevice guard(index());
     chunks_.clear();
     int64_t all_chunks = 0;
     for (const TensorWork& t : work.tensors) {
@@ -60,17 +59,16 @@ class CudaStep final : public DeviceStep {
   }
 
   std::vector<GradientSums> sums() override {
-    const c10::cuda::CUDAGuard guard(index());
+    const OnDevice guard(index());
     std::vector<GradientSums> result(chunks_.size());
     int64_t all_chunks = 0, chunk = 0;
     for (const int64_t count : chunks_) all_chunks += count;
     if (all_chunks == 0) return result;
     const int64_t columns = statistics_ ? cuda::kSumColumns : 1;
     std::vector<double> host(static_cast<size_t>(columns * all_chunks));
-    check(cudaMemcpyAsync(host.data(), workspaces_.back().const_data_ptr(),
-                          host.size() * sizeof(double), cudaMemcpyDeviceToHost, stream()),
+    check(cuda::copy_to_host(host.data(), workspaces_.back().const_data_ptr(),
+                             host.size() * sizeof(double), stream()),
           "the copy of sums");
-    check(cudaStreamSynchronize(stream()), "the copy of sums");
     for (size_t i = 0; i < chunks_.size(); ++i) {
       for (const int64_t end = chunk + chunks_[i]; chunk < end; ++chunk) {
         const auto column = [&](cuda::SumColumn c) {
@@ -147,13 +145,13 @@ std::unique_ptr<DeviceStep> make_cuda_step(int device, const std::string& owner)
 
 bool cuda_is_capturing(int device) {
   const auto index = static_cast<c10::DeviceIndex>(device);
-  const c10::cuda::CUDAGuard guard(index);
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const OnDevice guard(index);
+  std::optional<unsigned long long> capture;
   const cudaError_t error =
-      cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(index).stream(), &status);
+      cuda::find_capture(c10::cuda::getCurrentCUDAStream(index).stream(), capture);
   TORCH_CHECK(error == cudaSuccess, "CUDA does not answer on cuda:", device, ": ",
-              cudaGetErrorString(error));
-  return status != cudaStreamCaptureStatusNone;
+              cuda::describe(error));
+  return capture.has_value();
 }
 
 }  // namespace braze

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "interface.h"
 #include "tensor_work.h"
 
 namespace braze {
@@ -21,7 +22,7 @@ struct ChunkList {
   std::vector<int64_t> batches;  // batch b is chunks [batches[b], batches[b + 1])
   int64_t cost = 0;              // in linear elements
 
-  void build(const std::vector<TensorWork>& tensors);
+  BRAZE_API void build(const std::vector<TensorWork>& tensors);
   int64_t num_batches() const { return static_cast<int64_t>(batches.size()) - 1; }
 };
 

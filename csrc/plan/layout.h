@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "interface.h"
+
 namespace braze {
 
 // Sizes and one stride vector per operand, all in the same dimension order.
@@ -14,10 +16,11 @@ struct Layout {
 // Drops dimensions of size 1, orders the rest by the first operand's strides (largest outermost),
 // and merges neighbours that every operand walks as one. Element i then means the same logical
 // index for all operands.
-void simplify(Layout& layout);
+BRAZE_API void simplify(Layout& layout);
 
 // True if no two logical indices share an address. Exact.
-bool is_non_overlapping(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
+BRAZE_API bool is_non_overlapping(const std::vector<int64_t>& sizes,
+                                  const std::vector<int64_t>& strides);
 
 // Bytes [begin, end) that a tensor may touch, and how it walks them.
 struct Footprint {
@@ -25,7 +28,7 @@ struct Footprint {
   int64_t itemsize = 1;
   std::vector<int64_t> sizes, strides;  // elements; strides are never negative
   bool dense = false;                   // touches every byte between its first and last
-  uintptr_t end() const;
+  BRAZE_API uintptr_t end() const;
 };
 
 // Indices of two footprints that share at least one byte, or {-1, -1}. Exact also for interleaved
@@ -33,6 +36,6 @@ struct Footprint {
 struct OverlapPair {
   int64_t first = -1, second = -1;
 };
-OverlapPair find_overlap(const std::vector<Footprint>& footprints);
+BRAZE_API OverlapPair find_overlap(const std::vector<Footprint>& footprints);
 
 }  // namespace braze

@@ -70,8 +70,9 @@ def available_instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str) -> bool: ...
 
-# "one", "two" or "curved", in the order of the activations' numbers.
+# What the binding was compiled against.
 TORCH_VERSION: str
+# "one", "two" or "curved", in the order of the activations' numbers.
 ACTIVATION_SLOPES: dict[str, str]
 
 def __getattr__(name: str) -> Any: ...  # tensor operations, with the arguments of torch.ops.braze's

@@ -113,7 +113,7 @@ def tools_first() -> dict[str, str]:
 def compile_objects(build: Path = BUILD) -> list[dict[str, str]]:
     """Compiles csrc/cuda and csrc/ops/*_cuda.cpp as the build does, with warnings and spills as errors.
 
-    Links nothing, so a CPU torch will do. Returns CMake's compile commands.
+    Links libbraze_cuda alone, so a CPU torch will do. Returns CMake's compile commands.
     """
     environ = tools_first()
     options = {
@@ -124,9 +124,9 @@ def compile_objects(build: Path = BUILD) -> list[dict[str, str]]:
     }
     defines = [f"-D{name}={value}" for name, value in options.items()]
     _run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines], environ)
-    _run(["cmake", "--build", str(build), "--target", "braze_cuda_objects"], environ)
+    _run(["cmake", "--build", str(build), "--target", "braze_cuda", "cuda_bindings"], environ)
     commands = json.loads((build / "compile_commands.json").read_text())
-    return [c for c in commands if "braze_cuda_objects" in c["output"]]
+    return [c for c in commands if c["file"].endswith((".cu", "_cuda.cpp"))]
 
 
 def compile_one(commands: list[dict[str, str]], source: Path, output: Path) -> tuple[int, str]:

@@ -4,7 +4,6 @@
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <Python.h>
 #include <c10/cuda/CUDACachingAllocator.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/Generator.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -17,6 +16,7 @@
 #include "emulator/control.h"
 #include "fake_device.h"
 #include "ops/backend_cuda.h"
+#include "ops/launch_cuda.h"
 
 namespace c10::cuda {
 namespace {
@@ -207,7 +207,7 @@ PyObject* synchronize(PyObject*, PyObject*) {
   int count = 0;
   TRY(cudaGetDeviceCount(&count));
   for (int device = 0; device < count; ++device) {
-    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+    const braze::OnDevice guard(static_cast<c10::DeviceIndex>(device));
     TRY(cudaDeviceSynchronize());
   }
   emulated_memory::work_has_run();

@@ -1,0 +1,7 @@
+#include "interface.h"
+
+namespace braze {
+
+const char* kernels_interface() { return kInterface; }
+
+}  // namespace braze
