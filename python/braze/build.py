@@ -54,7 +54,7 @@ def libraries(module: str) -> list[Path]:
     """
     versions = (_build.CUDA_VERSION, torch.version.cuda or "")
     same = len({version.split(".")[0] for version in versions}) == 1
-    names = ["kernels", "cuda"] if module == "_cuda" and same else ["kernels"]
+    names = ["kernels"] if module == "_C" else ["cuda"] if same else []
     return [_native.PACKAGE / f"libbraze_{name}.so" for name in names]
 
 
@@ -62,7 +62,7 @@ def _sources(module: str) -> list[Path]:
     files = set(SOURCES.glob("ops/*_cuda.cpp"))
     if module == "_C":
         files = {*SOURCES.glob("*.cpp"), *SOURCES.glob("ops/**/*.cpp")} - files
-    elif len(libraries(module)) == 1:
+    elif not libraries(module):
         files |= set(SOURCES.glob("cuda/*.cu"))
     return sorted(files)
 
@@ -201,9 +201,9 @@ def _compile(module: str, folder: Path, log: Log, output: Path) -> None:
         environ["TORCH_CUDA_ARCH_LIST"] = ";".join(_nvcc.listed())
         # A CUDA runtime of its own, as in libbraze_cuda; torch links with the shared one.
         (work / "libcudart.so").write_text(f'INPUT("{toolkit.cudart_static}" -lrt -ldl -lpthread)')
-    own = libraries(module)
+    own = [str(library) for library in libraries(module)]
     common = ["-O3", "-DNDEBUG", "-std=c++20", f"'-DBRAZE_INTERFACE=\"{_build.INTERFACE}\"'"]
-    link = ["-s", "-L.", "-Wl,--exclude-libs,ALL", "-fopenmp", *(shlex.quote(str(p)) for p in own)]
+    link = ["-s", "-L.", "-Wl,--exclude-libs,ALL", "-fopenmp", *map(shlex.quote, own)]
     arguments = {
         "name": module,
         "sources": [str(file) for file in _sources(module)],
@@ -219,7 +219,7 @@ def _compile(module: str, folder: Path, log: Log, output: Path) -> None:
     with output.open("w") as file:
         done = subprocess.run(
             [sys.executable, "-I", "-c", COMPILE],
-            input=json.dumps([sys.path, [str(library) for library in own], arguments]),
+            input=json.dumps([sys.path, own, arguments]),
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environ,
