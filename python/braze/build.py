@@ -9,6 +9,7 @@ nvcc; no GPU. CUDA_HOME, CXX, TORCH_CUDA_ARCH_LIST, MAX_JOBS and BRAZE_CACHE_DIR
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -21,7 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +31,6 @@ import torch
 from braze import _build, _native, _nvcc
 
 SOURCES = _native.PACKAGE / "csrc"
-Log = Callable[[str], None]
 BuildError = _nvcc.ToolkitError
 
 # In a process of its own: torch reads CUDA_HOME when it is imported, and imports what it has built.
@@ -75,9 +75,9 @@ def key(module: str, architectures: str = "") -> str:
     digest = hashlib.sha256()
     for file in sorted(p for p in SOURCES.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(SOURCES)}\0".encode() + file.read_bytes() + b"\0")
-    names = [library.name for library in libraries(module)]
-    flags = (_build.INTERFACE, _build.CXX_FLAGS, _build.NVCC_FLAGS, names)
-    digest.update(repr(flags).encode())
+    own = [library.name for library in libraries(module)]
+    facts = (own, _build.INTERFACE, _build.CXX_FLAGS, _build.NVCC_FLAGS)
+    digest.update(repr(facts).encode())
     parts = [module, _build.VERSION, f"torch{torch.__version__}", sysconfig.get_config_var("SOABI")]
     if module == "_cuda":
         listed = "_".join(_nvcc.architectures()).replace("-real", "")
@@ -117,43 +117,40 @@ def find_built(module: str) -> tuple[Path | None, str]:
     """
     root = cache_root()
     try:
-        if not root.is_dir() or not SOURCES.is_dir():
-            return None, ""
-        check_private(root)
-        name = key(module, "" if os.environ.get("TORCH_CUDA_ARCH_LIST") else "*")
-        found = root.glob(f"{name}/{module}.so")
-        for library in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
-            check_private(library.parent)
-            return library, ""
+        if root.is_dir():
+            check_private(root)
+            name = key(module, "" if os.environ.get("TORCH_CUDA_ARCH_LIST") else "*")
+            found = root.glob(f"{name}/{module}.so")
+            for library in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
+                check_private(library.parent)
+                return library, ""
     except (BuildError, OSError) as error:
         return None, str(error)
     return None, ""
 
 
-@contextmanager
-def _locked(file: Path, log: Log) -> Iterator[None]:
-    """Holds the build's lock. The kernel releases it with the process, so it cannot go stale."""
-    import fcntl
+def say(text: str) -> None:
+    """Progress, apart from the paths that are the output."""
+    print(f"braze: {text}", file=sys.stderr, flush=True)
 
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Holds the build's lock. The kernel releases it with the process, so it cannot go stale."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(file, flags, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log("braze: another process is building the same kernels; waiting for it")
+            say("another process is building the same; waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
 
 
-def say(text: str) -> None:
-    """Progress, apart from the paths that are the output."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def build(module: str, force: bool = False, log: Log = say) -> Path:
+def build(module: str, force: bool = False) -> Path:
     """Returns the compiled ``_C`` or ``_cuda``, from the cache if it is there. Raises :class:`BuildError`."""
     if not _sources(module):
         raise BuildError(f"the sources of {module} are missing from {SOURCES}. Reinstall braze.")
@@ -163,7 +160,7 @@ def build(module: str, force: bool = False, log: Log = say) -> Path:
         root.parent.mkdir(parents=True, exist_ok=True)
         root.mkdir(mode=0o700, exist_ok=True)
         check_private(root)
-        with _locked(root / f"{name}.lock", log):
+        with _locked(root / f"{name}.lock"):
             if library.is_file() and not force:
                 check_private(library.parent)
                 return library
@@ -171,7 +168,7 @@ def build(module: str, force: bool = False, log: Log = say) -> Path:
                 shutil.rmtree(left_over)
             folder = Path(tempfile.mkdtemp(prefix=f"{name}.tmp", dir=root))
             try:
-                _compile(module, folder, log, root / f"{name}.log")
+                _compile(module, folder, root / f"{name}.log")
                 shutil.rmtree(library.parent, ignore_errors=True)
                 folder.rename(library.parent)
             finally:
@@ -184,7 +181,7 @@ def build(module: str, force: bool = False, log: Log = say) -> Path:
         ) from error
 
 
-def _compile(module: str, folder: Path, log: Log, output: Path) -> None:
+def _compile(module: str, folder: Path, output: Path) -> None:
     """Puts the module and the log of its making into ``folder``; if it fails, the log is ``output``."""
     tools = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if not shutil.which("ninja", path=tools) or not importlib.util.find_spec("setuptools"):
@@ -202,8 +199,8 @@ def _compile(module: str, folder: Path, log: Log, output: Path) -> None:
         # A CUDA runtime of its own, as in libbraze_cuda; torch links with the shared one.
         (work / "libcudart.so").write_text(f'INPUT("{toolkit.cudart_static}" -lrt -ldl -lpthread)')
     own = [str(library) for library in libraries(module)]
+    link = ["-s", "-L.", "-fopenmp", "-Wl,--exclude-libs,ALL", *map(shlex.quote, own)]
     common = ["-O3", "-DNDEBUG", "-std=c++20", f"'-DBRAZE_INTERFACE=\"{_build.INTERFACE}\"'"]
-    link = ["-s", "-L.", "-Wl,--exclude-libs,ALL", "-fopenmp", *map(shlex.quote, own)]
     arguments = {
         "name": module,
         "sources": [str(file) for file in _sources(module)],
@@ -214,17 +211,16 @@ def _compile(module: str, folder: Path, log: Log, output: Path) -> None:
         "with_cuda": module == "_cuda",
         "verbose": True,
     }
-    log(f"braze: compiling {module} for torch {torch.__version__}; the output goes to {output}")
+    say(f"compiling {module} for torch {torch.__version__}; the output goes to {output}")
     started = time.monotonic()
     with output.open("w") as file:
         done = subprocess.run(
             [sys.executable, "-I", "-c", COMPILE],
-            input=json.dumps([sys.path, own, arguments]),
+            input=json.dumps([sys.path, own, arguments]).encode(),
             stdout=file,
-            stderr=subprocess.STDOUT,
+            stderr=file,
             env=environ,
             cwd=work,
-            text=True,
         )
     if done.returncode:
         tail = "\n".join(output.read_text(errors="replace").splitlines()[-30:])
@@ -234,7 +230,7 @@ def _compile(module: str, folder: Path, log: Log, output: Path) -> None:
     (work / f"{module}.so").rename(folder / f"{module}.so")
     output.rename(folder / "build.log")
     shutil.rmtree(work)
-    log(f"braze: built in {time.monotonic() - started:.0f} s")
+    say(f"built in {time.monotonic() - started:.0f} s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

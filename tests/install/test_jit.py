@@ -46,8 +46,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def fake_compile(module: str, folder: Path, log: build.Log, _: Path) -> None:
-    log("compiled")
+def fake_compile(module: str, folder: Path, _: Path) -> None:
+    build.say("compiled")
     (folder / f"{module}.so").write_text("library")
 
 
@@ -71,14 +71,15 @@ def fake_nvcc(folder: Path, release: str, works: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("module", ["_C", "_cuda"])
-def test_built_once_then_found(module: str, cache: Path) -> None:
+def test_built_once_then_found(module: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
+    monkeypatch.setattr(build, "say", lines.append)
     assert build.find_built(module) == (None, "")
-    first, key = build.build(module, log=lines.append), build.key(module)
+    first, key = build.build(module), build.key(module)
     assert first == cache / key / f"{module}.so" and first.read_text() == "library"
-    assert build.build(module, log=lines.append) == first and lines == ["compiled"]
+    assert build.build(module) == first and lines == ["compiled"]
     assert build.find_built(module) == (first, "")
-    assert build.build(module, force=True, log=lines.append) == first and lines == ["compiled"] * 2
+    assert build.build(module, force=True) == first and lines == ["compiled"] * 2
     assert cache.stat().st_mode & 0o777 == 0o700
     assert {p.name for p in cache.iterdir()} == {key, f"{key}.lock"}
 
@@ -206,7 +207,7 @@ def test_what_a_killed_build_left_is_cleared(cache: Path) -> None:
 
 
 def test_failed_build_leaves_nothing_to_load(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(module: str, folder: Path, log: build.Log, _: Path) -> None:
+    def fail(module: str, folder: Path, _: Path) -> None:
         (folder / f"{module}.so").write_text("half")
         raise build.BuildError("no")
 
@@ -224,13 +225,14 @@ torch.version.cuda = "13.0"
 from braze import _build, build
 _build.CUDA_VERSION = ""
 build.SOURCES = Path(sys.argv[1])
-def compile(module, folder, log, _):
+def compile(module, folder, _):
     print("compiling", flush=True)
     while not Path(sys.argv[2]).exists():
         time.sleep(0.02)
     (folder / f"{module}.so").write_text("library")
 build._compile = compile
-print(build.build("_cuda", log=lambda text: print(text, flush=True)))
+build.say = lambda text: print(text, flush=True)
+print(build.build("_cuda"))
 """
 
 
@@ -252,14 +254,17 @@ def test_others_wait_and_use_the_first_ones_result(cache: Path) -> None:
     assert results == [f"{cache / build.key('_cuda') / '_cuda.so'}\n"] * 8
 
 
-def test_lock_of_a_killed_process_does_not_hold(cache: Path) -> None:
+def test_lock_of_a_killed_process_does_not_hold(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [sys.executable, "-c", WORKER, str(build.SOURCES), "/never"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as process:
         assert process.stdout and process.stdout.readline() == "compiling\n"
         process.kill()
     started = time.monotonic()
     lines: list[str] = []
-    build.build("_cuda", log=lines.append)
+    monkeypatch.setattr(build, "say", lines.append)
+    build.build("_cuda")
     assert lines == ["compiled"] and time.monotonic() - started < 5
 
 
