@@ -25,6 +25,7 @@ except ImportError:
     ) from None
 PACKAGE = Path(_build.__file__).parent
 SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}{sys.abiflags}"
 
 
 def minor(version: str) -> str:
@@ -33,36 +34,28 @@ def minor(version: str) -> str:
 
 
 def bindings() -> dict[str, list[str]]:
-    """The torch minors that the package has bindings for, and the ends of their files, one for each Python."""
+    """The torch minors that the package has bindings for, and the Pythons of each."""
     found: dict[str, list[str]] = {}
     for file in sorted(PACKAGE.glob("_C.torch*.so")):
-        name = file.name.removeprefix("_C.torch")
-        torch_minor = minor(name)
-        found.setdefault(torch_minor, []).append(name.removeprefix(torch_minor))
+        if match := re.match(r"_C\.torch(\d+\.\d+)\.cpython-(\d)(\w+)-", file.name):
+            found.setdefault(match[1], []).append(f"{match[2]}.{match[3]}")
     return found
 
 
 def describe_bindings() -> str:
     """What :func:`bindings` found: ``torch 2.12 (Python 3.11), 2.13 (Python 3.10, 3.11)``."""
-
-    def python(suffix: str) -> str:
-        return re.sub(r"^\.cpython-(\d)(\d+t?)-.*", r"\1.\2", suffix)
-
-    parts = (f"{key} (Python {', '.join(map(python, ends))})" for key, ends in bindings().items())
+    parts = [f"{key} (Python {', '.join(pythons)})" for key, pythons in bindings().items()]
     return f"torch {', '.join(parts) or 'of no version'}"
 
 
 def _no_binding() -> str:
-    ways = [
-        f"compile what is missing ({BUILD})",
-        f"rebuild braze from its source folder: {REBUILD}",
-    ]
-    for fitting in [torch_minor for torch_minor, ends in bindings().items() if SUFFIX in ends][-1:]:
-        ways.insert(0, f"install a torch that it was built for (pip install 'torch=={fitting}.*')")
+    fitting = [torch_minor for torch_minor, pythons in bindings().items() if PYTHON in pythons]
+    install = "install a torch that it was built for (pip install 'torch=={}.*'), or "
     return (
         f"braze was built against {describe_bindings()}, but torch {torch.__version__} is installed "
-        f"in Python {sys.version_info[0]}.{sys.version_info[1]}, and their binary interfaces differ. "
-        f"Either {', or '.join(ways)}"
+        f"in Python {PYTHON}, and their binary interfaces differ. Either "
+        f"{install.format(fitting[-1]) if fitting else ''}compile what is missing ({BUILD}), or "
+        f"rebuild braze from its source folder: {REBUILD}"
     )
 
 
@@ -86,8 +79,8 @@ def _find(module: str) -> tuple[Path | None, str]:
         from braze import build
 
         # python -m braze build: this runs before the command, which without _C would not be reached.
-        command = module == "_C" and sys.argv in (["-m", "build"], ["-m", "build", "--force"])
-        command = command and sys.orig_argv[-len(sys.argv)] in ("braze", "-mbraze")
+        command = module == "_C" and sys.argv == ["-m", "build"]
+        command = command and sys.orig_argv[-2] in ("braze", "-mbraze")
         if command or os.environ.get("BRAZE_JIT", "0") not in ("", "0"):
             try:
                 return build.build(module), ""

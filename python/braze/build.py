@@ -80,8 +80,9 @@ def key(module: str, architectures: str = "") -> str:
     digest.update(repr(facts).encode())
     parts = [module, _build.VERSION, f"torch{torch.__version__}", sysconfig.get_config_var("SOABI")]
     if module == "_cuda":
-        listed = "_".join(_nvcc.architectures()).replace("-real", "")
-        parts += [f"cu{torch.version.cuda}", architectures or listed]
+        parts.append(f"cu{torch.version.cuda}")
+    if not own:
+        parts.append(architectures or "_".join(_nvcc.architectures()).replace("-real", ""))
     return "-".join([*parts, digest.hexdigest()[:16]])
 
 

@@ -35,6 +35,7 @@ def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guard:
             (tmp_path / f"_C.torch{torch_minor}.cpython-{python}-x86_64-linux-gnu.so").touch()
         monkeypatch.setattr(_native, "PACKAGE", tmp_path)
         monkeypatch.setattr(_native, "SUFFIX", ".cpython-311-x86_64-linux-gnu.so")
+        monkeypatch.setattr(_native, "PYTHON", "3.11")
         monkeypatch.setattr(torch, "__version__", running)
         return _native.packaged("_C")
 
