@@ -52,10 +52,12 @@ def libraries(module: str) -> list[Path]:
 
     Where libbraze_cuda is missing or of another CUDA, ``_cuda`` has its kernels inside.
     """
+    if module == "_C":
+        return [_native.PACKAGE / "libbraze_kernels.so"]
     versions = (_build.CUDA_VERSION, torch.version.cuda or "")
     same = len({version.split(".")[0] for version in versions}) == 1
-    names = ["kernels"] if module == "_C" else ["cuda"] if same else []
-    return [_native.PACKAGE / f"libbraze_{name}.so" for name in names]
+    file = _native.PACKAGE / "libbraze_cuda.so"
+    return [file] if same and file.is_file() else []
 
 
 def _sources(module: str) -> list[Path]:
