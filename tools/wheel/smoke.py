@@ -1,0 +1,70 @@
+"""Run by the Python of a fresh environment that has torch and the wheel: does what was installed work?
+
+python smoke.py cuda     or, where no CUDA kernels are to be expected:     python smoke.py cpu
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+kind = sys.argv[1]
+assert "braze" not in sys.modules and kind in ("cpu", "cuda")
+
+import braze  # noqa: E402
+from braze import _native, nn, optim  # noqa: E402
+
+package = Path(str(_native.__file__)).parent
+assert Path(_native._C.__file__).parent == package, f"not the wheel's: {_native._C.__file__}"
+assert _native.minor(_native._C.TORCH_VERSION) == _native.minor(torch.__version__)
+
+
+def trained(module: Any, name: str, **options: Any) -> list[torch.nn.Parameter]:
+    """Parameters after three steps."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(n)) for n in (1, 63, 4097)]
+    optimizer = getattr(module, name)(parameters, **options)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return parameters
+
+
+for name, options in {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.1},
+}.items():
+    ours = trained(optim, name, **options)
+    theirs = trained(torch.optim, name, **options, foreach=False)
+    fused = trained(torch.optim, name, **options, fused=True)
+    for p, q, r in zip(ours, theirs, fused, strict=True):
+        assert torch.equal(p, q) or torch.equal(p, r), f"{name}: other bits than torch's"
+
+torch.manual_seed(0)
+x = torch.randn(4, 6, 5, 5, requires_grad=True)
+y = x.detach().clone().requires_grad_()
+norm = nn.BatchNormAct2d(6, activation="relu")
+out, expected = norm(x), torch.relu(torch.nn.BatchNorm2d(6)(y))
+grad = torch.randn_like(out)
+out.backward(grad)
+expected.backward(grad)
+torch.testing.assert_close(out, expected)
+torch.testing.assert_close(x.grad, y.grad)
+
+if kind == "cuda":
+    assert torch.version.cuda, "a torch without CUDA"
+    assert _native.cuda_missing() == "", _native.cuda_missing()
+    assert Path(str(_native.CUDA_FILE)).parent == package, f"not the wheel's: {_native.CUDA_FILE}"
+    assert "cuda" in _native._C.backends(), _native._C.backends()
+elif torch.version.cuda:
+    assert "-m braze build" in _native.cuda_missing(), _native.cuda_missing()
+
+maps = Path("/proc/self/maps").read_text().split()
+for runtime in ("libgomp", "libcudart"):
+    files = {part for part in maps if re.search(rf"/{runtime}[-.\w]*\.so", part)}
+    assert len(files) <= 1, f"several of {runtime}: {files}"
+for key, value in braze.build_info().items():
+    print(f"{key:16} {value}")
