@@ -1,7 +1,8 @@
 # make demo | test | test-all | lint | bench | build | clean. Everything is set up in .venv on first use.
 # make test: the quick tier, which shows that braze can replace torch here; test-all: every test.
 # make gpu: what only a GPU can tell, in nine minutes, with the torch of $(PYTHON); python3 bench/gpu.py --help.
-# make cuda-import: links and imports the CUDA kernels against a CUDA torch; needs nvcc, no GPU, 5 GB.
+# make wheel: one wheel for any number of torches and Pythons, ARGS="--torch 2.13,2.14"; docs/wheels.md.
+# make wheel-check: builds such a wheel for two torches and tries it; nvcc if it is there, no GPU, 5 GB.
 PYTHON ?= python3
 # Any torch from 2.11 on: make test TORCH=torch==2.14.1
 TORCH ?= torch==2.13.0
@@ -20,7 +21,7 @@ RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONNOUSERSITE=1
 # Most of what is installed is never imported; Python compiles the rest when it is.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-all lint bench gpu cuda-import build clean format
+.PHONY: demo test test-all lint bench gpu wheel wheel-check build clean format
 build: .venv/built
 
 demo: .venv/built
@@ -38,8 +39,11 @@ bench: .venv/built .venv/tools
 gpu:
 	$(PYTHON) bench/gpu.py $(ARGS)
 
-cuda-import: .venv/built
-	$(RUN) $(BIN)/python tests/install/cuda_import.py
+wheel: .venv/torch
+	$(RUN) $(BIN)/python -m tools.wheel $(ARGS)
+
+wheel-check: .venv/built .venv/tools
+	$(RUN) $(BIN)/python tests/install/wheels.py
 
 lint: .venv/built .venv/tools
 	$(BIN)/ruff check .
@@ -72,4 +76,4 @@ format: .venv/tools
 	touch $@
 
 clean:
-	rm -rf .venv build braze-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist braze-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

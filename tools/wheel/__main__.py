@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import content, rows
@@ -121,42 +122,44 @@ def seconds(build: Path) -> dict[str, float]:
     return total
 
 
-def try_wheel(row: Row, wheel: Path, cuda: bool, keep: bool) -> str:
-    """ "passed", or raises WheelError. In an environment of its own, in build/wheel."""
-    home = WORK / "try" / row.file("torch").removesuffix(".so")
-    python = home / "bin/python"
-    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BRAZE_JIT")}
-    environ["BRAZE_CACHE_DIR"] = str(home / "cache")
+class Trial:
+    """An environment of its own for one row, in build/wheel, in which its torch is and the wheel is tried."""
 
-    def run(*command: str | Path) -> str:
+    def __init__(self, row: Row, keep: bool) -> None:
+        self.row, self.keep = row, keep
+        self.home = WORK / "try" / f"torch{row.torch.minor}-python{row.python.version}"
+        self.python = self.home / "bin/python"
+
+    def run(self, *command: str | Path) -> None:
+        """Away from the sources. Raises WheelError."""
+        environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BRAZE_JIT")}
+        environ["BRAZE_CACHE_DIR"] = str(self.home / "cache")
         done = subprocess.run(
             list(map(str, command)), cwd="/", env=environ, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         if done.returncode:
-            raise WheelError(f"{row}: {' '.join(map(str, command))[:200]} failed:\n{done.stdout}")
-        return done.stdout
+            words = " ".join(map(str, command))[:200]
+            raise WheelError(f"{self.row}: {words} failed:\n{done.stdout}")
 
-    if not keep or not python.exists():
-        shutil.rmtree(home, ignore_errors=True)
-        run(row.python.executable, "-m", "venv", home)
-    pip: list[str | Path] = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-compile",
-    ]
-    run(*pip, row.torch.requirement)
-    run(*pip, "--no-deps", "--force-reinstall", wheel)
-    kind = "cuda" if cuda and row.torch.cuda else "cpu"
-    run(python, Path(__file__).with_name("smoke.py"), kind)
-    run(python, "-m", "braze", "info")
-    if not keep:
-        shutil.rmtree(home)
-    return "passed"
+    def install(self, *what: str | Path) -> None:
+        quiet = ("--quiet", "--disable-pip-version-check", "--no-compile")
+        self.run(self.python, "-m", "pip", "install", *quiet, *what)
+
+    def prepare(self) -> Trial:
+        if not self.keep or not self.python.exists():
+            shutil.rmtree(self.home, ignore_errors=True)
+            self.run(self.row.python.executable, "-m", "venv", self.home)
+        self.install(self.row.torch.requirement)
+        return self
+
+    def run_smoke_test(self, wheel: Path, cuda: bool) -> None:
+        self.install("--no-deps", "--force-reinstall", wheel)
+        kind = "cuda" if cuda and self.row.torch.cuda else "cpu"
+        self.run(self.python, Path(__file__).with_name("smoke.py"), kind)
+        self.run(self.python, "-m", "braze", "info")
+        if not self.keep:
+            shutil.rmtree(self.home)
 
 
 def build(arguments: argparse.Namespace, found: list[Row]) -> Path:
@@ -274,14 +277,19 @@ def main() -> int:
         found, missing = rows.find_rows(
             arguments.torch, arguments.python, arguments.torch_wheels, cache, arguments.skip_missing
         )
-        wheel = build(arguments, found)
-        sizes, spent = content.sizes(wheel), seconds(WORK / "build")
-        has_cuda = "libbraze_cuda.so" in sizes
-        results = {}
-        for row in found:
-            if arguments.smoke:
-                results[row] = try_wheel(row, wheel, has_cuda, arguments.keep)
-                say(f"{time.monotonic() - began:5.0f} s  {row}: installed and tried")
+        trials = [Trial(row, arguments.keep) for row in found if arguments.smoke]
+        with ThreadPoolExecutor(
+            1
+        ) as pool:  # unpacks one torch beside the compilers, or beside the trial before
+            ready = [pool.submit(trial.prepare) for trial in trials[:1]]
+            wheel = build(arguments, found)
+            sizes, spent = content.sizes(wheel), seconds(WORK / "build")
+            has_cuda = "libbraze_cuda.so" in sizes
+            for k, trial in enumerate(trials):
+                ready[k].result()
+                ready += [pool.submit(following.prepare) for following in trials[k + 1 : k + 2]]
+                trial.run_smoke_test(wheel, has_cuda)
+                say(f"{time.monotonic() - began:5.0f} s  {trial.row}: passed the smoke test")
     except (MissingError, WheelError) as error:
         print(f"braze: {error}", file=sys.stderr)
         return 1
@@ -302,7 +310,7 @@ def main() -> int:
         own = sum(spent.get(file.removesuffix(".so"), 0) for file in files)
         cuda = "CUDA" if files[1] in sizes else "no CUDA"
         size = sum(sizes.get(file, 0) for file in files)
-        line(f"  {row}", own, size, f"{cuda}, {results.get(row, 'not tried')}")
+        line(f"  {row}", own, size, f"{cuda}, smoke test {'passed' if trials else 'not run'}")
     for text in missing:
         say(f"skipped: {text}")
     say(f"{wheel}: {wheel.stat().st_size / 1e6:.2f} MB in {time.monotonic() - began:.0f} s")
