@@ -90,7 +90,9 @@ def torch_wheel(folder: Path, version: str) -> Path:
     return wheel
 
 
-def test_torch_of_a_wheel_is_unpacked_once_and_not_imported(tmp_path: Path) -> None:
+def test_torch_of_a_wheel_is_unpacked_once_and_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wheels, cache = tmp_path / "wheels", tmp_path / "cache"
     for version in ("2.9.0", "2.9.1"):
         torch_wheel(wheels, version)
@@ -101,6 +103,9 @@ def test_torch_of_a_wheel_is_unpacked_once_and_not_imported(tmp_path: Path) -> N
     assert cache.stat().st_mode & 0o777 == 0o700
     (found.root / "mark").touch()
     assert rows.find_torch("2.9.1", wheels, cache) == found and (found.root / "mark").exists()
+    shutil.rmtree(wheels)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked pip again"))
+    assert rows.find_torch("2.9", None, cache) == found
     unpacked = tmp_path / "unpacked"
     shutil.copytree(found.root, unpacked / "a/torch")
     assert rows.find_torch("2.9", unpacked, cache).root == unpacked / "a/torch"
@@ -201,6 +206,13 @@ def test_missing_file_is_noticed(tmp_path: Path, library: Path, name: str) -> No
     files = complete(library)
     del files[name]
     assert problems(tmp_path, files) == [f"{name} is missing"]
+
+
+def test_binding_that_nobody_asked_for_is_noticed(tmp_path: Path, library: Path) -> None:
+    """As a build folder that was used before may leave one, of sources that are no more."""
+    stale = "braze/_C.torch2.12.cpython-311-x86_64-linux-gnu.so"
+    files = complete(library) | {stale: library.read_bytes()}
+    assert problems(tmp_path, files) == [f"{stale} was not asked for"]
 
 
 def test_missing_licence_and_stray_files_are_noticed(tmp_path: Path, library: Path) -> None:
@@ -307,3 +319,30 @@ def test_time_of_the_sources_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tool.epoch() == "315532800"
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     assert tool.epoch() == tool.epoch() and int(tool.epoch()) > 1_700_000_000
+
+
+def test_options_of_an_earlier_wheel_are_forgotten(tmp_path: Path) -> None:
+    """Or a wheel would be what the last check of the tool was: for one GPU, and not optimised."""
+    if not all(map(shutil.which, ("cmake", "ninja"))):
+        pytest.skip("no CMake, or no ninja")
+    (tmp_path / "CMakeLists.txt").write_text(
+        'cmake_minimum_required(VERSION 3.26)\nproject(p NONE)\nmessage(STATUS "OPTION=${OPTION}.")'
+    )
+    configure = ["cmake", "-G", "Ninja", "-S", str(tmp_path), "-B", str(tmp_path / "build")]
+
+    def option(*defines: str) -> str:
+        done = subprocess.run([*configure, *defines], capture_output=True, text=True, check=True)
+        return done.stdout.partition("OPTION=")[2].partition(".")[0]
+
+    assert option("-DOPTION=90") == option() == "90"
+    tool.forget(tmp_path / "build")
+    assert option() == ""
+
+
+def test_seconds_are_those_of_the_last_compilation(tmp_path: Path) -> None:
+    lines = ["# ninja log v7"]
+    for name, start, end in (("x", 0, 9000), ("y", 0, 1000), ("x", 10, 2010)):
+        lines.append(f"{start}\t{end}\t0\tCMakeFiles/ops.dir/{name}.cpp.o\tabc")
+    (tmp_path / ".ninja_log").write_text("\n".join(lines) + "\n")
+    assert tool.seconds(tmp_path) == {"ops": 3.0}
+    assert tool.seconds(tmp_path / "none") == {}

@@ -111,14 +111,23 @@ def repair(wheel: Path, out: Path, environ: dict[str, str]) -> Path:
     return result
 
 
+def forget(build: Path) -> None:
+    """Drops what an earlier run told CMake; its objects stay, and ninja knows which of them are still right."""
+    for file in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMakeCUDACompiler.cmake")):
+        file.unlink(missing_ok=True)
+
+
 def seconds(build: Path) -> dict[str, float]:
     """Compile time of each CMake target."""
-    total: dict[str, float] = {}
+    took: dict[str, float] = {}  # of each output; what was compiled again has several lines
     log = build / ".ninja_log"
     for line in log.read_text().splitlines()[1:] if log.is_file() else []:
         start, end, _, output, _ = line.split("\t")
+        took[output] = (int(end) - int(start)) / 1000
+    total: dict[str, float] = {}
+    for output, time_spent in took.items():
         if match := re.match(r"CMakeFiles/(?:objects)?([\w.+-]+)\.dir/", output):
-            total[match[1]] = total.get(match[1], 0) + (int(end) - int(start)) / 1000
+            total[match[1]] = total.get(match[1], 0) + time_spent
     return total
 
 
@@ -180,31 +189,34 @@ def build(arguments: argparse.Namespace, found: list[Row]) -> Path:
 
     sdist = backend("build_sdist", ROOT, made, {}, environ)
     source = unpack(sdist, WORK / "source")
-    torches = {row.torch.root: None for row in found}
+    torches = dict.fromkeys(row.torch for row in found)
+    roots = [str(torch.root) for torch in torches]
     pythons = {row.python.executable: None for row in found}
     settings = {
         "wheel.py-api": "py3",
         "build-dir": str(WORK / "build"),
         "build.verbose": "false",
-        "cmake.define.BRAZE_TORCHES": ";".join(map(str, torches)),
+        "cmake.define.BRAZE_TORCHES": ";".join(roots),
         "cmake.define.BRAZE_PYTHONS": ";".join(map(str, pythons)),
         "cmake.define.BRAZE_CUDA": mode,
         **{f"cmake.define.{name}": value for name, value in map(split_define, arguments.define)},
     }
+    forget(WORK / "build")
     wheel = backend("build_wheel", source, made, settings, environ)
     if arguments.repair:
         repaired = made / "repaired"
         wheel = repair(wheel, repaired, environ)
-    has_cuda = (WORK / "build/libbraze_cuda.so").is_file() and mode != "OFF"
+    has_cuda = mode == "ON" or (mode == "AUTO" and any(torch.cuda for torch in torches))
     foreign = {
         str(ROOT),
         str(Path.home()),
-        *map(str, torches),
+        *roots,
         *(str(p.parents[1]) for p in pythons),
     }
     if problems := content.check(wheel, found, has_cuda, foreign - {"/", "/usr"}):
         raise WheelError("\n".join([f"{wheel.name} may not be used:", *problems]))
-    for old in [*out.glob("braze-*.whl"), *out.glob("braze-*.tar.gz")]:
+    version = wheel.name.split("-")[1]
+    for old in [*out.glob(f"braze-{version}-*.whl"), *out.glob(f"braze-{version}.tar.gz")]:
         old.unlink()
     shutil.copy(sdist, out)
     result = Path(shutil.copy(wheel, out))

@@ -75,6 +75,8 @@ def check(
             wanted |= {"braze/libbraze_cuda.so"}
             wanted |= {f"braze/{row.file('_cuda')}" for row in rows if row.torch.cuda}
         problems += [f"{name} is missing" for name in sorted(wanted - names)]
+        libraries = {name for name in names - wanted if name.endswith(".so")}
+        problems += [f"{name} was not asked for" for name in sorted(libraries)]
         if not any(
             re.fullmatch(r"braze-.+\.dist-info/(licenses/)?LICENSE", name) for name in names
         ):

@@ -135,7 +135,8 @@ def unpack(wheel: Path, cache: Path) -> Torch:
 def find_torch(asked: str, wheels: Path | None, cache: Path) -> Torch:
     """``asked``: 2.13, 2.13.0 or "" for the installed one. Raises :class:`MissingError`.
 
-    Looked for here, in ``wheels`` (torch wheels, or folders into which they were unpacked), and through pip.
+    Looked for here, in ``wheels`` (torch wheels, or folders into which they were unpacked), in ``cache``, and
+    through pip.
     """
     installed = installed_torch()
     if installed and (not asked or fits(asked, installed.version)):
@@ -143,10 +144,13 @@ def find_torch(asked: str, wheels: Path | None, cache: Path) -> Torch:
     if not asked:
         raise MissingError("no torch is installed; name one: --torch 2.13")
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for root in sorted([*wheels.glob("**/torch/version.py")]) if wheels else []:
-        found = read_torch(root.parent)
-        if found and fits(asked, found.version):
-            return found
+
+    def unpacked(folder: Path, pattern: str) -> Torch | None:
+        for file in sorted(folder.glob(pattern), reverse=True):
+            found = read_torch(file.parent)
+            if found and fits(asked, found.version):
+                return found
+        return None
 
     def packed(folder: Path) -> Torch | None:
         for wheel in sorted(folder.glob("torch-*.whl"), reverse=True):
@@ -154,7 +158,9 @@ def find_torch(asked: str, wheels: Path | None, cache: Path) -> Torch:
                 return unpack(wheel, cache)
         return None
 
-    if wheels and (found := packed(wheels)):
+    if wheels and (found := unpacked(wheels, "**/torch/version.py") or packed(wheels)):
+        return found
+    if found := unpacked(cache, "*/version.py"):
         return found
     exact = f"torch=={asked}.*" if asked.count(".") < 2 else f"torch==={asked}"
     with tempfile.TemporaryDirectory(dir=cache) as folder:
