@@ -1,7 +1,8 @@
 # make demo | test | test-all | lint | bench | build | clean. Everything is set up in .venv on first use.
 # make test: the quick tier, which shows that braze can replace torch here; test-all: every test.
 # make gpu: what only a GPU can tell, in nine minutes, with the torch of $(PYTHON); python3 bench/gpu.py --help.
-# make cuda-import: links and imports the CUDA kernels against a CUDA torch; needs nvcc, no GPU, 5 GB.
+# make wheel: one wheel for any number of torches and Pythons, ARGS="--torch 2.13,2.14"; docs/wheels.md.
+# make wheel-check: builds such a wheel for two torches and tries it; nvcc if it is there, no GPU, 5 GB.
 PYTHON ?= python3
 # Any torch from 2.11 on: make test TORCH=torch==2.14.1
 TORCH ?= torch==2.13.0
@@ -20,27 +21,31 @@ RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONNOUSERSITE=1
 # Most of what is installed is never imported; Python compiles the rest when it is.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-all lint bench gpu cuda-import build clean format
+.PHONY: demo test test-all lint bench gpu wheel wheel-check build clean format
 build: .venv/built
 
 demo: .venv/built
+	$(BIN)/python -c 'import matplotlib, numpy, sklearn' 2>/dev/null || $(PIP) matplotlib numpy scikit-learn
 	$(RUN) $(BIN)/python -m braze demo $(ARGS)
 
 test-all: export BRAZE_TEST_ALL := 1
-test test-all: .venv/built
+test test-all: .venv/built .venv/tools
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-bench: .venv/built
+bench: .venv/built .venv/tools
 	$(RUN) $(BIN)/python -m braze bench optim $(ARGS)
 
 # Not in .venv: a GPU machine brings its own torch.
 gpu:
 	$(PYTHON) bench/gpu.py $(ARGS)
 
-cuda-import: .venv/built
-	$(RUN) $(BIN)/python tests/install/cuda_import.py
+wheel: .venv/torch
+	$(RUN) $(BIN)/python -m tools.wheel $(ARGS)
 
-lint: .venv/built
+wheel-check: .venv/built .venv/tools
+	$(RUN) $(BIN)/python tests/install/wheels.py
+
+lint: .venv/built .venv/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -55,17 +60,20 @@ format: .venv/tools
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("braze needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 
-.venv/tools: .venv/bin/python requirements-dev.txt requirements-models.txt
-	$(PIP) '$(TORCH)'
+.venv/torch: .venv/bin/python requirements-build.txt
+	$(PIP) '$(TORCH)' -r requirements-build.txt
+	touch $@
+
+.venv/tools: .venv/torch requirements-dev.txt requirements-models.txt
 	$(PIP) -r requirements-dev.txt
 	$(PIP) --no-deps -r requirements-models.txt || \
 	  echo "not all of requirements-models.txt: tests that need it will be skipped"
 	touch $@
 
-.venv/built: .venv/tools $(SOURCES)
+.venv/built: .venv/torch $(SOURCES)
 	$(RUN) $(PIP) --no-build-isolation --no-deps \
 	  -C cmake.define.BRAZE_WERROR=$(WERROR) .
 	touch $@
 
 clean:
-	rm -rf .venv build braze-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist braze-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

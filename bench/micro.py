@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from braze import _native
+from braze import _native, build
 from torch import Tensor
 
 from . import cuda_clock, rows
@@ -62,14 +62,15 @@ def table(device: str, row: Row, *arguments: str) -> None:
 
 
 def kernels(device: str, row: Row) -> None:
-    """Registers and occupancy of every kernel in braze._cuda, as the driver sees them."""
+    """Registers and occupancy of every kernel, as the driver sees them."""
     cuobjdump = find_tool("cuobjdump")
-    if device == "cpu" or cuobjdump is None or _native.CUDA_FILE is None:
+    file = next(iter(build.libraries("_cuda")), _native.CUDA_FILE)
+    if device == "cpu" or cuobjdump is None or file is None:
         row["ok"] = None
         row["note"] = "not available: it needs a CUDA device, braze._cuda and cuobjdump"
         return
     with tempfile.TemporaryDirectory() as folder:
-        extract = [cuobjdump, "--extract-elf", "all", str(_native.CUDA_FILE)]
+        extract = [cuobjdump, "--extract-elf", "all", str(file)]
         subprocess.run(extract, check=True, cwd=folder, stdout=subprocess.DEVNULL)
         files = sorted(str(path) for path in Path(folder).glob("*.cubin"))
         table(device, row, "kernels", *files)
@@ -79,7 +80,7 @@ def kernels(device: str, row: Row) -> None:
         for entry, name in zip(row["table"], plain.splitlines(), strict=False):
             entry["name"] = name.replace("braze::cuda::", "")[:200]
     if not row["table"]:
-        raise RuntimeError(f"no kernel was found in {_native.CUDA_FILE}")
+        raise RuntimeError(f"no kernel was found in {file}")
 
 
 def name_of(conv: Convolution) -> str:

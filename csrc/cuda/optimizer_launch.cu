@@ -23,6 +23,8 @@ size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 }  // namespace
 
+StepLauncher::~StepLauncher() = default;
+
 template <class Rule>
 void StepLauncher::make_entries(const StepWork& work) {
   if (BRAZE_HOOK(same_generation, generation_ == work.generation) &&

@@ -23,6 +23,7 @@ struct StepWork {
 class BRAZE_API StepLauncher {
  public:
   StepLauncher() = default;
+  ~StepLauncher();
   StepLauncher(const StepLauncher&) = delete;
   StepLauncher& operator=(const StepLauncher&) = delete;
 

@@ -8,7 +8,7 @@ from braze.bench.command import main as run
 
 COMMANDS = {
     "info": "what is built, and what runs where",
-    "build": "compile the CUDA kernels for the installed torch, if braze came without them",
+    "build": "compile what braze came without for the installed torch: its binding, the CUDA kernels",
     "bench": "measure against torch",
     "demo": "train a small CNN on real images, torch and braze side by side",
 }

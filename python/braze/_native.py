@@ -1,11 +1,13 @@
-"""The one door to the compiled extensions: checks that they fit this torch, then loads them."""
+"""The one door to the compiled bindings: finds those for this torch and this Python, and loads them."""
 
 from __future__ import annotations
 
-import importlib
+import ctypes
 import importlib.util
 import os
+import re
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -14,42 +16,122 @@ import torch
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 BUILD = f"{os.path.basename(sys.executable or 'python')} -m braze build"
 
+try:
+    from braze import _build
+except ImportError:
+    raise ImportError(
+        "braze's compiled extension is missing: this looks like a source folder that was never "
+        f"built. Run, in the folder that holds pyproject.toml: {REBUILD}"
+    ) from None
+PACKAGE = Path(_build.__file__).parent
+SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}{sys.abiflags}"
 
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split("+")[0].split(".")[:2])
+
+def minor(version: str) -> str:
+    """``2.13`` of ``2.13.1+cpu``: torch's C++ interface changes with every minor."""
+    return ".".join(version.split("+")[0].split(".")[:2])
 
 
-def check_torch(built: str, running: str) -> None:
-    """Raises ImportError unless both torch versions share their minor.
+def bindings() -> dict[str, list[str]]:
+    """The torch minors that the package has bindings for, and the Pythons of each."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(PACKAGE.glob("_C.torch*.so")):
+        if match := re.match(r"_C\.torch(\d+\.\d+)\.cpython-(\d)(\w+)-", file.name):
+            found.setdefault(match[1], []).append(f"{match[2]}.{match[3]}")
+    return found
 
-    torch's C++ ABI changes with every minor, and a mismatch can compute garbage instead of failing.
-    """
-    if _minor(built) != _minor(running):
-        raise ImportError(
-            f"braze was built against torch {built}, but torch {running} is installed, and their "
-            f"binary interfaces differ. Either install the torch it was built for "
-            f"(pip install 'torch=={'.'.join(_minor(built))}.*') or rebuild braze from its source "
-            f"folder against the present one: {REBUILD}"
-        )
+
+def describe_bindings() -> str:
+    """What :func:`bindings` found: ``torch 2.12 (Python 3.11), 2.13 (Python 3.10, 3.11)``."""
+    parts = [f"{key} (Python {', '.join(pythons)})" for key, pythons in bindings().items()]
+    return f"torch {', '.join(parts) or 'of no version'}"
+
+
+def _no_binding() -> str:
+    fitting = [torch_minor for torch_minor, pythons in bindings().items() if PYTHON in pythons]
+    install = "install a torch that it was built for (pip install 'torch=={}.*'), or "
+    return (
+        f"braze was built against {describe_bindings()}, but torch {torch.__version__} is installed "
+        f"in Python {PYTHON}, and their binary interfaces differ. Either "
+        f"{install.format(fitting[-1]) if fitting else ''}compile what is missing ({BUILD}), or "
+        f"rebuild braze from its source folder: {REBUILD}"
+    )
+
+
+def packaged(module: str) -> tuple[Path | None, str]:
+    """The installed binding for this torch and this Python, or None and why there is none."""
+    file = PACKAGE / f"{module}.torch{minor(torch.__version__)}{SUFFIX}"
+    built, running = _build.CUDA_VERSION, torch.version.cuda or ""
+    if module == "_cuda" and built and built.split(".")[0] != running.split(".")[0]:
+        return None, f"braze was built with CUDA {built}, but torch has CUDA {running}"
+    if file.is_file():
+        return file, ""
+    if module == "_C":
+        return None, _no_binding()
+    return None, _build.CUDA_MISSING or f"{file.name} is not among braze's installed files"
+
+
+def _find(module: str) -> tuple[Path | None, str]:
+    """The binding to load, or None and the reason; compiles it only where that is asked for."""
+    path, reason = packaged(module)
+    if path is None:
+        from braze import build
+
+        # python -m braze build: this runs before the command, which without _C would not be reached.
+        command = module == "_C" and sys.argv == ["-m", "build"]
+        command = command and sys.orig_argv[-2] in ("braze", "-mbraze")
+        if command or os.environ.get("BRAZE_JIT", "0") not in ("", "0"):
+            try:
+                return build.build(module), ""
+            except build.BuildError as error:
+                if command:
+                    sys.exit(f"braze: {error}")
+                raise ImportError(f"BRAZE_JIT=1 asks for braze's {module}, but {error}") from error
+        path, refused = build.find_built(module)
+        reason = "; ".join(filter(None, [refused, reason]))
+    return path, reason
+
+
+def _broken(path: Path, error: Exception) -> ImportError:
+    mend = (
+        f"in braze's source folder: {REBUILD}"
+        if path.parent == PACKAGE
+        else f"rm -r '{path.parent}' && {BUILD}"
+    )
+    return ImportError(
+        f"braze's compiled extension {path} does not load: {error}. Rebuild it with the Python and "
+        f"torch you use, {mend}"
+    )
+
+
+def _import(module: str, path: Path) -> ModuleType:
+    """Makes ``path`` the module ``braze._C`` or ``braze._cuda``. Raises ImportError."""
+    name = f"braze.{module}"
+    try:
+        if path.parent != PACKAGE:  # it finds braze's libraries by being loaded after them
+            from braze import build
+
+            for library in build.libraries(module):
+                ctypes.CDLL(str(library))
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no extension module of this Python")
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    except (ImportError, OSError) as error:
+        raise _broken(path, error) from error
+    sys.modules[name] = loaded
+    setattr(sys.modules["braze"], module, loaded)
+    return loaded
 
 
 def load() -> ModuleType:
     """Returns ``braze._C``. Raises ImportError with the command that mends it."""
-    try:
-        build = importlib.import_module("braze._build")
-    except ModuleNotFoundError:
-        raise ImportError(
-            "braze's compiled extension is missing: this looks like a source folder that was never "
-            f"built. Run, in the folder that holds pyproject.toml: {REBUILD}"
-        ) from None
-    check_torch(build.TORCH_VERSION, torch.__version__)
-    try:
-        return importlib.import_module("braze._C")
-    except ImportError as error:
-        raise ImportError(
-            f"braze's compiled extension does not load ({error}). Rebuild it from braze's source "
-            f"folder with the Python and torch you use: {REBUILD}"
-        ) from error
+    path, reason = _find("_C")
+    if path is None:
+        raise ImportError(reason)
+    return _import("_C", path)
 
 
 def choose_instruction_set(extension: ModuleType) -> None:
@@ -65,36 +147,6 @@ def choose_instruction_set(extension: ModuleType) -> None:
         )
 
 
-def _packaged(torch_cuda: str) -> tuple[Path | None, str]:
-    """The ``_cuda`` that was installed with braze, if it fits; else why there is none."""
-    build = importlib.import_module("braze._build")
-    spec = importlib.util.find_spec("braze._cuda")
-    if spec is None or spec.origin is None:
-        return None, build.CUDA_MISSING or "braze._cuda is not among braze's installed files"
-    if build.CUDA_VERSION.split(".")[0] != torch_cuda.split(".")[0]:
-        reason = f"braze was built with CUDA {build.CUDA_VERSION}, but torch has CUDA {torch_cuda}"
-        return None, reason
-    return Path(spec.origin), ""
-
-
-def _find_cuda(torch_cuda: str) -> tuple[Path | None, str]:
-    """The ``_cuda`` to load, or None and the reason; builds it only where BRAZE_JIT=1 asks for it."""
-    if os.environ.get("BRAZE_JIT", "0") not in ("", "0"):
-        from braze import build
-
-        try:
-            return build.build(), ""
-        except build.BuildError as error:
-            raise ImportError(f"BRAZE_JIT=1 asks for braze's CUDA kernels, but {error}") from error
-    path, reason = _packaged(torch_cuda)
-    if path is None:
-        from braze import build
-
-        path, refused = build.find_built()
-        reason = "; ".join(filter(None, [reason, refused]))
-    return path, reason
-
-
 def load_cuda(extension: ModuleType) -> tuple[Path | None, str]:
     """Gives ``extension`` the CUDA kernels. Returns their file, or None and why there are none.
 
@@ -103,29 +155,13 @@ def load_cuda(extension: ModuleType) -> tuple[Path | None, str]:
     """
     if not torch.version.cuda:
         return None, f"torch {torch.__version__} is a build without CUDA"
-    path, reason = _find_cuda(torch.version.cuda)
-    if path is None:
-        return None, reason
-    try:
-        spec = importlib.util.spec_from_file_location("braze._cuda", path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{path} is no extension module of this Python")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        extension.register_backend(module.backend)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: _C and _cuda are of two builds
-        installed = importlib.import_module("braze._build").__file__
-        mend = (
-            f"in braze's source folder: {REBUILD}"
-            if installed and path.parent == Path(installed).parent
-            else f"rm -r '{path.parent}' && {BUILD}"
-        )
-        raise ImportError(
-            f"braze's CUDA kernels ({path}) do not load: {error}. Rebuild them with the Python and "
-            f"torch you use, {mend}"
-        ) from error
-    sys.modules["braze._cuda"] = module
-    return path, ""
+    path, reason = _find("_cuda")
+    if path is not None:
+        try:
+            extension.register_backend(_import("_cuda", path).backend)
+        except RuntimeError as error:  # _C and _cuda are of two builds
+            raise _broken(path, error) from error
+    return path, reason
 
 
 def cuda_missing() -> str:

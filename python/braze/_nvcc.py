@@ -19,7 +19,7 @@ from pathlib import Path
 OLDEST = (12, 8)
 # Machine code for each generation, and PTX of the oldest, which the driver can compile for any GPU
 # not listed. PTX of the newest would serve only GPUs that are newer still.
-ARCHITECTURES = ("80", "90-real", "100-real", "120-real")
+ARCHITECTURES = ("8.0+PTX", "9.0", "10.0", "12.0")
 EXPLICIT = ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
 
 
@@ -36,20 +36,15 @@ class Toolkit:
     release: str
 
     @property
-    def cudart(self) -> Path | None:
-        """The runtime library to link with: a toolkit has libcudart.so, pip's only the numbered file."""
+    def cudart_static(self) -> Path:
+        """The runtime library that goes into what is linked. Raises :class:`ToolkitError`."""
         for folder in ("lib64", "lib"):
-            for name in ("libcudart.so", f"libcudart.so.{self.release.split('.')[0]}"):
-                if (file := self.root / folder / name).exists():
-                    return file
-        return None
-
-
-    @property
-    def cudart_static(self) -> Path | None:
-        """The runtime library as libbraze_cuda holds it."""
-        files = (self.root / folder / "libcudart_static.a" for folder in ("lib64", "lib"))
-        return next((file for file in files if file.exists()), None)
+            if (file := self.root / folder / "libcudart_static.a").exists():
+                return file
+        raise ToolkitError(
+            f"libcudart_static.a, the CUDA runtime, is not in {self.root}. Install it: "
+            f"pip install 'nvidia-cuda-runtime=={self.release}.*'"
+        )
 
 
 def probe(nvcc: Path) -> Toolkit | None:
@@ -143,16 +138,15 @@ def _pip_advice(torch_cuda: str) -> str:
     )
 
 
-def architectures(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST in CMake's notation ("9.0 10.0+PTX" is 90-real, 100), or the default.
+def listed(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, or the default. No GPU is asked: the machine that compiles often has none."""
+    return re.findall(r"[^;,\s]+", environ.get("TORCH_CUDA_ARCH_LIST", "")) or list(ARCHITECTURES)
 
-    No GPU is asked: the machine that compiles often has none. Raises :class:`ToolkitError`.
-    """
-    listed = re.split(r"[;,\s]+", environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
-    if listed == [""]:
-        return list(ARCHITECTURES)
+
+def architectures(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """:func:`listed` in CMake's notation: 9.0 10.0+PTX is 90-real, 100. Raises :class:`ToolkitError`."""
     result = []
-    for item in listed:
+    for item in listed(environ):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
         if not match:
             raise ToolkitError(
@@ -163,18 +157,6 @@ def architectures(environ: Mapping[str, str] = os.environ) -> list[str]:
     return result
 
 
-def gencode(listed: list[str]) -> list[str]:
-    """nvcc's options for architectures in CMake's notation."""
-    options = []
-    for item in listed:
-        number = item.split("-")[0]
-        if not item.endswith("-virtual"):
-            options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if not item.endswith("-real"):
-            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return options
-
-
 def main(torch_cuda: str) -> int:
     """For CMake: prints nvcc; root; release; static runtime; architectures. On failure, why, and returns 1."""
     try:
@@ -183,7 +165,7 @@ def main(torch_cuda: str) -> int:
             toolkit.nvcc,
             toolkit.root,
             toolkit.release,
-            toolkit.cudart_static or "",
+            toolkit.cudart_static,
             *architectures(),
         ]
     except ToolkitError as error:

@@ -1,6 +1,7 @@
 """All of ``torch.amp``, with a GradScaler that braze's optimizers need not wait for in the place of torch's."""
 
 import sys as _sys
+from types import ModuleType as _ModuleType
 from typing import Any
 
 import torch.amp as _torch_amp
@@ -11,7 +12,11 @@ from torch.optim import Optimizer
 
 from braze.optim._step import FusedStep
 
-__all__ = list(_torch_amp.__all__)
+__all__ = [  # as __all__ of torch.amp, which has none before torch 2.14
+    name
+    for name, value in vars(_torch_amp).items()
+    if not name.startswith("_") and not isinstance(value, _ModuleType)
+]
 
 for _module in (autocast_mode, grad_scaler):
     _sys.modules.setdefault("braze" + _module.__name__.removeprefix("torch"), _module)

@@ -1,14 +1,17 @@
-"""Compiles braze's CUDA kernels for the installed torch: ``python -m braze build``, or BRAZE_JIT=1.
+"""Compiles what braze came without for the installed torch: ``python -m braze build``, or BRAZE_JIT=1.
 
-For an installation without them, such as a wheel made for another CUDA. The result goes to a private cache,
-where ``import braze`` finds it; nothing is ever compiled unasked. Needs nvcc and a C++ compiler, no GPU.
-CUDA_HOME, CXX, TORCH_CUDA_ARCH_LIST, MAX_JOBS and BRAZE_CACHE_DIR are obeyed.
+That is the binding for a torch or a Python that no wheel was made for, and the CUDA kernels or, where they
+are there, their binding. torch.utils.cpp_extension compiles into a private cache, where ``import braze``
+finds the result; nothing is ever compiled unasked. Needs a C++ compiler, ninja and setuptools, and for CUDA
+nvcc; no GPU. CUDA_HOME, CXX, TORCH_CUDA_ARCH_LIST, MAX_JOBS and BRAZE_CACHE_DIR are obeyed.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -19,42 +22,70 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from braze import _build, _nvcc
+from braze import _build, _native, _nvcc
 
-SOURCES = Path(_build.__file__ or "").parent / "csrc"
-LIBRARY = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
-Log = Callable[[str], None]
+SOURCES = _native.PACKAGE / "csrc"
 BuildError = _nvcc.ToolkitError
 
+# In a process of its own: torch reads CUDA_HOME when it is imported, and imports what it has built.
+COMPILE = """
+import ctypes, json, sys
+sys.path, libraries, arguments = json.load(sys.stdin)
+try:
+    from torch.utils.cpp_extension import load
+    for library in libraries:
+        ctypes.CDLL(library)
+    load(**arguments)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
 
-def _sources() -> list[Path]:
-    return sorted([*SOURCES.glob("cuda/*.cu"), *SOURCES.glob("ops/*_cuda.cpp")])
+
+def libraries(module: str) -> list[Path]:
+    """Those of braze's own libraries that ``module`` is linked with.
+
+    Where libbraze_cuda is missing or of another CUDA, ``_cuda`` has its kernels inside.
+    """
+    if module == "_C":
+        return [_native.PACKAGE / "libbraze_kernels.so"]
+    versions = (_build.CUDA_VERSION, torch.version.cuda or "")
+    same = len({version.split(".")[0] for version in versions}) == 1
+    file = _native.PACKAGE / "libbraze_cuda.so"
+    return [file] if same and file.is_file() else []
 
 
-def _stem() -> str:
-    tag = f"py{sys.version_info[0]}{sys.version_info[1]}"
-    return f"{_build.VERSION}-torch{torch.__version__}-cu{torch.version.cuda}-{tag}"
+def _sources(module: str) -> list[Path]:
+    files = set(SOURCES.glob("ops/*_cuda.cpp"))
+    if module == "_C":
+        files = {*SOURCES.glob("*.cpp"), *SOURCES.glob("ops/**/*.cpp")} - files
+    elif not libraries(module):
+        files |= set(SOURCES.glob("cuda/*.cu"))
+    return sorted(files)
 
 
-def _digest() -> str:
-    """Of everything that goes into a build except the compiler, which the record in it names."""
-    digest = hashlib.sha256(repr((_build.CXX_FLAGS, _build.NVCC_FLAGS, LIBRARY)).encode())
+def key(module: str, architectures: str = "") -> str:
+    """The name of this build's folder in the cache: equal names mean interchangeable builds.
+
+    The digest is of everything that goes into a build except the compiler, which the log in it names.
+    """
+    digest = hashlib.sha256()
     for file in sorted(p for p in SOURCES.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(SOURCES)}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def key() -> str:
-    """The name of this build's folder in the cache: equal names mean interchangeable builds."""
-    names = "_".join(_nvcc.architectures()).replace("-real", "").replace("-virtual", "v")
-    return f"{_stem()}-{names}-{_digest()}"
+    own = [library.name for library in libraries(module)]
+    facts = (own, _build.INTERFACE, _build.CXX_FLAGS, _build.NVCC_FLAGS)
+    digest.update(repr(facts).encode())
+    parts = [module, _build.VERSION, f"torch{torch.__version__}", sysconfig.get_config_var("SOABI")]
+    if module == "_cuda":
+        parts.append(f"cu{torch.version.cuda}")
+    if not own:
+        parts.append(architectures or "_".join(_nvcc.architectures()).replace("-real", ""))
+    return "-".join([*parts, digest.hexdigest()[:16]])
 
 
 def cache_root() -> Path:
@@ -82,85 +113,70 @@ def check_private(folder: Path) -> None:
     )
 
 
-def find_built() -> tuple[Path | None, str]:
+def find_built(module: str) -> tuple[Path | None, str]:
     """The cached build for this torch and these sources, or None and what spoke against one.
 
     Any architectures will do unless TORCH_CUDA_ARCH_LIST names some.
     """
     root = cache_root()
     try:
-        if not root.is_dir() or not SOURCES.is_dir():
-            return None, ""
-        check_private(root)
-        exact = root / key()
-        others = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else _like(root)
-        for folder in [exact, *others]:
-            if (folder / LIBRARY).is_file():
-                check_private(folder)
-                return folder / LIBRARY, ""
+        if root.is_dir():
+            check_private(root)
+            name = key(module, "" if os.environ.get("TORCH_CUDA_ARCH_LIST") else "*")
+            found = root.glob(f"{name}/{module}.so")
+            for library in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
+                check_private(library.parent)
+                return library, ""
     except (BuildError, OSError) as error:
         return None, str(error)
     return None, ""
 
 
-def _like(root: Path) -> list[Path]:
-    start, end = f"{_stem()}-", f"-{_digest()}"
-    matches = [p for p in root.iterdir() if p.name.startswith(start) and p.name.endswith(end)]
-    return sorted(matches, key=lambda p: p.lstat().st_mtime, reverse=True)
+def say(text: str) -> None:
+    """Progress, apart from the paths that are the output."""
+    print(f"braze: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _locked(file: Path, log: Log) -> Iterator[None]:
+def _locked(file: Path) -> Iterator[None]:
     """Holds the build's lock. The kernel releases it with the process, so it cannot go stale."""
-    import fcntl
-
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(file, flags, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log("braze: another process is building the same kernels; waiting for it")
+            say("another process is building the same; waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
 
 
-def _quiet(_: str) -> None: ...
-
-
-def build(force: bool = False, log: Log = _quiet) -> Path:
-    """Returns the compiled ``_cuda``, from the cache if it is there. Raises :class:`BuildError`."""
-    if not torch.version.cuda:
-        raise BuildError(
-            f"torch {torch.__version__} is a build without CUDA, so there is nothing to compile for. "
-            f"Install a torch with CUDA first (https://pytorch.org/get-started)."
-        )
-    if not _sources():
-        raise BuildError(
-            f"the sources of the CUDA kernels are missing from {SOURCES}. Reinstall braze."
-        )
-    root, name = cache_root(), key()
+def build(module: str, force: bool = False) -> Path:
+    """Returns the compiled ``_C`` or ``_cuda``, from the cache if it is there. Raises :class:`BuildError`."""
+    if not _sources(module):
+        raise BuildError(f"the sources of {module} are missing from {SOURCES}. Reinstall braze.")
+    root, name = cache_root(), key(module)
+    library = root / name / f"{module}.so"
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         root.mkdir(mode=0o700, exist_ok=True)
         check_private(root)
-        with _locked(root / f"{name}.lock", log):
-            target = root / name
-            if (target / LIBRARY).is_file() and not force:
-                check_private(target)
-                return target / LIBRARY
+        with _locked(root / f"{name}.lock"):
+            if library.is_file() and not force:
+                check_private(library.parent)
+                return library
             for left_over in root.glob(f"{name}.tmp*"):  # of a build that was killed
                 shutil.rmtree(left_over)
             folder = Path(tempfile.mkdtemp(prefix=f"{name}.tmp", dir=root))
             try:
-                _compile(folder, log, root / f"{name}.log")
-                shutil.rmtree(target, ignore_errors=True)
-                folder.rename(target)
+                _compile(module, folder, root / f"{name}.log")
+                shutil.rmtree(library.parent, ignore_errors=True)
+                folder.rename(library.parent)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            return target / LIBRARY
+            return library
     except OSError as error:
         raise BuildError(
             f"the cache {root} cannot be used: {error}. Mend it, or choose another folder with "
@@ -168,101 +184,73 @@ def build(force: bool = False, log: Log = _quiet) -> Path:
         ) from error
 
 
-def commands(folder: Path, toolkit: _nvcc.Toolkit) -> tuple[list[list[str]], list[str]]:
-    """The compiler calls, which may run at the same time, and the linker call that follows them."""
+def _compile(module: str, folder: Path, output: Path) -> None:
+    """Puts the module and the log of its making into ``folder``; if it fails, the log is ``output``."""
+    tools = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    if not shutil.which("ninja", path=tools) or not importlib.util.find_spec("setuptools"):
+        raise BuildError("torch compiles with ninja and setuptools: pip install ninja setuptools")
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler:
         raise BuildError("no C++ compiler was found. Install g++ 12 or newer, or set CXX to one.")
-    cxx = shlex.split(compiler)
-    torch_root = Path(torch.__file__).parent
-    includes = [
-        toolkit.root / "include",
-        Path(sysconfig.get_path("include")),
-        torch_root / "include",
-        torch_root / "include/torch/csrc/api/include",
-    ]
-    common = [
-        "-O3",
-        "-DNDEBUG",
-        "-std=c++20",
-        *(word for folder in includes for word in ("-isystem", str(folder))),
-    ]
-    nvcc = [str(toolkit.nvcc), *common, *_nvcc.gencode(_nvcc.architectures()), *_build.NVCC_FLAGS]
-    nvcc += ["-ccbin", cxx[0], "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    host = [*cxx, *common, *_build.CXX_FLAGS, "-fPIC", "-fvisibility=hidden"]
-    calls, objects = [], []
-    for source in _sources():
-        objects.append(str(folder / f"{source.name}.o"))
-        first = nvcc if source.suffix == ".cu" else host
-        calls.append([*first, "-c", str(source), "-o", objects[-1]])
-    major = (torch.version.cuda or "").split(".")[0]
-    pip = [torch_root.parent / "nvidia" / p / "lib" for p in (f"cu{major}", "cuda_runtime")]
-    cudart = next((f for p in pip for f in p.glob("libcudart.so.*")), toolkit.cudart)
-    if cudart is None:
-        raise BuildError(
-            f"libcudart.so, the CUDA runtime, is neither beside torch nor in {toolkit.root}. Install "
-            f"it: pip install 'nvidia-cuda-runtime=={torch.version.cuda}.*'"
-        )
-    libraries = ["c10", "torch_cpu", "torch", "torch_python", "c10_cuda", "torch_cuda"]
-    link = [*cxx, "-shared", "-s", *objects, f"-L{torch_root / 'lib'}"]
-    link += [*(f"-l{name}" for name in libraries), str(cudart)]
-    link += [f"-Wl,-rpath,{torch_root / 'lib'}:{cudart.parent}", "-o", str(folder / LIBRARY)]
-    return calls, link
-
-
-def _compile(folder: Path, log: Log, failure_log: Path) -> None:
-    toolkit = _nvcc.find(torch.version.cuda or "")
-    calls, link = commands(folder, toolkit)
-    log(
-        f"braze: compiling {len(calls)} files with {toolkit.nvcc} (CUDA {toolkit.release}) for "
-        f"{' '.join(_nvcc.architectures())}"
-    )
-
-    def run(call: list[str]) -> tuple[int, str]:
-        done = subprocess.run(
-            call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        return done.returncode, f"$ {shlex.join(call)}\n{done.stdout}"
-
-    started = time.monotonic()
-    workers = int(os.environ.get("MAX_JOBS") or min(len(calls), os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(run, calls))
-    if not any(code for code, _ in results):
-        results.append(run(link))
-    output = "".join(text for _, text in results)
-    failed = "".join(text for code, text in results if code)
-    if failed:
-        failure_log.write_text(output)
-        tail = "\n".join(failed.splitlines()[-30:])
-        raise BuildError(
-            f"the CUDA kernels did not compile. The last lines are below, everything is in "
-            f"{failure_log}\n{tail}"
-        )
-    for file in folder.glob("*.o"):
-        file.unlink()
-    failure_log.unlink(missing_ok=True)
-    seconds = time.monotonic() - started
-    (folder / "build.log").write_text(output)
-    host = subprocess.run([link[0], "--version"], capture_output=True, text=True).stdout
-    record = {
-        "nvcc": f"{toolkit.nvcc} {toolkit.release}",
-        "compiler": host.splitlines()[0] if host else link[0],
-        "architectures": _nvcc.architectures(),
-        "seconds": round(seconds, 1),
+    environ = {**os.environ, "PATH": tools, "CXX": compiler, "CC": compiler}  # CC: nvcc's
+    work = folder / "work"
+    work.mkdir()
+    if module == "_cuda":
+        toolkit = _nvcc.find(torch.version.cuda or "")
+        environ["CUDA_HOME"] = str(toolkit.root)
+        environ["TORCH_CUDA_ARCH_LIST"] = ";".join(_nvcc.listed())
+        # A CUDA runtime of its own, as in libbraze_cuda; torch links with the shared one.
+        (work / "libcudart.so").write_text(f'INPUT("{toolkit.cudart_static}" -lrt -ldl -lpthread)')
+    own = [str(library) for library in libraries(module)]
+    link = ["-s", "-L.", "-fopenmp", "-Wl,--exclude-libs,ALL", *map(shlex.quote, own)]
+    common = ["-O3", "-DNDEBUG", "-std=c++20", f"'-DBRAZE_INTERFACE=\"{_build.INTERFACE}\"'"]
+    arguments = {
+        "name": module,
+        "sources": [str(file) for file in _sources(module)],
+        "extra_cflags": [*_build.CXX_FLAGS, *common, "-fvisibility=hidden", "-fopenmp"],
+        "extra_cuda_cflags": [*_build.NVCC_FLAGS, *common, "-Xcompiler=-fvisibility=hidden"],
+        "extra_ldflags": link,
+        "build_directory": str(work),
+        "with_cuda": module == "_cuda",
+        "verbose": True,
     }
-    (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n")
-    log(f"braze: built in {seconds:.0f} s")
+    say(f"compiling {module} for torch {torch.__version__}; the output goes to {output}")
+    started = time.monotonic()
+    with output.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", COMPILE],
+            input=json.dumps([sys.path, own, arguments]).encode(),
+            stdout=file,
+            stderr=file,
+            env=environ,
+            cwd=work,
+        )
+    if done.returncode:
+        tail = "\n".join(output.read_text(errors="replace").splitlines()[-30:])
+        raise BuildError(
+            f"{module} did not compile. The last lines are below, everything is in {output}\n{tail}"
+        )
+    (work / f"{module}.so").rename(folder / f"{module}.so")
+    output.rename(folder / "build.log")
+    shutil.rmtree(work)
+    say(f"built in {time.monotonic() - started:.0f} s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="build again even if it is there")
+    parser.add_argument("--force", action="store_true", help="build again what is in the cache")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Builds, and prints where the result is. Returns 0, or 1 after saying what went wrong."""
+    """Builds what the package lacks, and prints where all is. Returns 0, or 1 after saying what went wrong."""
     try:
-        print(build(arguments.force, lambda text: print(text, flush=True)))
+        if not torch.version.cuda and _native.packaged("_C")[0]:
+            raise BuildError(
+                f"torch {torch.__version__} is a build without CUDA, so there is nothing to compile "
+                f"for. Install a torch with CUDA first (https://pytorch.org/get-started)."
+            )
+        for module in ("_C", "_cuda") if torch.version.cuda else ("_C",):
+            installed, _ = _native.packaged(module)
+            print(installed or build(module, arguments.force))
     except BuildError as error:
         print(f"braze: {error}", file=sys.stderr)
         return 1

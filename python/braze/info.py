@@ -32,7 +32,8 @@ def build_info() -> dict[str, str]:
 
     return {
         "braze": __version__,
-        "torch": f"{torch.__version__} (built against {_build.TORCH_VERSION})",
+        "torch": f"{torch.__version__} (built against {_C.TORCH_VERSION})",
+        "binding": f"{_C.__file__}; installed are those for {_native.describe_bindings()}",
         "python": platform.python_version(),
         "compiler": _build.COMPILER,
         "machine": platform.machine(),

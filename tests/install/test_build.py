@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import braze
@@ -18,22 +19,61 @@ from braze.__main__ import main
 
 pytestmark = pytest.mark.cpu_only("is about the build")
 
+Guard = Callable[..., "tuple[Path | None, str]"]
+
 ROOT = Path(__file__).parents[2]
 CXX = [p for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in {".h", ".cpp", ".cuh", ".cu"}]
 
 
-def test_guard_accepts_the_same_minor() -> None:
-    _native.check_torch("2.13.0+cpu", "2.13.1+cu130")
+@pytest.fixture
+def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guard:
+    """What the guard says to a torch in a package that has bindings for the torches of the given Pythons."""
+
+    def say(running: str, *bindings: str) -> tuple[Path | None, str]:
+        for binding in bindings:
+            torch_minor, python = binding.split("@")
+            (tmp_path / f"_C.torch{torch_minor}.cpython-{python}-x86_64-linux-gnu.so").touch()
+        monkeypatch.setattr(_native, "PACKAGE", tmp_path)
+        monkeypatch.setattr(_native, "SUFFIX", ".cpython-311-x86_64-linux-gnu.so")
+        monkeypatch.setattr(_native, "PYTHON", "3.11")
+        monkeypatch.setattr(torch, "__version__", running)
+        return _native.packaged("_C")
+
+    return say
 
 
-@pytest.mark.parametrize("running", ["2.12.1", "2.14.0+cu130", "3.13.0"])
-def test_guard_refuses_another_minor_with_the_command_that_fixes_it(running: str) -> None:
-    with pytest.raises(ImportError) as error:
-        _native.check_torch("2.13.0+cpu", running)
-    text = str(error.value)
-    assert "2.13.0+cpu" in text and running in text
-    assert "pip install 'torch==2.13.*'" in text and _native.REBUILD in text
+def test_guard_accepts_the_same_minor(guard: Guard, tmp_path: Path) -> None:
+    file = tmp_path / "_C.torch2.13.cpython-311-x86_64-linux-gnu.so"
+    assert guard("2.13.1+cu130", "2.13@311", "2.1@311", "2.13@310") == (file, "")
+
+
+@pytest.mark.parametrize("running", ["2.12.1", "2.14.0+cu130", "3.13.0", "2.1.0", "2.131.0"])
+def test_guard_refuses_another_minor_with_the_command_that_fixes_it(
+    running: str, guard: Guard
+) -> None:
+    file, text = guard(running, "2.13@311")
+    assert file is None and text.startswith("braze was built against torch 2.13 (Python 3.11), but")
+    assert running in text and "pip install 'torch==2.13.*'" in text
+    assert _native.BUILD in text and text.endswith(_native.REBUILD)
     assert "\n" not in text
+
+
+def test_guard_lists_what_a_wheel_for_several_has(guard: Guard) -> None:
+    file, text = guard("2.12.0", "2.11@310", "2.11@311", "2.13@310", "2.13@311", "2.14@313t")
+    assert file is None
+    assert (
+        "torch 2.11 (Python 3.10, 3.11), 2.13 (Python 3.10, 3.11), 2.14 (Python 3.13t), but" in text
+    )
+    assert "(pip install 'torch==2.13.*')" in text  # the newest for this Python
+
+
+def test_guard_offers_no_torch_to_a_python_that_is_not_there(guard: Guard) -> None:
+    file, text = guard("2.13.0", "2.13@310")
+    assert file is None and "torch 2.13 (Python 3.10), but" in text
+    assert (
+        "pip install 'torch" not in text
+        and f"Either compile what is missing ({_native.BUILD})" in text
+    )
 
 
 def test_import_against_another_minor_fails_before_the_extension_loads() -> None:
@@ -52,9 +92,10 @@ def test_source_folder_without_a_build_says_what_to_run(tmp_path: Path) -> None:
 
 
 def test_built_for_this_torch() -> None:
-    from braze import _build
+    assert _native.minor(_native._C.TORCH_VERSION) == _native.minor(torch.__version__)
+    import braze._C
 
-    assert _build.TORCH_VERSION == torch.__version__
+    assert braze._C is _native._C is sys.modules["braze._C"]
 
 
 def test_stub_names_what_the_extension_has() -> None:
@@ -150,6 +191,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and "instruction set" in out and braze.__version__ in out
+    assert f"{_native._C.__file__}; installed are those for torch 2." in out
     assert re.search(r"^CUDA kernels +(none: |loaded from )", out, re.MULTILINE)
 
 

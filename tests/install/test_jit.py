@@ -1,15 +1,19 @@
 """``python -m braze build``: the cache, its lock and its refusals; finding nvcc. No GPU, no CUDA torch.
 
-What needs a CUDA torch, compiling, linking and loading, is tests/install/cuda_import.py.
+What needs a CUDA torch, linking and loading _cuda, is tested where there is one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import braze
@@ -27,21 +31,24 @@ ROOT = Path(__file__).parents[2]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, sources of our own, a torch that says it has CUDA, and a compiler that only writes."""
     sources = tmp_path / "csrc"
-    (sources / "cuda").mkdir(parents=True)
+    for folder in ("cuda", "ops"):
+        (sources / folder).mkdir(parents=True)
     (sources / "cuda/step.cu").write_text("// kernels")
     (sources / "cuda/step.cuh").write_text("// a header")
+    (sources / "ops/step.cpp").write_text("// a binding")
     for name in ("TORCH_CUDA_ARCH_LIST", "BRAZE_JIT", *_nvcc.EXPLICIT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BRAZE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_build, "CUDA_VERSION", "")
     monkeypatch.setattr(build, "_compile", fake_compile)
     return tmp_path / "cache"
 
 
-def fake_compile(folder: Path, log: build.Log, _: Path) -> None:
-    log("compiled")
-    (folder / build.LIBRARY).write_text("library")
+def fake_compile(module: str, folder: Path, _: Path) -> None:
+    build.say("compiled")
+    (folder / f"{module}.so").write_text("library")
 
 
 def fake_nvcc(folder: Path, release: str, works: bool = True) -> Path:
@@ -63,28 +70,47 @@ def fake_nvcc(folder: Path, release: str, works: bool = True) -> Path:
 # --------------------------------------------------------------- the cache
 
 
-def test_built_once_then_found(cache: Path) -> None:
+@pytest.mark.parametrize("module", ["_C", "_cuda"])
+def test_built_once_then_found(module: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    assert build.find_built() == (None, "")
-    first = build.build(log=lines.append)
-    assert first == cache / build.key() / build.LIBRARY and first.read_text() == "library"
-    assert build.build(log=lines.append) == first and lines == ["compiled"]
-    assert build.find_built() == (first, "")
-    assert build.build(force=True, log=lines.append) == first and lines == ["compiled"] * 2
+    monkeypatch.setattr(build, "say", lines.append)
+    assert build.find_built(module) == (None, "")
+    first, key = build.build(module), build.key(module)
+    assert first == cache / key / f"{module}.so" and first.read_text() == "library"
+    assert build.build(module) == first and lines == ["compiled"]
+    assert build.find_built(module) == (first, "")
+    assert build.build(module, force=True) == first and lines == ["compiled"] * 2
     assert cache.stat().st_mode & 0o777 == 0o700
-    left = {p.name for p in cache.iterdir()}
-    assert left == {build.key(), f"{build.key()}.lock"}
+    assert {p.name for p in cache.iterdir()} == {key, f"{key}.lock"}
 
 
 def test_key_says_what_it_was_built_for(cache: Path) -> None:
-    start = f"{braze.__version__}-torch{torch.__version__}-cu13.0-py{sys.version_info[0]}"
-    assert build.key().startswith(start) and "-80_90_100_120-" in build.key()
+    start = f"{braze.__version__}-torch{torch.__version__}-{sysconfig.get_config_var('SOABI')}-"
+    assert build.key("_C").startswith(f"_C-{start}")
+    assert build.key("_cuda").startswith(f"_cuda-{start}cu13.0-80_90_100_120-")
 
 
-@pytest.mark.parametrize("change", ["source", "header", "new", "flags", "torch", "cuda", "archs"])
-def test_key_changes_with(change: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build.key()
-    build.build()
+@pytest.mark.parametrize("module", ["_C", "_cuda"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "source",
+        "header",
+        "new",
+        "flags",
+        "interface",
+        "torch",
+        "python",
+        "cuda",
+        "kernels",
+        "archs",
+    ],
+)
+def test_key_changes_with(
+    change: str, module: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = build.key(module)
+    build.build(module)
     if change == "source":
         (build.SOURCES / "cuda/step.cu").write_text("// kernelz")
     elif change == "header":
@@ -93,25 +119,52 @@ def test_key_changes_with(change: str, cache: Path, monkeypatch: pytest.MonkeyPa
         (build.SOURCES / "cuda/more.cu").touch()
     elif change == "flags":
         monkeypatch.setattr(_build, "NVCC_FLAGS", [*_build.NVCC_FLAGS, "-G"])
+    elif change == "interface":
+        monkeypatch.setattr(_build, "INTERFACE", "another")
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "2.13.7")
+    elif change == "python":
+        monkeypatch.setattr(sysconfig, "get_config_var", {"SOABI": "cpython-399"}.get)
     elif change == "cuda":
         monkeypatch.setattr(torch.version, "cuda", "12.8")
+    elif change == "kernels":
+        monkeypatch.setattr(_build, "CUDA_VERSION", "13.1")
     else:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    assert build.key() != before
-    assert build.find_built() == (None, "")
+    same = module == "_C" and change in ("cuda", "kernels", "archs")
+    assert (build.key(module) == before) == same
+    assert (build.find_built(module) == (None, "")) != same
+
+
+def test_kernels_are_compiled_where_the_package_has_none_for_this_cuda(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (build.SOURCES / "ops/step_cuda.cpp").touch()
+    (build.SOURCES / "bindings.cpp").touch()
+
+    def names(files: list[Path]) -> list[str]:
+        return [file.name for file in files]
+
+    for installed in ("", "12.8"):
+        monkeypatch.setattr(_build, "CUDA_VERSION", installed)
+        assert names(build._sources("_cuda")) == ["step.cu", "step_cuda.cpp"]
+        assert build.libraries("_cuda") == []
+    monkeypatch.setattr(_build, "CUDA_VERSION", "13.1")
+    assert names(build._sources("_cuda")) == ["step_cuda.cpp"]
+    assert names(build.libraries("_cuda")) == ["libbraze_cuda.so"]
+    assert names(build._sources("_C")) == ["bindings.cpp", "step.cpp"]
+    assert names(build.libraries("_C")) == ["libbraze_kernels.so"]
 
 
 def test_other_architectures_are_found_unless_some_are_named(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    hopper = build.build()
+    hopper = build.build("_cuda")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    assert build.find_built() == (hopper, "")
+    assert build.find_built("_cuda") == (hopper, "")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    assert build.find_built() == (None, "")
+    assert build.find_built("_cuda") == (None, "")
 
 
 @pytest.mark.parametrize("where", ["root", "build"])
@@ -119,8 +172,8 @@ def test_other_architectures_are_found_unless_some_are_named(
 def test_cache_that_others_could_write_is_refused(
     problem: str, where: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build.build()
-    folder = cache if where == "root" else cache / build.key()
+    build.build("_cuda")
+    folder = cache if where == "root" else cache / build.key("_cuda")
     if problem in ("group", "world"):
         folder.chmod(0o770 if problem == "group" else 0o707)
         said = "can be written by others"
@@ -138,30 +191,30 @@ def test_cache_that_others_could_write_is_refused(
 
         monkeypatch.setattr(build.os, "lstat", lstat)
         said = "belongs to user"
-    found, reason = build.find_built()
+    found, reason = build.find_built("_cuda")
     assert found is None and str(folder) in reason and said in reason
     with pytest.raises(build.BuildError) as error:
-        build.build()
+        build.build("_cuda")
     assert said in str(error.value) and "BRAZE_CACHE_DIR" in str(error.value)
 
 
 def test_what_a_killed_build_left_is_cleared(cache: Path) -> None:
-    build.build()
-    left_over = cache / f"{build.key()}.tmpkilled"
+    build.build("_cuda")
+    left_over = cache / f"{build.key('_cuda')}.tmpkilled"
     left_over.mkdir()
-    build.build(force=True)
+    build.build("_cuda", force=True)
     assert not left_over.exists()
 
 
 def test_failed_build_leaves_nothing_to_load(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(folder: Path, log: build.Log, _: Path) -> None:
-        (folder / build.LIBRARY).write_text("half")
+    def fail(module: str, folder: Path, _: Path) -> None:
+        (folder / f"{module}.so").write_text("half")
         raise build.BuildError("no")
 
     monkeypatch.setattr(build, "_compile", fail)
     with pytest.raises(build.BuildError, match="no"):
-        build.build()
-    assert build.find_built() == (None, "")
+        build.build("_cuda")
+    assert build.find_built("_cuda") == (None, "")
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
 
 
@@ -169,42 +222,49 @@ WORKER = """
 import sys, time, torch
 from pathlib import Path
 torch.version.cuda = "13.0"
-from braze import build
+from braze import _build, build
+_build.CUDA_VERSION = ""
 build.SOURCES = Path(sys.argv[1])
-def compile(folder, log, _):
+def compile(module, folder, _):
     print("compiling", flush=True)
     while not Path(sys.argv[2]).exists():
         time.sleep(0.02)
-    (folder / build.LIBRARY).write_text("library")
+    (folder / f"{module}.so").write_text("library")
 build._compile = compile
-print(build.build(log=lambda text: print(text, flush=True)))
+build.say = lambda text: print(text, flush=True)
+print(build.build("_cuda"))
 """
 
 
-def test_second_process_waits_and_uses_the_first_ones_result(cache: Path) -> None:
+def test_others_wait_and_use_the_first_ones_result(cache: Path) -> None:
     finish = cache.parent / "finish"
     command = [sys.executable, "-c", WORKER, str(build.SOURCES), str(finish)]
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
-
-    with start() as first, start() as second:
-        assert first.stdout and second.stdout
-        says = sorted([first.stdout.readline(), second.stdout.readline()])
-        assert "another process is building" in says[0] and says[1] == "compiling\n"
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
+            )
+            for _ in range(8)
+        ]
+        says = sorted(worker.stdout.readline() for worker in workers if worker.stdout)
+        assert all("another process is building" in line for line in says[:7])
+        assert says[7] == "compiling\n"
         finish.touch()
-        results = [process.communicate(timeout=60)[0] for process in (first, second)]
-    assert results == [f"{cache / build.key() / build.LIBRARY}\n"] * 2
+        results = [worker.communicate(timeout=60)[0] for worker in workers]
+    assert results == [f"{cache / build.key('_cuda') / '_cuda.so'}\n"] * 8
 
 
-def test_lock_of_a_killed_process_does_not_hold(cache: Path) -> None:
+def test_lock_of_a_killed_process_does_not_hold(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [sys.executable, "-c", WORKER, str(build.SOURCES), "/never"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as process:
         assert process.stdout and process.stdout.readline() == "compiling\n"
         process.kill()
     started = time.monotonic()
     lines: list[str] = []
-    build.build(log=lines.append)
+    monkeypatch.setattr(build, "say", lines.append)
+    build.build("_cuda")
     assert lines == ["compiled"] and time.monotonic() - started < 5
 
 
@@ -228,7 +288,6 @@ def test_cpu_torch_says_why_there_are_no_kernels() -> None:
 
 def test_missing_kernels_name_the_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_build, "CUDA_MISSING", "built against a torch without CUDA")
-    monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: None)
     path, reason = _native.load_cuda(_native._C)
     assert path is None and reason == "built against a torch without CUDA"
     monkeypatch.setattr(_native, "CUDA_FILE", None)
@@ -236,11 +295,21 @@ def test_missing_kernels_name_the_command(cache: Path, monkeypatch: pytest.Monke
     assert _native.cuda_missing() == f"{reason}; build them for this torch with: {_native.BUILD}"
 
 
-def test_kernels_that_do_not_load_are_an_import_error(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_kernels_of_another_cuda_are_not_taken(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: None)
-    library = build.build()
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path)
+    file = tmp_path / f"_cuda.torch{_native.minor(torch.__version__)}{_native.SUFFIX}"
+    file.touch()
+    monkeypatch.setattr(_build, "CUDA_VERSION", "13.2")
+    assert _native.packaged("_cuda") == (file, "")
+    monkeypatch.setattr(_build, "CUDA_VERSION", "12.8")
+    said = "braze was built with CUDA 12.8, but torch has CUDA 13.0"
+    assert _native.packaged("_cuda") == (None, said)
+
+
+def test_kernels_that_do_not_load_are_an_import_error(cache: Path) -> None:
+    library = build.build("_cuda")
     with pytest.raises(ImportError) as error:
         _native.load_cuda(_native._C)
     text = str(error.value)
@@ -254,22 +323,57 @@ def test_jit_that_fails_is_an_import_error(cache: Path, monkeypatch: pytest.Monk
         _native.load_cuda(_native._C)
 
 
+def fake_build(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles as it really does, with an nvcc that fails, the kernels of a package that has a _C."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_build, "CUDA_VERSION", "")
+    monkeypatch.setenv("BRAZE_CACHE_DIR", str(cache))
+    monkeypatch.setattr(build, "SOURCES", cache.parent / "csrc")
+    # A torch without CUDA does not read it.
+    with_cuda = "import os, torch.utils.cpp_extension as e; e.CUDA_HOME = os.environ['CUDA_HOME']"
+    monkeypatch.setattr(build, "COMPILE", f"{with_cuda}\n{build.COMPILE}")
+    monkeypatch.setenv("CUDACXX", str(fake_nvcc(cache.parent / "toolkit", "13.0")))
+    (cache.parent / "toolkit/lib").mkdir()
+    (cache.parent / "toolkit/lib/libcudart_static.a").touch()
+
+
 def test_failed_compilation_shows_its_end_and_its_log(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("BRAZE_CACHE_DIR", str(cache))
-    monkeypatch.setattr(build, "SOURCES", cache.parent / "csrc")
-    monkeypatch.setenv("CUDACXX", str(fake_nvcc(cache.parent / "toolkit", "13.0")))
-    (cache.parent / "toolkit/lib").mkdir()
-    (cache.parent / "toolkit/lib/libcudart.so.13").touch()
+    fake_build(cache, monkeypatch)
     assert main(["build"]) == 1
     err = capsys.readouterr().err
     (log,) = map(Path, re.findall(r"everything is in\s+(\S+)", err))
     assert "step.cu(40): error" in err and "step.cu(10): error" not in err
-    assert "step.cu(10): error" in log.read_text() and log.parent == cache
-    assert build.find_built() == (None, "")
+    text = log.read_text()
+    assert "step.cu(10): error" in text and log.parent == cache
+    for option in ("compute_80,code=compute_80", "sm_120", "-fmad=false", "-std=c++20", "-O3"):
+        assert option in text
+    assert f'-DBRAZE_INTERFACE="{_build.INTERFACE}"' in text
+    assert build.find_built("_cuda") == (None, "")
+
+
+@pytest.mark.parametrize("tool", ["ninja", "setuptools", "compiler", "runtime"])
+def test_missing_tool_is_named(
+    tool: str, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_build(cache, monkeypatch)
+    which, find = shutil.which, importlib.util.find_spec
+    compilers = ("c++", "g++")
+    hidden = compilers if tool == "compiler" else (tool,)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(
+        build.shutil, "which", lambda name, **options: name not in hidden and which(name, **options)
+    )
+    monkeypatch.setattr(
+        build.importlib.util, "find_spec", lambda name: find(name) if name != tool else None
+    )
+    if tool == "runtime":
+        (cache.parent / "toolkit/lib/libcudart_static.a").unlink()
+    assert main(["build"]) == 1
+    said = {"compiler": "no C++ compiler", "runtime": "pip install 'nvidia-cuda-runtime==13.0.*'"}
+    assert said.get(tool, "pip install ninja setuptools") in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ finding nvcc
@@ -332,39 +436,100 @@ def test_architectures() -> None:
         return _nvcc.architectures({"TORCH_CUDA_ARCH_LIST": text})
 
     assert listed("8.0;9.0a 10.0+PTX") == ["80-real", "90a-real", "100"]
-    assert listed("") == listed(" ; ") == list(_nvcc.ARCHITECTURES) == _nvcc.architectures({})
-    assert _nvcc.gencode(["80", "90-real"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_80,code=compute_80",
-        "-gencode=arch=compute_90,code=sm_90",
-    ]
+    assert listed("") == listed(" ; ") == _nvcc.architectures({})
+    assert listed("") == ["80", "90-real", "100-real", "120-real"]
     with pytest.raises(_nvcc.ToolkitError, match="'Hopper', which is no compute capability"):
         listed("8.0;Hopper")
 
 
-# ------------------------------------------ the same options as CMake's
+# -------------------------------------- a torch that the package is not for
 
 
 def test_sources_are_installed() -> None:
-    installed = Path(_build.__file__ or "").parent / "csrc"
-    for pattern in ("cuda/*", "ops/*_cuda.cpp", "math/*.h", "plan/*.h", "ops/*.h"):
+    installed = _native.PACKAGE / "csrc"
+    for pattern in ("*.cpp", "cuda/*", "ops/*", "ops/optim/*", "math/*.h", "plan/*.h", "cpu/*.h"):
         names = {p.name for p in (ROOT / "csrc").glob(pattern)}
         assert names and names <= {p.name for p in installed.glob(pattern)}
 
 
-@pytest.mark.slow("makes the build of all CUDA kernels ready")
-def test_options_are_cmakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cuda_gates
+@pytest.fixture
+def without(tmp_path: Path) -> dict[str, str]:
+    """The environment of a braze that has a binding for torch 2.1 alone, and an empty cache."""
+    package = tmp_path / "site/braze"
+    package.mkdir(parents=True)
+    for entry in _native.PACKAGE.iterdir():
+        if not re.match(r"_C\.torch|_cuda\.torch|__pycache__", entry.name):
+            (package / entry.name).symlink_to(entry)
+    (package / f"_C.torch2.1{_native.SUFFIX}").touch()
+    environ = {k: v for k, v in os.environ.items() if k != "BRAZE_JIT"}
+    cache = str(tmp_path / "cache")
+    return {**environ, "PYTHONPATH": str(package.parent), "BRAZE_CACHE_DIR": cache}
 
-    if reason := cuda_gates.no_nvcc():
-        pytest.skip(reason)
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    calls, _ = build.commands(tmp_path, _nvcc.find(""))
-    ours = {Path(call[call.index("-c") + 1]).name: set(call) for call in calls}
-    for command in cuda_gates.compile_objects():
-        theirs = command["command"].replace("-Xcompiler=-fPIC -Xcompiler=", "-Xcompiler=-fPIC,")
-        kind = r"-(f|O|D|W|std|-compress|Xcompiler|Xptxas)"
-        checks = ("-Werror", "-Xptxas=-warn-spills", "-Xcompiler=-Werror")
-        ignored = ("-forward-unknown", "-fvisibility-inlines", *checks)
-        options = {w for w in theirs.split() if re.match(kind, w) and not w.startswith(ignored)}
-        assert options and options <= ours[Path(command["file"]).name]
+
+def python(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environ)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["-m braze info", "-m braze build --help", "-m braze build --force", "-c import\tbraze build"],
+)
+def test_nothing_is_compiled_unasked(command: str, without: dict[str, str]) -> None:
+    done = python(without, *command.split(" "))
+    assert done.returncode == 1 and not Path(without["BRAZE_CACHE_DIR"]).exists()
+    assert "ImportError: braze was built against torch 2.1 (Python " in done.stderr
+
+
+@pytest.mark.parametrize("command", [["-m", "braze", "build"], ["-mbraze", "build"]])
+def test_command_runs_without_a_binding(command: list[str], without: dict[str, str]) -> None:
+    done = python({**without, "BRAZE_CACHE_DIR": "/dev/null/cache"}, *command)
+    assert done.returncode == 1
+    assert done.stderr.startswith("braze: the cache /dev/null/cache cannot be used")
+    assert done.stderr.count("\n") == 1
+
+
+def test_jit_without_a_binding_that_fails_is_an_import_error(without: dict[str, str]) -> None:
+    environ = {**without, "BRAZE_JIT": "1", "BRAZE_CACHE_DIR": "/dev/null/cache"}
+    done = python(environ, "-c", "import braze")
+    said = "ImportError: BRAZE_JIT=1 asks for braze's _C, but the cache /dev/null/cache cannot"
+    assert done.returncode == 1 and said in done.stderr
+
+
+STEP = """
+import torch, braze.optim, braze.nn
+results = []
+for module in (torch, braze):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(module.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(27, 2))
+    optimizer = module.optim.AdamW(model.parameters())
+    model(torch.randn(4, 3, 3, 3)).square().sum().backward()
+    optimizer.step()
+    results.append(model[2].weight.detach().clone())
+torch.testing.assert_close(*results)
+print(braze._C.__file__)
+"""
+
+
+@pytest.mark.slow("compiles the binding")
+def test_binding_is_built_found_and_works(without: dict[str, str]) -> None:
+    done = python(without, "-m", "braze", "build")
+    assert done.returncode == 0, done.stderr
+    file = Path(done.stdout.removesuffix("\n"))
+    assert file.is_file() and file.parents[1] == Path(without["BRAZE_CACHE_DIR"])
+    assert "braze: compiling _C" in done.stderr and "braze: built in" in done.stderr
+    assert {entry.name for entry in file.parent.iterdir()} == {"_C.so", "build.log"}
+    commands = re.findall(
+        r"^.* -c .*/csrc/.*$", (file.parent / "build.log").read_text(), re.MULTILINE
+    )
+    assert len(commands) == len(build._sources("_C"))
+    assert all(f" {flag} " in command for flag in _build.CXX_FLAGS for command in commands)
+    again = python(without, "-m", "braze", "build")
+    assert (again.stdout, again.stderr) == (done.stdout, "")
+    step = python(without, "-c", STEP)
+    assert step.stdout == done.stdout, step.stderr
+    maps = python(without, "-c", "import braze; print(open('/proc/self/maps').read())").stdout
+    assert len(set(re.findall(r"\S*libgomp\S*", maps))) == 1
+    file.write_text("no library")
+    broken = python(without, "-c", "import braze")
+    assert f"rm -r '{file.parent}' && {_native.BUILD}" in broken.stderr

@@ -19,19 +19,20 @@ PACKAGE = Path(_build.__file__ or "").parent
 FOLDERS = {"libbraze_kernels.so": ("plan", "cpu"), "libbraze_cuda.so": ("cuda",)}
 
 
-def names(library: Path, which: str) -> list[str]:
-    """Demangled dynamic symbols; `which`: --defined-only or --undefined-only."""
+def names(library: Path, which: str, dynamic: bool = True) -> list[str]:
+    """Demangled symbols, of a library those for others; `which`: --defined-only or --undefined-only."""
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    command = ["nm", "-D", "-C", "--format=just-symbols", which, str(library)]
+    command = ["nm", "-C", "--format=just-symbols", which, *["-D"] * dynamic, str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def marked(folders: tuple[str, ...]) -> int:
     """Functions that the headers offer to other libraries."""
     headers = [p for folder in folders for p in sorted((ROOT / "csrc" / folder).glob("*.h"))]
-    return sum(len(re.findall(r"\bBRAZE_API (?!class)", p.read_text())) for p in headers) - sum(
-        "define BRAZE_API" in p.read_text() for p in headers
+    return sum(
+        len(re.findall(r"^(?!#define|class).*\bBRAZE_API ", p.read_text(), re.MULTILINE))
+        for p in headers
     )
 
 
@@ -54,7 +55,7 @@ def test_kernels_know_neither_torch_nor_python() -> None:
 def test_cuda_kernels_show_and_need_as_little() -> None:
     if reason := cuda_gates.no_nvcc():
         pytest.skip(reason)
-    cuda_gates.compile_objects()
+    commands = cuda_gates.compile_objects()
     library = cuda_gates.BUILD / "libbraze_cuda.so"
     shown, needed = names(library, "--defined-only"), names(library, "--undefined-only")
     launcher = "braze::cuda::StepLauncher"
@@ -62,6 +63,12 @@ def test_cuda_kernels_show_and_need_as_little() -> None:
     assert f"{launcher}::step(" in "".join(shown)
     others = [name for name in shown if not name.startswith(launcher)]
     assert len(others) == marked(FOLDERS["libbraze_cuda.so"]) > 10
+    for command in commands:  # what the bindings will look for in it
+        if command["file"].endswith(".cpp"):
+            wanted = names(
+                Path(command["directory"], command["output"]), "--undefined-only", dynamic=False
+            )
+            assert {name for name in wanted if name.startswith("braze::cuda::")} <= set(shown)
     # Its CUDA runtime is inside; the driver is looked for when a GPU is.
     assert not [name for name in needed if re.match(r"cu(da)?[A-Z]|_?Py", name)]
 

@@ -219,7 +219,7 @@ PyObject* launch_count(PyObject*, PyObject* device) {
 }
 
 PyObject* new_stream(PyObject*, PyObject* device) {
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(PyLong_AsLong(device)));
+  const braze::OnDevice guard(static_cast<c10::DeviceIndex>(PyLong_AsLong(device)));
   cudaStream_t stream;
   TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   return PyLong_FromVoidPtr(stream);

@@ -1,0 +1,1 @@
+"""Builds braze's wheels: python -m tools.wheel --help."""
