@@ -51,6 +51,15 @@ def fake_compile(module: str, folder: Path, _: Path) -> None:
     (folder / f"{module}.so").write_text("library")
 
 
+def give_kernels(package: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes ``package`` braze's, with CUDA kernels that fit the torch."""
+    monkeypatch.setattr(_native, "PACKAGE", package)
+    monkeypatch.setattr(_build, "CUDA_VERSION", "13.1")
+    file = package / "libbraze_cuda.so"
+    file.touch()
+    return file
+
+
 def fake_nvcc(folder: Path, release: str, works: bool = True) -> Path:
     """A toolkit whose compiler is a script: enough to be found, not enough to compile."""
     (folder / "bin").mkdir(parents=True)
@@ -128,7 +137,7 @@ def test_key_changes_with(
     elif change == "cuda":
         monkeypatch.setattr(torch.version, "cuda", "12.8")
     elif change == "kernels":
-        monkeypatch.setattr(_build, "CUDA_VERSION", "13.1")
+        give_kernels(cache.parent, monkeypatch)
     else:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     same = module == "_C" and change in ("cuda", "kernels", "archs")
@@ -145,11 +154,13 @@ def test_kernels_are_compiled_where_the_package_has_none_for_this_cuda(
     def names(files: list[Path]) -> list[str]:
         return [file.name for file in files]
 
-    for installed in ("", "12.8"):
+    file = give_kernels(cache.parent, monkeypatch)
+    for installed, there in (("", False), ("12.8", True), ("13.1", False)):
         monkeypatch.setattr(_build, "CUDA_VERSION", installed)
+        file.touch() if there else file.unlink(missing_ok=True)
         assert names(build._sources("_cuda")) == ["step.cu", "step_cuda.cpp"]
         assert build.libraries("_cuda") == []
-    monkeypatch.setattr(_build, "CUDA_VERSION", "13.1")
+    file.touch()
     assert names(build._sources("_cuda")) == ["step_cuda.cpp"]
     assert names(build.libraries("_cuda")) == ["libbraze_cuda.so"]
     assert names(build._sources("_C")) == ["bindings.cpp", "step.cpp"]

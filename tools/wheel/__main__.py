@@ -49,8 +49,8 @@ def say(text: str) -> None:
 def backend(
     call: str, source: Path, out: Path, settings: dict[str, str], environ: dict[str, str]
 ) -> Path:
-    """Calls scikit-build-core's ``build_sdist`` or ``build_wheel``; a line for each binding that is linked."""
-    began, lines = time.monotonic(), []
+    """Calls scikit-build-core's ``build_sdist`` or ``build_wheel``; and says how far it is."""
+    began, shown, lines = time.monotonic(), 0, []
     command = [sys.executable, "-c", BACKEND]
     with subprocess.Popen(
         command, cwd=source, env=environ, text=True, errors="replace",
@@ -61,8 +61,11 @@ def backend(
         process.stdin.close()
         for line in process.stdout:
             lines.append(line)
-            if match := re.search(r"\[(\d+/\d+)\] Linking CXX shared \w+ (\S+)", line):
-                say(f"{time.monotonic() - began:5.0f} s  [{match[1]}] {match[2]}")
+            match = re.search(r"\[(\d+)/(\d+)\] \w+ \w+ (shared )?\w+ (\S+)", line)
+            if match and (match[3] or 20 * int(match[1]) // int(match[2]) > shown):
+                shown = 20 * int(match[1]) // int(match[2])
+                what = match[4].removeprefix("CMakeFiles/").replace(".dir/", ": ")
+                say(f"{time.monotonic() - began:5.0f} s  [{match[1]}/{match[2]}] {what}")
     if process.returncode:
         raise WheelError("".join(lines[-60:]) + f"{call} failed")
     return out / lines[-1].split()[-1]
