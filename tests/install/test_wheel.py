@@ -326,7 +326,7 @@ def test_options_of_an_earlier_wheel_are_forgotten(tmp_path: Path) -> None:
     if not all(map(shutil.which, ("cmake", "ninja"))):
         pytest.skip("no CMake, or no ninja")
     (tmp_path / "CMakeLists.txt").write_text(
-        'cmake_minimum_required(VERSION 3.26)\nproject(p NONE)\nmessage(STATUS "OPTION=${OPTION}.")'
+        'cmake_minimum_required(VERSION 3.20)\nproject(p NONE)\nmessage(STATUS "OPTION=${OPTION}.")'
     )
     configure = ["cmake", "-G", "Ninja", "-S", str(tmp_path), "-B", str(tmp_path / "build")]
 
