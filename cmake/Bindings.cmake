@@ -2,6 +2,7 @@
 #   _C.torch2.13.cpython-311-x86_64-linux-gnu.so     and, for a torch with CUDA,     _cuda.torch2.13.cpython-311-...so
 # `import braze` picks those of its torch and its interpreter.
 set(BRAZE_PYTHONS "" CACHE STRING "Interpreters to build bindings for. Default: the one that builds")
+set(BRAZE_LEFT_OUT "" CACHE STRING "Pairs without a binding, as 2.15.cpython-310-x86_64-linux-gnu")
 set(pythons ${BRAZE_PYTHONS})
 if(NOT pythons)
   set(pythons "${Python_EXECUTABLE}")
@@ -56,6 +57,9 @@ foreach(minor IN LISTS BRAZE_MINORS)
     list(GET facts 1 abi)
     if(NOT EXISTS "${include}/Python.h")
       message(FATAL_ERROR "${python} has no headers: ${include}/Python.h is missing. Install its development package.")
+    endif()
+    if("${minor}.${abi}" IN_LIST BRAZE_LEFT_OUT)
+      continue()
     endif()
     set(module _C.torch${minor}.${abi})
     add_library(${module} MODULE ${python_ops})

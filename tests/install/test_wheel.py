@@ -135,6 +135,26 @@ def test_what_is_missing_is_an_error_or_a_line(
     assert tool.main() == 1 and "no torch 2.99" in capsys.readouterr().err
 
 
+def test_torch_is_not_built_for_a_python_that_it_is_not_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = torch_wheel(tmp_path / "wheels", "2.9.0")
+    with zipfile.ZipFile(wheel, "a") as packed:
+        packed.writestr("torch-2.9.0.dist-info/METADATA", "Name: torch\nRequires-Python: >=3.11\n")
+    new = rows.find_torch("2.9", tmp_path / "wheels", tmp_path / "cache")
+    pythons = {
+        v: rows.Python(Path(v), v, f".cpython-{v.replace('.', '')}.so") for v in ("3.9", "3.11")
+    }
+    monkeypatch.setattr(rows, "find_torch", lambda asked, *_: {"2.9": new, "2.13": TORCH}[asked])
+    monkeypatch.setattr(rows, "find_python", pythons.__getitem__)
+    asked = (["2.13", "2.9"], ["3.9", "3.11"], None, tmp_path)
+    with pytest.raises(rows.MissingError, match=r"torch 2\.9\.0 is not made for Python 3\.9"):
+        rows.find_rows(*asked, skip=False)
+    found, missing = rows.find_rows(*asked, skip=True)
+    assert len(found) == 3 and len(missing) == 1
+    assert tool.left_out(found) == ["2.9.cpython-39"]
+
+
 # --------------------------------------------------------------- the content
 
 

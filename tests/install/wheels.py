@@ -54,7 +54,7 @@ print(*files)
 """
 
 
-def run(*command: str | Path, fails: bool = False, **environ: str) -> str:
+def run(*command: str | Path, fails: bool = False, cwd: str | Path = "/", **environ: str) -> str:
     """Runs ``command`` away from the source tree and returns its output; stops if it fails, or does not."""
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BRAZE_JIT")}
     tools = f"{Path(sys.executable).parent}:{keep['PATH']}"
@@ -64,7 +64,7 @@ def run(*command: str | Path, fails: bool = False, **environ: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd="/",
+        cwd=cwd,
     )
     if bool(done.returncode) != fails:
         sys.exit(
@@ -92,6 +92,10 @@ def build_wheel(started: float) -> bool:
     command += [word for define in DEFINES for word in ("--define", define)]
     subprocess.run(command, cwd=cuda_gates.ROOT, check=True)
     step("built, and tried with each torch", started)
+    sums = cuda_gates.ROOT / "build/wheel/dist/SHA256SUMS"
+    before = sums.read_text()
+    run(*command, "--no-smoke", cwd=cuda_gates.ROOT)
+    assert sums.read_text() == before, "packed again, the bytes are others"
     return not reason
 
 

@@ -174,6 +174,18 @@ class Trial:
             shutil.rmtree(self.home)
 
 
+def left_out(found: list[Row]) -> list[str]:
+    """The pairs of these torches and Pythons that are no rows, as CMake calls them."""
+    pairs = (Row(a.torch, b.python) for a in found for b in found)
+    return sorted(
+        {
+            row.file("").removeprefix(".torch").removesuffix(".so")
+            for row in pairs
+            if row not in found
+        }
+    )
+
+
 def build(arguments: argparse.Namespace, found: list[Row]) -> Path:
     """The checked wheel, in ``arguments.out``."""
     environ = {**os.environ, "SOURCE_DATE_EPOCH": epoch()}
@@ -201,6 +213,7 @@ def build(arguments: argparse.Namespace, found: list[Row]) -> Path:
         "build.verbose": "false",
         "cmake.define.BRAZE_TORCHES": ";".join(roots),
         "cmake.define.BRAZE_PYTHONS": ";".join(map(str, pythons)),
+        "cmake.define.BRAZE_LEFT_OUT": ";".join(left_out(found)),
         "cmake.define.BRAZE_CUDA": mode,
         **{f"cmake.define.{name}": value for name, value in map(split_define, arguments.define)},
     }

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TypeVar
 
 # What bindings are compiled and linked with; the rest of a torch wheel is left in it.
-NEEDED = re.compile(r"torch/(version\.py|include/.*|lib/lib(c10|c10_cuda|torch|torch_\w+)\.so)")
+NEEDED = re.compile(
+    r"torch/(version\.py|include/.*|lib/lib(c10|c10_cuda|torch|torch_\w+)\.so)|torch-[^/]*\.dist-info/METADATA"
+)
 T = TypeVar("T")
 ASK = "import sys, sysconfig as s; print(*sys.version_info[:2], s.get_config_var('EXT_SUFFIX'))"
 
@@ -33,6 +35,7 @@ class Torch:
     root: Path
     version: str  # 2.13.0+cpu
     cuda: str  # 13.0, or ""
+    oldest_python: tuple[int, ...] = ()  # that it is made for
 
     @property
     def minor(self) -> str:
@@ -49,6 +52,10 @@ class Python:
     executable: Path
     version: str  # 3.11
     suffix: str  # .cpython-311-x86_64-linux-gnu.so
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return tuple(map(int, self.version.split(".")))
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,13 @@ def read_torch(root: Path) -> Torch | None:
     if not (root / "version.py").is_file():
         return None
     facts = runpy.run_path(str(root / "version.py"))
-    return Torch(root, facts["__version__"], facts.get("cuda") or "")
+    version = facts["__version__"]
+    base = version.partition("+")[0]
+    files = [root / "METADATA", *root.parent.glob(f"torch-{base}*.dist-info/METADATA")]
+    text = next((file.read_text() for file in files if file.is_file()), "")
+    oldest = re.search(r"^Requires-Python: >=([\d.]+)", text, re.MULTILINE)
+    numbers = tuple(map(int, oldest[1].split("."))) if oldest else ()
+    return Torch(root, version, facts.get("cuda") or "", numbers)
 
 
 def fits(asked: str, version: str) -> bool:
@@ -122,9 +135,13 @@ def installed_torch() -> Torch | None:
 def unpack(wheel: Path, cache: Path) -> Torch:
     """What bindings need of a torch wheel, kept in ``cache``."""
     folder = cache / wheel.stem
+    if not zipfile.is_zipfile(wheel):
+        raise MissingError(f"{wheel} is no wheel, or not all of one: get it anew")
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=cache) as part, zipfile.ZipFile(wheel) as packed:
             packed.extractall(part, [name for name in packed.namelist() if NEEDED.match(name)])
+            for metadata in Path(part).glob("torch-*/METADATA"):
+                metadata.rename(Path(part, "torch/METADATA"))
             Path(part, "torch").rename(folder)
     torch = read_torch(folder)
     if torch is None:
@@ -203,7 +220,12 @@ def find_rows(
 
     has_torches = list(found(lambda asked: find_torch(asked, wheels, cache), torches))
     has_pythons = list(found(find_python, pythons))
-    rows = [Row(torch, python) for torch in has_torches for python in has_pythons]
+    rows = []
+    for row in (Row(torch, python) for torch in has_torches for python in has_pythons):
+        if row.python.numbers < row.torch.oldest_python:
+            missing.append(f"torch {row.torch.version} is not made for Python {row.python.version}")
+        else:
+            rows.append(row)
     if missing and (not skip or not rows):
         raise MissingError("\n".join([*missing, "To build the rest alone: --skip-missing"]))
     return rows, missing
