@@ -6,6 +6,8 @@ namespace braze::cuda {
 
 const char* interface() { return kInterface; }
 
+cudaError_t use_device(int device) { return cudaSetDevice(device); }
+
 cudaError_t find_capture(cudaStream_t stream, std::optional<unsigned long long>& capture) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;

@@ -14,6 +14,8 @@ namespace braze::cuda {
 // That of libbraze_cuda.
 BRAZE_API const char* interface();
 
+// Each runtime has a current device of its own for each thread.
+BRAZE_API cudaError_t use_device(int device);
 // The capture that the stream is in, or none.
 BRAZE_API cudaError_t find_capture(cudaStream_t stream, std::optional<unsigned long long>& capture);
 BRAZE_API cudaError_t clear(void* memory, size_t bytes, cudaStream_t stream);

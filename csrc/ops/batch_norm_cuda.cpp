@@ -8,7 +8,6 @@
 #include <tuple>
 
 #include "../cuda/batch_norm_launch.h"
-#include "../cuda/runtime.h"
 #include "../cuda/zeros.h"
 #include "launch.h"
 #include "launch_cuda.h"

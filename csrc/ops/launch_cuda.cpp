@@ -1,9 +1,5 @@
 #include "launch_cuda.h"
 
-#include <c10/util/Exception.h>
-
-#include "../cuda/runtime.h"
-
 namespace braze {
 
 void check_launch(cudaError_t error, const std::string& owner, const char* what, int device) {

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "../cuda/optimizer_launch.h"
-#include "../cuda/runtime.h"
 #include "launch_cuda.h"
 
 namespace braze {
