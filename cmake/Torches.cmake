@@ -2,7 +2,7 @@
 # compiler flags, does not know libtorch_python and needs a working CUDA toolkit. Sets
 #   BRAZE_MINORS        their minors, such as 2.13
 #   TORCH_CUDA_VERSION  the CUDA of the first that has one; empty if none has
-# and defines for each the target torch<minor>, with the properties BRAZE_VERSION, BRAZE_CUDA and BRAZE_LIBRARIES.
+# and defines for each the target torch<minor>, with the properties BRAZE_VERSION and BRAZE_ROOT.
 set(BRAZE_TORCHES "" CACHE STRING
   "Folders of the torch packages to build for, of any CPython. Default: the installed one")
 
@@ -57,5 +57,5 @@ foreach(root IN LISTS torches)
   target_link_libraries(torch${minor} INTERFACE c10 torch_cpu torch torch_python)
   # torch's headers name themselves in messages.
   target_compile_options(torch${minor} INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${root}=torch>")
-  set_target_properties(torch${minor} PROPERTIES BRAZE_VERSION "${version}" BRAZE_CUDA "${cuda}" BRAZE_ROOT "${root}")
+  set_target_properties(torch${minor} PROPERTIES BRAZE_VERSION "${version}" BRAZE_ROOT "${root}")
 endforeach()

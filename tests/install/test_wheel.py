@@ -361,8 +361,10 @@ def test_options_of_an_earlier_wheel_are_forgotten(tmp_path: Path) -> None:
 
 def test_seconds_are_those_of_the_last_compilation(tmp_path: Path) -> None:
     lines = ["# ninja log v7"]
-    for name, start, end in (("x", 0, 9000), ("y", 0, 1000), ("x", 10, 2010)):
+    for name, start, end in (("x", 0, 9000), ("y", 0, 1000), ("gone", 0, 500), ("x", 10, 2010)):
         lines.append(f"{start}\t{end}\t0\tCMakeFiles/ops.dir/{name}.cpp.o\tabc")
+    rules = "".join(f"build CMakeFiles/ops.dir/{name}.cpp.o: CXX a.cpp\n" for name in "xy")
+    (tmp_path / "build.ninja").write_text(rules)
     (tmp_path / ".ninja_log").write_text("\n".join(lines) + "\n")
     assert tool.seconds(tmp_path) == {"ops": 3.0}
     assert tool.seconds(tmp_path / "none") == {}

@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import content, rows
-from .rows import MissingError, Row
+from .rows import Row, WheelError
+from .trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build/wheel"
@@ -36,10 +37,6 @@ from scikit_build_core import build
 name, folder, settings = json.load(sys.stdin)
 print("built", getattr(build, name)(folder, settings))
 """
-
-
-class WheelError(RuntimeError):
-    """No wheel, or none that may be used; the text says why."""
 
 
 def say(text: str) -> None:
@@ -121,57 +118,21 @@ def forget(build: Path) -> None:
 
 
 def seconds(build: Path) -> dict[str, float]:
-    """Compile time of each CMake target."""
+    """Compile time of each CMake target, of the objects that are still made."""
+    log, rules = build / ".ninja_log", build / "build.ninja"
+    if not log.is_file():
+        return {}
+    made = set(re.findall(r"^build (\S+):", rules.read_text(), re.MULTILINE))
     took: dict[str, float] = {}  # of each output; what was compiled again has several lines
-    log = build / ".ninja_log"
-    for line in log.read_text().splitlines()[1:] if log.is_file() else []:
+    for line in log.read_text().splitlines()[1:]:
         start, end, _, output, _ = line.split("\t")
-        took[output] = (int(end) - int(start)) / 1000
+        if output in made:
+            took[output] = (int(end) - int(start)) / 1000
     total: dict[str, float] = {}
     for output, time_spent in took.items():
         if match := re.match(r"CMakeFiles/(?:objects)?([\w.+-]+)\.dir/", output):
             total[match[1]] = total.get(match[1], 0) + time_spent
     return total
-
-
-class Trial:
-    """An environment of its own for one row, in build/wheel, in which its torch is and the wheel is tried."""
-
-    def __init__(self, row: Row, keep: bool) -> None:
-        self.row, self.keep = row, keep
-        self.home = WORK / "try" / f"torch{row.torch.minor}-python{row.python.version}"
-        self.python = self.home / "bin/python"
-
-    def run(self, *command: str | Path) -> None:
-        """Away from the sources. Raises WheelError."""
-        environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BRAZE_JIT")}
-        environ["BRAZE_CACHE_DIR"] = str(self.home / "cache")
-        done = subprocess.run(
-            list(map(str, command)), cwd="/", env=environ, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        if done.returncode:
-            words = " ".join(map(str, command))[:200]
-            raise WheelError(f"{self.row}: {words} failed:\n{done.stdout}")
-
-    def install(self, *what: str | Path) -> None:
-        quiet = ("--quiet", "--disable-pip-version-check", "--no-compile")
-        self.run(self.python, "-m", "pip", "install", *quiet, *what)
-
-    def prepare(self) -> Trial:
-        if not self.keep or not self.python.exists():
-            shutil.rmtree(self.home, ignore_errors=True)
-            self.run(self.row.python.executable, "-m", "venv", self.home)
-        self.install(self.row.torch.requirement)
-        return self
-
-    def run_smoke_test(self, wheel: Path, cuda: bool) -> None:
-        self.install("--no-deps", "--force-reinstall", wheel)
-        kind = "cuda" if cuda and self.row.torch.cuda else "cpu"
-        self.run(self.python, Path(__file__).with_name("smoke.py"), kind)
-        self.run(self.python, "-m", "braze", "info")
-        if not self.keep:
-            shutil.rmtree(self.home)
 
 
 def left_out(found: list[Row]) -> list[str]:
@@ -207,6 +168,7 @@ def build(arguments: argparse.Namespace, found: list[Row]) -> Path:
     torches = dict.fromkeys(row.torch for row in found)
     roots = [str(torch.root) for torch in torches]
     pythons = {row.python.executable: None for row in found}
+    defines = (text.split("=", 1) for text in arguments.define)
     settings = {
         "wheel.py-api": "py3",
         "build-dir": str(WORK / "build"),
@@ -215,7 +177,7 @@ def build(arguments: argparse.Namespace, found: list[Row]) -> Path:
         "cmake.define.BRAZE_PYTHONS": ";".join(map(str, pythons)),
         "cmake.define.BRAZE_LEFT_OUT": ";".join(left_out(found)),
         "cmake.define.BRAZE_CUDA": mode,
-        **{f"cmake.define.{name}": value for name, value in map(split_define, arguments.define)},
+        **{f"cmake.define.{name}": value for name, value in defines},
     }
     forget(WORK / "build")
     wheel = backend("build_wheel", source, made, settings, environ)
@@ -242,11 +204,6 @@ def build(arguments: argparse.Namespace, found: list[Row]) -> Path:
 
 def listed(text: str) -> list[str]:
     return text.split(",")
-
-
-def split_define(text: str) -> tuple[str, str]:
-    name, _, value = text.partition("=")
-    return name, value
 
 
 def main() -> int:
@@ -305,10 +262,9 @@ def main() -> int:
         found, missing = rows.find_rows(
             arguments.torch, arguments.python, arguments.torch_wheels, cache, arguments.skip_missing
         )
-        trials = [Trial(row, arguments.keep) for row in found if arguments.smoke]
-        with ThreadPoolExecutor(
-            1
-        ) as pool:  # unpacks one torch beside the compilers, or beside the trial before
+        trials = [Trial(row, WORK / "try", arguments.keep) for row in found if arguments.smoke]
+        # One torch is unpacked beside the compilers, the next beside the trial of the one before.
+        with ThreadPoolExecutor(1) as pool:
             ready = [pool.submit(trial.prepare) for trial in trials[:1]]
             wheel = build(arguments, found)
             sizes, spent = content.sizes(wheel), seconds(WORK / "build")
@@ -318,7 +274,7 @@ def main() -> int:
                 ready += [pool.submit(following.prepare) for following in trials[k + 1 : k + 2]]
                 trial.run_smoke_test(wheel, has_cuda)
                 say(f"{time.monotonic() - began:5.0f} s  {trial.row}: passed the smoke test")
-    except (MissingError, WheelError) as error:
+    except WheelError as error:
         print(f"braze: {error}", file=sys.stderr)
         return 1
 

@@ -24,7 +24,11 @@ T = TypeVar("T")
 ASK = "import sys, sysconfig as s; print(*sys.version_info[:2], s.get_config_var('EXT_SUFFIX'))"
 
 
-class MissingError(RuntimeError):
+class WheelError(RuntimeError):
+    """No wheel, or none that may be used; the text says why."""
+
+
+class MissingError(WheelError):
     """A torch or a Python cannot be had; the text says which and how to get it."""
 
 
