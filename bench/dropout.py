@@ -1,7 +1,7 @@
-"""Dropout against torch's, alone and fused, forward and with its backward pass, on the CPU or on CUDA.
+"""Dropout against torch's, alone and fused with an activation or a sum, forward and with its backward pass.
 
-Interleaved; ratios above 1 mean braze is faster. no reuse: braze in malloc's memory, as torch's results are;
-beyond 32 MB that is fresh pages. floor = the bytes that must move / stream bandwidth (CUDA: speed of a copy).
+Floor: the tensors that must be read and written. no reuse: braze in malloc's memory, as torch's results are;
+beyond 32 MB that is fresh pages.
 """
 
 from __future__ import annotations
@@ -9,38 +9,37 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import braze
 import torch
 from braze.nn import _dropout_functional as ours
 from torch import Tensor
 from torch.nn import functional as theirs
 
-from . import cuda_clock, rows, table
-from .cuda_clock import Cuda
-from .rows import Row, Work, goal
-from .timing import interleave, ratios, stream_bandwidth, without_reuse
+from .clock import Call
+from .harness import DTYPES, Built, Case, Part, Setting, Suite
+from .memory import without_reuse
+from .peers import compiled
+from .rows import Row, goal
+from .session import commands
 
-Call = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
+P = 0.5
 
 
 @dataclass(frozen=True)
 class Operation:
-    """``forward``, ``backward``: the fewest tensors read or written; ``goals``: CPU ratios."""
+    """``forward``, ``backward``: the fewest tensors read or written."""
 
-    torch: Call
-    braze: Call
+    torch: Function
+    braze: Function
     forward: int = 2
     backward: int = 2
-    goals: tuple[float, float] = (0.0, 0.0)
 
 
-P = 0.5
 OPERATIONS = {
-    "dropout": Operation(
-        lambda x: theirs.dropout(x, P), lambda x: ours.dropout(x, P), goals=(20.0, 10.0)
-    ),
+    "dropout": Operation(lambda x: theirs.dropout(x, P), lambda x: ours.dropout(x, P)),
     "alpha_dropout": Operation(
         lambda x: theirs.alpha_dropout(x, P, True), lambda x: ours.alpha_dropout(x, P, True)
     ),
@@ -62,111 +61,83 @@ OPERATIONS = {
     ),
 }
 ELEMENTS = {"cpu": (2**20, 2**22), "cuda": (2**22, 2**26)}
-# Of what a copy reaches in the same process, for tensors beyond L2.
+# On CUDA, of what a copy reaches in the same run, for tensors beyond L2.
 COPY_GOAL = 0.85
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Cell:
-    operation: str
-    numel: int
-    dtype: str
-    both: bool  # the backward pass too
+def check(name: str, x: Tensor) -> float | None:
+    """Masks differ; means and spreads of both results may not, beyond what chance allows. Returns None.
 
-    @property
-    def name(self) -> str:
-        passes = "forward+backward" if self.both else "forward"
-        return f"{self.operation} {self.numel >> 20}M {self.dtype} {passes}"
-
-    @property
-    def bytes_moved(self) -> int:
-        """The fewest bytes that one call can read and write."""
-        operation = OPERATIONS[self.operation]
-        tensors = operation.forward + (operation.backward if self.both else 0)
-        return tensors * self.numel * DTYPES[self.dtype].itemsize
-
-    def calls(self, device: str) -> dict[str, Callable[[], Any]]:
-        shape = (16, 64, 32, self.numel >> 15)
-        x = torch.randn(shape, device=device).to(DTYPES[self.dtype])
-        x = x.contiguous(memory_format=torch.channels_last)
-        grad = torch.randn_like(x)
-        x.requires_grad_(self.both)
-
-        def call(function: Call) -> Callable[[], Any]:
-            if not self.both:
-                return lambda: function(x)
-            return lambda: torch.autograd.grad(function(x), x, grad)
-
-        operation = OPERATIONS[self.operation]
-        return {"torch": call(operation.torch), "braze": call(operation.braze)}
+    Raises:
+        RuntimeError: braze's result is of another distribution than torch's.
+    """
+    operation = OPERATIONS[name]
+    results = [f(x.detach()).double() for f in (operation.braze, operation.torch)]
+    for what, of in (("mean", torch.mean), ("standard deviation", torch.std)):
+        a, b = (float(of(result)) for result in results)
+        # Of two means of n elements, or of as many as there are channels; seven sigma.
+        n = x.numel() if name != "dropout2d" else x.shape[0] * x.shape[1]
+        if abs(a - b) > 7 * float(results[1].std()) * (2 / n) ** 0.5:
+            raise RuntimeError(f"the {what} of braze's results is {a:.4g}, of torch's {b:.4g}")
+    return None
 
 
-def cells(device: str) -> list[Cell]:
-    return [
-        Cell(operation, numel, dtype, both)
-        for operation in OPERATIONS
-        for numel in ELEMENTS[device]
-        for dtype in DTYPES
-        for both in (False, True)
-    ]
+def build(name: str, numel: int, dtype: str, both: bool, setting: Setting) -> Built:
+    x = torch.randn((16, 64, 32, numel >> 15), device=setting.device).to(DTYPES[dtype])
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(x)
+    x.requires_grad_(both)
+
+    def call(function: Function) -> Call:
+        if not both:
+            return lambda: function(x)
+        return lambda: torch.autograd.grad(function(x), x, grad)
+
+    operation = OPERATIONS[name]
+    calls = {"torch": call(operation.torch), "braze": call(operation.braze)}
+    makers: dict[str, Callable[[], Call]] = {
+        "torch": lambda: calls["torch"],
+        "braze": lambda: calls["braze"],
+    }
+    if setting.device == "cpu":
+        makers["braze, no reuse"] = lambda: without_reuse(calls["braze"])
+    makers |= compiled(setting.against, calls["torch"])
+    return Built(makers, lambda: check(name, x))
 
 
-def measure(cell: Cell, device: Cuda | None, bandwidth: float, seconds: float, row: Row) -> None:
-    """One row."""
-    floor = row["floor_us"] = cell.bytes_moved / bandwidth * 1e6
-    if device is None:
-        calls = cell.calls("cpu")
-        calls["no reuse"] = without_reuse(calls["braze"])
-        row.update(ratios(interleave(calls, seconds)))
-        row["goal"] = OPERATIONS[cell.operation].goals[cell.both]
-        return
-    times = cuda_clock.measure(device, cell.calls("cuda"), seconds)
-    ours, theirs = times["braze"], times["torch"]
-    on_device = ours["device_us"] or ours["wall_us"]
-    row.update(
-        torch_us=theirs["wall_us"],
-        braze_us=ours["wall_us"],
-        device_us=on_device,
-        ratio_min=theirs["wall_min_us"] / ours["wall_min_us"],
-        ratio_median=theirs["wall_us"] / ours["wall_us"],
-        gb_s=cell.bytes_moved / on_device / 1e3,
-        copy_gb_s=bandwidth / 1e9,
-    )
-    row["of_copy"] = share = floor / row["device_us"]
-    if cell.numel == max(ELEMENTS["cuda"]) and not cell.both:
-        text = f"{cell.name}: at least {COPY_GOAL} of a copy"
-        row["goals"] = [goal(text, share, share >= COPY_GOAL)]
+def _goals(share_of: bool, row: Row) -> list[dict[str, Any]]:
+    if not share_of:
+        return []
+    share = row["of_floor"]
+    return [goal(f"{row['name']}: at least {COPY_GOAL} of a copy", share, share >= COPY_GOAL)]
 
 
-COLUMNS = (
-    "name:<38 torch_us:11.1f braze_us:11.1f no_reuse_us:12.1f ratio_min:11.2f ratio_median:13.2f goal:6.0f "
-    "floor_us:10.1f gb_s:8.0f of_copy:9.2f"
-)
+def cases(arguments: argparse.Namespace) -> list[Case]:
+    sizes = ELEMENTS[arguments.device]
+    found = []
+    for name, operation in OPERATIONS.items():
+        for numel in sizes:
+            for dtype in ("fp32", "bf16"):
+                for both in (False, True):
+                    direction = "forward+backward" if both else "forward"
+                    tensors = operation.forward + (operation.backward if both else 0)
+                    part = Part(
+                        partial(build, name, numel, dtype, both),
+                        tensors * numel * DTYPES[dtype].itemsize,
+                    )
+                    tags = {
+                        "operation": name,
+                        "dtype": dtype,
+                        "elements": numel,
+                        "direction": direction,
+                    }
+                    title = f"{name} {numel >> 20}M {dtype} {direction}"
+                    quick = numel == sizes[1] and name in ("dropout", "relu", "add")
+                    judged = arguments.device == "cuda" and numel == sizes[1] and not both
+                    goals = partial(_goals, judged)
+                    found.append(Case(title, tags, (part,), quick, goals))
+    return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    rows.add_options(parser, ("cpu", "cuda"), 1.0)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measures row by row. Returns :func:`rows.run`'s code."""
-    every = {cell.name: cell for cell in cells(arguments.device)}
-    chosen = rows.choose(list(every), arguments.only)
-    cuda_clock.prepare(arguments)
-    device = Cuda() if arguments.device == "cuda" else None
-    bandwidth = stream_bandwidth() if device is None else device.copy_bandwidth()
-    where = f"{torch.get_num_threads()} threads" if device is None else device.facts()["name"]
-    result: dict[str, Any] = {"build": braze.build_info(), "where": where}
-    result["bandwidth_gb_s"] = bandwidth / 1e9
-    print(f"{where}, {bandwidth / 1e9:.1f} GB/s, p = {P}\n{table.header(COLUMNS)}")
-
-    def work(cell: Cell) -> Work:
-        return Work(cell.name, lambda row: measure(cell, device, bandwidth, arguments.seconds, row))
-
-    return rows.run(
-        [work(every[name]) for name in chosen],
-        arguments,
-        result,
-        lambda row: table.line(row, COLUMNS),
-    )
+SUITE = Suite("dropout", cases, 1.0, {"cpu": "warm", "cuda": "device"})
+add_arguments, run = commands(SUITE)

@@ -19,7 +19,7 @@ import braze
 import torch
 from torch import Tensor, nn
 
-from . import models, rows, table
+from . import models, rows, view
 from .fuse_count import norms_followed
 from .rows import Row, Work
 
@@ -164,18 +164,37 @@ def percent(part: int, whole: int) -> float:
     return 100.0 * part / whole if whole else 100.0
 
 
-COLUMNS = (
-    "name:<28 norms:6 followed:9 fused:6 percent:8.1f only:5 fused_only:11 percent_only:13.1f fuse_s:8.2f "
-    "output:8.0e gradient:9.0e eval:7.0e bf16:6.2f"
-)
+# Headings of the table, each with the format of its figures.
+COLUMNS = {
+    **dict.fromkeys(("norms", "followed", "fused"), "d"),
+    "percent": ".1f",
+    **dict.fromkeys(("only", "fused_only"), "d"),
+    "percent_only": ".1f",
+    "fuse_s": ".2f",
+    **dict.fromkeys(("output", "gradient", "eval"), ".0e"),
+    "bf16": ".2f",
+}
 
 
-def line(row: dict[str, Any]) -> str:
+def figures(row: Row) -> list[str]:
+    """The row's figures, as COLUMNS says."""
     shares = {}
     if "followed" in row:
         shares["percent"] = percent(row["fused"], row["followed"])
         shares["percent_only"] = percent(row["fused_only"], row["only"])
-    return table.line(row | shares, COLUMNS)
+    known = row | shares
+    return [format(known[key], form) if key in known else "-" for key, form in COLUMNS.items()]
+
+
+def show(everything: Sequence[Row]) -> None:
+    from rich.table import Table
+
+    table = Table("")
+    for key in COLUMNS:
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in everything:
+        table.add_row(row["name"], *figures(row))
+    view.console().print(table)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +210,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns :func:`rows.run`'s code: 1 if a model changed or failed."""
+    view.require()
     names = arguments.names
     if not names:
         has_timm = models.is_installed("timm")
@@ -205,15 +225,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     def lines(row: Row) -> str:
         result["totals"] = totals(result["rows"])
-        text = [line(row)]
+        text = [
+            f"{row['name']}  {row.get('fused', '-')}/{row.get('followed', '-')} {row.get('note', '')}"
+        ]
         for norm, reason in (row.get("missing", {}) if arguments.missing else {}).items():
             elsewhere = " (its result is used elsewhere too)" * (norm in row["used_elsewhere"])
             text.append(f"    {norm}: {reason or 'no reason reported'}{elsewhere}")
         return "\n".join(text)
 
-    print(table.header(COLUMNS))
-    code = rows.run(map(work, rows.choose(names, arguments.only)), arguments, result, lines)
-    print("\n".join(map(line, result.get("totals", []))))
+    code = rows.run(map(work, rows.choose(names, arguments.filter)), arguments, result, lines)
+    show([*result["rows"], *result.get("totals", [])])
     everything = total(result["rows"])
     if everything["followed"]:
         print(f"goal {GOAL:g} %: {'met' if everything['percent'] >= GOAL else 'MISSED'}")

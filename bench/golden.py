@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda_clock, rows
+from . import clock, rows
 from .files import read_json, write_json
 from .golden_cases import CASES, Case, Golden, Results
 from .golden_passes import PASSES
@@ -144,8 +144,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns :func:`rows.run`'s code."""
-    cuda_clock.prepare(arguments)
-    names = rows.choose([case.name for case in EVERY], arguments.only)
+    if arguments.device == "cuda":
+        clock.open_clock("cuda")
+    names = rows.choose([case.name for case in EVERY], arguments.filter)
     cases = [c for c in EVERY if c.name in names and (c.short or not arguments.short)]
     compare = not arguments.no_compare
     if compare and arguments.write is None and not arguments.goldens.is_file():

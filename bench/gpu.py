@@ -31,7 +31,6 @@ from .gpu_run import Log, Results, run_child
 from .gpu_steps import STEPS, Step
 from .rows import Hopeless, Row
 from .sources import find_root
-from .table import header, line
 
 # A GPU is often to be had for ten minutes; some of them are for what comes before and after.
 BUDGET_S = 560.0
@@ -212,9 +211,6 @@ def run(steps: Sequence[Step], context: Run) -> int:
     return 0
 
 
-COLUMNS = "step:<22 state:<13 rows:>12 seconds:9.0f expected:10.0f"
-
-
 def _table(
     steps: Sequence[Step],
     context: Run,
@@ -222,14 +218,14 @@ def _table(
     spent: dict[Step, float],
     notes: dict[Step, str],
 ) -> list[str]:
-    lines = [header(COLUMNS)]
+    lines = [f"{'step':<22}{'state':<13}{'rows':>12}{'seconds':>9}{'expected':>10}"]
     goals: dict[str, dict[str, Any]] = {}
     shown: set[tuple[str, str]] = set()
     for step in steps:
         rows = context.results.of(step, step.sources(context.root))
-        figures: Row = {"step": step.name, "state": states[step], "seconds": spent[step]}
-        figures["rows"] = f"{sum(row['ok'] is True for row in rows)}/{len(rows)}"
-        lines.append(line(figures | {"expected": step.expected_s}, COLUMNS))
+        passed = f"{sum(row['ok'] is True for row in rows)}/{len(rows)}"
+        times = f"{spent[step]:9.0f}{step.expected_s:10.0f}"
+        lines.append(f"{step.name:<22}{states[step]:<13}{passed:>12}{times}")
         lines += [f"    {text}" for text in notes[step].splitlines()[-12:]]
         bad = [row for row in rows if row["ok"] is False]
         new = [row for row in bad if (step.program, row["name"]) not in shown]

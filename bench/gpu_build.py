@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import cuda_clock, rows
+from . import clock, rows
 from .files import collect_folder, write_text
 from .rows import Row, Work
 from .sources import BUILT, digest, find_root
@@ -148,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Builds. Returns :func:`rows.run`'s code."""
-    cuda_clock.prepare(arguments)
+    clock.open_clock(arguments.device)
     architecture = ""
     if arguments.device == "cuda":
         architecture = "{}{}".format(*torch.cuda.get_device_capability())

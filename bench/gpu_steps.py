@@ -8,17 +8,18 @@ from pathlib import Path
 from .sources import BUILT, FAMILIES, digest
 
 _ALL = tuple(sorted({glob for globs in FAMILIES.values() for glob in globs}))
+_TIMED = ("bench/clock.py", "bench/harness.py")
 # By program: what its rows are about. Other sources, other rows.
 SOURCES: dict[str, tuple[str, ...]] = {
     "gpu_build": BUILT,
     "golden": (*_ALL, "bench/golden*"),
     "gpu_tests": (*BUILT, "python/**/*.py", "tests/**/*.py"),
     "sanitize": (*_ALL, "bench/golden*.py", "bench/sanitize.py", "tests/sanitizer_controls/*"),
-    "batch_norm_cuda": (*FAMILIES["batch_norm"], "bench/batch_norm_c*.py", "bench/cuda_clock.py"),
-    "optim_cuda": (*FAMILIES["optimizer"], "bench/cells.py", "bench/optim_cuda.py"),
-    "recipe_cuda": (*FAMILIES["optimizer"], "python/braze/amp.py", "bench/recipe*.py"),
-    "dropout": (*FAMILIES["dropout"], "bench/dropout.py", "bench/cuda_clock.py"),
-    "infer": (*FAMILIES["batch_norm"], "python/braze/nn/_fold*.py", "bench/infer.py"),
+    "norm": (*FAMILIES["batch_norm"], *_TIMED, "bench/norm.py"),
+    "optim": (*FAMILIES["optimizer"], *_TIMED, "python/braze/amp.py", "bench/optim.py"),
+    "dropout": (*FAMILIES["dropout"], *_TIMED, "bench/dropout.py"),
+    "conv": (*FAMILIES["batch_norm"], *_TIMED, "bench/conv.py"),
+    "infer": (*FAMILIES["batch_norm"], *_TIMED, "python/braze/nn/_fold*.py", "bench/infer.py"),
     "micro": ("csrc/cuda/*", "bench/micro*"),
 }
 
@@ -54,31 +55,37 @@ def _step(name: str, program: str, arguments: str, rehearsal: str, *seconds: flo
 
 
 _QUICK = "--device cpu --seconds 0 "
-_NORM = _QUICK + "--quick --batch 2 --only bf16~NHWC~relu~N=256"
-_OPTIM = _QUICK + "--optimizer AdamW --only 1~x~64"
-_DROPOUT = _QUICK + "--only dropout~1M~bf16"
-_MODEL = _QUICK + "--model resnet18 --size 32 --batch 1 --dtype fp32 --layout NHWC"
-_NORMS = "--only bf16~NHWC~relu~N=256 --only bf16~NHWC~add+relu"
-_ADAMW = "--optimizer AdamW --only 1000~x~1024 --only ResNet-50 --only 100M --only groups"
-_DROPOUTS = "--device cuda --seconds 0.5 --only dropout~64M --only relu~64M"
-_INFERENCE = "--device cuda --seconds 3 --only resnet50~N=256"
-_TESTS = "--device fake --only test_dropout_cuda"
+_CUDA = "--device cuda "
+_NORM = _QUICK + "--quick --batch 2 --filter bf16~NHWC~relu"
+_OPTIM = _QUICK + "--filter AdamW~/~1~x~64"
+_RECIPE = _QUICK + "--filter AdamW~clip+amp~/~1000"
+_DROPOUT = _QUICK + "--filter dropout~1M~bf16"
+_CONV = _QUICK + "--quick --filter fp32~NHWC~inference"
+_MODEL = _QUICK + "--model resnet18 --size 32 --batch 1 --dtype fp32"
+_NORMS = _CUDA + "--filter bf16~NHWC~relu~N=256 --filter bf16~NHWC~add+relu"
+_ADAMW = "".join(
+    f"--filter AdamW~/~{cell} " for cell in ("1000~x~1024", "ResNet", "fp32~100M", "465")
+)
+_DROPOUTS = _CUDA + "--seconds 0.5 --filter dropout~64M --filter relu~64M"
+_INFERENCE = _CUDA + "--seconds 3 --filter resnet50~N=256"
+_TESTS = "--device fake --filter test_dropout_cuda"
 STEPS = (
     _step("build", "gpu_build", "", "--device cpu", 80, 1000, 1000),
     _step("contact", "golden", "--device cuda --short", "--device emulated --short", 20, 60),
-    _step("batch norm, headline", "batch_norm_cuda", _NORMS, _NORM, 40, 80, 40),
-    _step("optimizer, headline", "optim_cuda", _ADAMW, _OPTIM, 30, 60, 30),
-    _step("recipe", "recipe_cuda", "", _QUICK + "--only 1000~x~64", 25, 60, 30),
+    _step("batch norm, headline", "norm", _NORMS, _NORM, 40, 80, 40),
+    _step("optimizer, headline", "optim", _CUDA + "--seconds 1 " + _ADAMW, _OPTIM, 30, 60, 30),
+    _step("recipe", "optim", _CUDA + "--seconds 1 --filter clip", _RECIPE, 25, 60, 30),
     _step("dropout, headline", "dropout", _DROPOUTS, _DROPOUT, 15, 40, 20),
     _step("micro", "micro", "", "--device cpu", 45, 90, 40),
     _step("inference", "infer", _INFERENCE, _MODEL, 35, 80, 60),
     _step("tests", "gpu_tests", "", _TESTS, 180, 170, 1e9),
     _step("memcheck", "sanitize", "--tool memcheck", "--device cpu", 80, 120, 240),
     # What is left for a second call.
-    _step("bits", "golden", "--device cuda", "--device emulated --only l1", 60, 120),
-    _step("batch norm", "batch_norm_cuda", "", _NORM, 200, 300, 60),
-    _step("optimizer", "optim_cuda", "", _OPTIM, 160, 300, 30),
-    _step("dropout", "dropout", "--device cuda", _DROPOUT, 60, 120, 20),
-    _step("inference, all", "infer", "--device cuda", _MODEL, 60, 120, 60),
+    _step("bits", "golden", "--device cuda", "--device emulated --filter l1", 60, 120),
+    _step("batch norm", "norm", _CUDA, _NORM, 200, 300, 60),
+    _step("optimizer", "optim", _CUDA + "--seconds 1", _OPTIM, 160, 300, 30),
+    _step("dropout", "dropout", _CUDA, _DROPOUT, 60, 120, 20),
+    _step("convolution", "conv", _CUDA, _CONV, 40, 80, 40),
+    _step("inference, all", "infer", _CUDA, _MODEL, 60, 120, 60),
     _step("sanitizers", "sanitize", "", "--device cpu", 240, 400, 240),
 )

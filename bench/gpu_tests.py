@@ -160,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
     tests = find_root(Path(__file__).parent) / "tests"
     skip = set(json.loads(arguments.skip_file.read_text()) if arguments.skip_file else [])
     paths = {path.stem: path for path in tests.rglob("test_*.py")}
-    files = [name for name in choose(in_order([*paths]), arguments.only) if name not in skip]
+    files = [name for name in choose(in_order([*paths]), arguments.filter) if name not in skip]
     if not files:
         return 0
     os.environ |= {"BRAZE_TEST_DEVICE": arguments.device, "BRAZE_TEST_ALL": "1"}

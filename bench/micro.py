@@ -20,8 +20,9 @@ import torch
 from braze import _native, build
 from torch import Tensor
 
-from . import cuda_clock, rows
-from .cuda_clock import Clock
+from . import rows
+from .clock import Clock, open_clock
+from .conv import flops_of, name_of
 from .resnet50 import Convolution, convolutions
 from .rows import Row, Work
 from .sanitize import find_tool
@@ -81,15 +82,6 @@ def kernels(device: str, row: Row) -> None:
             entry["name"] = name.replace("braze::cuda::", "")[:200]
     if not row["table"]:
         raise RuntimeError(f"no kernel was found in {file}")
-
-
-def name_of(conv: Convolution) -> str:
-    stride = f"/{conv.stride}" if conv.stride > 1 else ""
-    return f"conv {conv.inputs}-{conv.outputs} {conv.kernel}x{conv.kernel}{stride} {conv.side}"
-
-
-def flops_of(conv: Convolution, batch: int) -> int:
-    return 2 * batch * conv.out**2 * conv.outputs * conv.inputs * conv.kernel**2
 
 
 def shapes() -> Counter[Convolution]:
@@ -170,7 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures row by row; on the CPU it rehearses. Returns :func:`rows.run`'s code."""
-    clock = cuda_clock.open_clock(arguments)
+    clock = open_clock(arguments.device)
     timed, batch = list(shapes().items()), BATCH
     if arguments.device == "cpu":
         timed, batch = timed[-2:], 1
@@ -183,6 +175,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     work = [*map(of, TABLES), Work("kernels", lambda row: kernels(arguments.device, row))]
     work += [convolved(*pair) for pair in timed]
-    names = rows.choose([one.name for one in work], arguments.only)
+    names = rows.choose([one.name for one in work], arguments.filter)
     wanted = [one for one in work if one.name in names]
     return rows.run(wanted, arguments, dict(clock.facts()), lines)

@@ -12,7 +12,6 @@ without gradients, so that its peak has them.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -22,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from . import models
-from .model_cells import Cell, Contender, build
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -57,7 +53,7 @@ def peak_of(call: Callable[[], object], before: int) -> int:
     return max(0, 1024 * _kilobytes("VmHWM") - before)
 
 
-def measure(task: str, cell: Cell, contender: Contender, threads: int) -> dict[str, float]:
+def measure(task: str, cell: Any, contender: str, threads: int) -> dict[str, float]:
     """``first_mb`` and ``peak_mb`` of a call in a new process, in 10^6 bytes.
 
     Raises:
@@ -66,7 +62,7 @@ def measure(task: str, cell: Cell, contender: Contender, threads: int) -> dict[s
     order = {
         "task": task,
         "cell": dataclasses.asdict(cell),
-        "contender": dataclasses.asdict(contender),
+        "contender": contender,
         "threads": threads,
     }
     command = [sys.executable, "-m", f"{__package__}.model_peak", json.dumps(order)]
@@ -76,19 +72,22 @@ def measure(task: str, cell: Cell, contender: Contender, threads: int) -> dict[s
     )
     if end.returncode:
         last = " ".join(end.stderr.split()[-40:])
-        raise RuntimeError(f"peak memory of {contender.name}: code {end.returncode}: {last}")
+        raise RuntimeError(f"peak memory of {contender}: code {end.returncode}: {last}")
     found: dict[str, float] = json.loads(end.stdout.splitlines()[-1])
     return found
 
 
 def main(argv: list[str]) -> int:
+    from . import infer, models, train
+    from .model_cases import Cell, build, layout_of
+
     order: dict[str, Any] = json.loads(argv[0])
     torch.set_num_threads(order["threads"])
     torch.manual_seed(0)
-    cell, contender = Cell(**order["cell"]), Contender(**order["contender"])
-    task = importlib.import_module(f".{order['task']}", __package__).TASK
+    cell, contender = Cell(**order["cell"]), order["contender"]
+    task = {"train": train.TASK, "infer": infer.TASK}[order["task"]]
     model = build(cell, contender, models.load(cell.model), task.training)
-    call = task.call(cell, contender, model)
+    call = task.call(cell, layout_of(contender), model)
     before = resident()
     first = peak_of(call, before)
     call()

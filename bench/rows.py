@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,32 +37,39 @@ def count(text: str) -> int:
     return value
 
 
-def add_options(
-    parser: argparse.ArgumentParser,
-    devices: Sequence[str] = (),
-    seconds: float | None = None,
-    per: str = "row",
-) -> None:
-    """The options that benchmarks share: of :func:`run` and :func:`choose`, and those that have a default."""
+def writable(text: str) -> Path:
+    """The type of an option that names a file, or a folder, to be written."""
+    path = Path(text)
+    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    if not os.access(folder, os.W_OK) or (path.is_file() and not os.access(path, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: no permission in {folder}")
+    return path
+
+
+def add_options(parser: argparse.ArgumentParser, devices: Sequence[str] = ()) -> None:
+    """The options that all programs share: of :func:`run` and :func:`choose`."""
     add = parser.add_argument
     if devices:
         add("--device", choices=devices, default=devices[0], help=f"default: {devices[0]}")
-    if seconds is not None:
-        add("--seconds", type=float, default=seconds, help=f"per {per} (default {seconds:g})")
-        add("--threads", type=count, help="of the CPU (default: torch's)")
-        importlib.import_module(".isa", __package__).add_option(parser)  # which imports braze
-    add("--only", action="append", default=[], help="rows with this in their name; may be repeated")
-    add("--json", type=Path, help="also write all figures to this file, row by row")
-    add("--skip-file", type=Path, help="a JSON list of row names to leave out")
-    add("--rows", action="store_true", help="print each row as ROW {json}")
+    add(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="rows with this in their name; may be repeated",
+    )
+    add("--json", type=writable, help="write all figures to this file, row by row")
+    # For bench/gpu.py: row names to leave out, and each row as ROW {json}.
+    add("--skip-file", type=Path, help=argparse.SUPPRESS)
+    add("--rows", action="store_true", help=argparse.SUPPRESS)
 
 
-def choose(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """The names that contain one of ``only``, or all. Raises Hopeless if that leaves none."""
-    chosen = [name for name in names if not only or any(part in name for part in only)]
+def choose(names: Sequence[str], filters: Sequence[str]) -> list[str]:
+    """The names that contain one of ``filters``, or all. Raises Hopeless if that leaves none."""
+    chosen = [name for name in names if not filters or any(part in name for part in filters)]
     if not chosen:
         some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-        raise Hopeless(f"no row's name contains '{' or '.join(only)}'; there are: {some}")
+        raise Hopeless(f"no row's name contains '{' or '.join(filters)}'; there are: {some}")
     return chosen
 
 
@@ -86,43 +93,53 @@ def fill(work: Work) -> Row:
         raise
     except Exception as error:
         row["ok"] = False
-        row["note"] = f"{type(error).__name__}: {error}"[:500]
+        row["note"] = reason(error)
     return row
 
 
-def run(
-    work: Iterable[Work],
-    arguments: argparse.Namespace,
-    result: dict[str, Any],
-    lines: Callable[[Row], str],
-) -> int:
-    """Measures what is not to be skipped.
+def reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
-    Returns:
-        0; 1 if a row failed; 3 after an error that leaves the device unusable.
-    """
+
+def each(work: Iterable[Work], arguments: argparse.Namespace) -> Iterator[Row]:
+    """Measures what is not to be skipped; ends after an error that leaves the device unusable."""
     skip = set(json.loads(arguments.skip_file.read_text()) if arguments.skip_file else [])
-    rows: list[Row] = result.setdefault("rows", [])
     for one in work:
         if one.name in skip:
             continue
         if arguments.rows:
             print(f"\nBEGIN {one.name}", flush=True)
         row = fill(one)
-        rows.append(row)
-        print(lines(row), flush=True)
-        for entry in row.get("goals", []):
-            met = "met" if entry["met"] else "MISSED"
-            print(f"    goal {met}: {entry['goal']}; here {entry['value']:.2f}", flush=True)
         if arguments.rows:
             emit(row)
-        if arguments.json is not None:
-            write_json(result, arguments.json)
+        yield row
         if is_fatal(row.get("note", "")):
-            return 3
-    return 0 if all(row["ok"] is not False for row in rows) else 1
+            return
 
 
 def emit(row: Row) -> None:
     """Hands a finished row to the driver."""
     print(f"\nROW {json.dumps(row)}", flush=True)
+
+
+def code_of(rows: Sequence[Row]) -> int:
+    """0; 1 if a row failed; 3 after an error that leaves the device unusable."""
+    if any(is_fatal(row.get("note", "")) for row in rows):
+        return 3
+    return 0 if all(row["ok"] is not False for row in rows) else 1
+
+
+def run(
+    work: Iterable[Work],
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    show: Callable[[Row], str],
+) -> int:
+    """All rows, printed and written as they come. Returns :func:`code_of` them."""
+    rows: list[Row] = result.setdefault("rows", [])
+    for row in each(work, arguments):
+        rows.append(row)
+        print(show(row), flush=True)
+        if arguments.json is not None:
+            write_json(result, arguments.json)
+    return code_of(rows)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from braze import _nvcc
 
-from . import cuda_clock, rows
+from . import clock, rows
 from .rows import Row, Work
 from .sources import find_root
 
@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns :func:`rows.run`'s code."""
-    cuda_clock.prepare(arguments)
+    clock.open_clock(arguments.device)
     checker, nvcc = find_tool("compute-sanitizer"), find_tool("nvcc")
     if arguments.device == "cpu":
         work = [_unavailable("CUDA device")]

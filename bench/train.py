@@ -1,6 +1,6 @@
 """A whole training step of a model: eager, through braze.fuse, and compiled.
 
-Timed is zero_grad(set_to_none=True), forward, cross-entropy, backward, without an optimizer; interleaved.
+Timed is zero_grad(set_to_none=True), forward, cross-entropy, backward, without an optimizer.
 """
 
 from __future__ import annotations
@@ -10,25 +10,17 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import model_run, models
-from .model_cells import Call, Cell, Contender, autocast, images
-from .model_run import Task
+from . import model_cases, models, session
+from .clock import Call
+from .model_cases import Cell, Task, autocast, images, suite
 
 CELLS = (
     Cell("resnet50", 8, "bf16"),
     Cell("resnet50", 8, "fp32"),
     Cell("resnet18", 16, "bf16"),
-    Cell("resnet18", 16, "fp32"),
-    Cell("mobilenet_v2", 8, "fp32"),
+    Cell("resnet18", 16, "fp32", quick=True),
+    Cell("mobilenet_v2", 8, "fp32", quick=True),
 )
-# Of braze, channels last, against these.
-GOALS = {
-    CELLS[0]: {"eager NHWC": 1.35, "eager NCHW": 1.6},
-    CELLS[1]: {"eager NHWC": 1.05, "eager NCHW": 1.18},
-    CELLS[2]: {"eager NHWC": 1.25},
-    CELLS[3]: {"eager NHWC": 1.15},
-    CELLS[4]: {"eager NHWC": 1.35},
-}
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,9 +30,9 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, wanted)
 
 
-def call(cell: Cell, contender: Contender, model: nn.Module) -> Call:
+def call(cell: Cell, layout: str, model: nn.Module) -> Call:
     """One step: gradients dropped, forward, the heads' losses, backward. No optimizer."""
-    x = images(cell, contender.layout)
+    x = images(cell, layout)
     labels = models.labels(cell.batch).to(cell.device)
 
     def step() -> Tensor:
@@ -54,12 +46,7 @@ def call(cell: Cell, contender: Contender, model: nn.Module) -> Call:
     return step
 
 
-TASK = Task(
-    name="train",
-    training=True,
-    cells=CELLS,
-    goals=GOALS,
-    call=call,
-)
-add_arguments = partial(model_run.add_arguments, TASK)
-run = partial(model_run.run, TASK)
+TASK = Task("train", True, CELLS, call)
+SUITE = suite(TASK)
+add_arguments = model_cases.add_arguments
+run = partial(session.run, (SUITE,))
