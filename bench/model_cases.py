@@ -154,6 +154,9 @@ def cases(task: Task, arguments: argparse.Namespace) -> list[Case]:
     if measured and (arguments.device != "cpu" or model_peak.why_not()):
         why = model_peak.why_not() or "it measures this process's memory, not a device's"
         raise Hopeless(f"--memory: {why}")
+    cells = chosen_cells(task, arguments)
+    for cell in cells:
+        models.require(cell.model)
     return [
         Case(
             cell.name,
@@ -170,7 +173,7 @@ def cases(task: Task, arguments: argparse.Namespace) -> list[Case]:
             math.inf,
             partial(_peaks, task, cell) if measured else None,
         )
-        for cell in chosen_cells(task, arguments)
+        for cell in cells
     ]
 
 

@@ -54,8 +54,7 @@ def _torchvision_command() -> str:
 
 def _import_torchvision() -> ModuleType:
     spec = importlib.util.find_spec("torchvision")
-    if spec is None:
-        raise ModelError(f"torchvision is not installed; {_torchvision_command()}")
+    assert spec is not None
     _provide_operators(Path(next(iter(spec.submodule_search_locations or ["."]))))
     return importlib.import_module("torchvision.models")
 
@@ -84,6 +83,14 @@ def _unknown(name: str, names: list[str], prefix: str = "") -> ModelError:
     return ModelError(f"there is no model '{prefix}{name}'{hint}")
 
 
+def require(name: str) -> None:
+    """Raises ModelError, with the pip command, where the package of that network is missing."""
+    if name.startswith("timm:") and not is_installed("timm"):
+        raise ModelError(f"timm, which has '{name[5:]}', is not installed; pip install timm")
+    if not is_installed("torchvision"):  # which timm imports too
+        raise ModelError(f"torchvision is not installed; {_torchvision_command()}")
+
+
 def _load_torchvision(name: str) -> nn.Module:
     models = _import_torchvision()
     if name not in models.list_models():
@@ -98,8 +105,6 @@ def _load_torchvision(name: str) -> nn.Module:
 
 
 def _load_timm(name: str) -> nn.Module:
-    if not is_installed("timm"):
-        raise ModelError(f"timm, which has '{name}', is not installed; pip install timm")
     _import_torchvision()  # which timm imports
     timm = importlib.import_module("timm")
     if not timm.is_model(name):
@@ -117,6 +122,7 @@ def load(name: str) -> nn.Module:
     Raises:
         ModelError: there is no such model, or its package is missing; the message has the pip command.
     """
+    require(name)
     if name.startswith("timm:"):
         return _load_timm(name.removeprefix("timm:")).train()
     return _load_torchvision(name).train()

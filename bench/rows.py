@@ -40,9 +40,12 @@ def count(text: str) -> int:
 def writable(text: str) -> Path:
     """The type of an option that names a file, or a folder, to be written."""
     path = Path(text)
-    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-    if not os.access(folder, os.W_OK) or (path.is_file() and not os.access(path, os.W_OK)):
-        raise argparse.ArgumentTypeError(f"cannot write {text}: no permission in {folder}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: no permission")
     return path
 
 

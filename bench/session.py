@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from braze._native import _C
 
-from . import environment, peers, rows
+from . import environment, peers, rows, view
 from .clock import matmul_rate, open_clock
 from .files import write_json, write_text
 from .harness import DTYPES, Case, Setting, Suite, control, merge
@@ -276,29 +276,29 @@ def run(suites: Sequence[Suite], arguments: argparse.Namespace) -> int:
         from . import plots
 
         plots.require()
-    from .view import View
-
+    view.require()
     share = environment.wait_until_idle() if arguments.seconds != 0 else 0.0
     document = Document(arguments)
     document.data = {
         "format": FORMAT,
-        "command": arguments.command_line[3:],
+        "command": arguments.command_line[arguments.command_line.index("bench") + 1 :],
         "date": environment.now(),
         "environment": environment.describe(share),
         "roofs": {},
         "rows": [],
     }
     codes: list[int] = []
-    with View(document.data, len(variants), peers.missing(arguments.against)) as view:
+    missing = peers.missing(arguments.against)
+    with view.View(document.data, len(variants), missing) as shown:
 
         def emit(kind: str, value: Any) -> None:
             if kind == "facts":
                 document.data["roofs"].update(value["roofs"])
-                view.facts(value)
+                shown.facts(value)
             elif kind == "begin":
-                view.begin(value)
+                shown.begin(value)
             else:
-                view.row(document.put(value))
+                shown.row(document.put(value))
 
         try:
             for variant in variants:

@@ -74,7 +74,18 @@ def table(rows: Sequence[Row], title: str) -> Any:
         peers = [name for name in peers if not name.startswith("torch")]  # modes of one thing
     result = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     result.add_column("", no_wrap=True)
-    headings = (OURS, "torch", "", *peers, "ratio", "middle half", "cold", "bytes", "GB/s", "of floor")
+    headings = (
+        OURS,
+        "torch",
+        "",
+        *peers,
+        "ratio",
+        "middle half",
+        "cold",
+        "bytes",
+        "GB/s",
+        "of floor",
+    )
     for heading in headings:
         justify: Any = "left" if heading == "" else "right"
         result.add_column(heading, justify=justify, no_wrap=True)
@@ -133,7 +144,6 @@ class View:
     """Shows rows as they come, and all of them at the end, however it ends."""
 
     def __init__(self, data: dict[str, Any], variants: int, missing: Sequence[str]) -> None:
-        require()
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         self._data, self._variants, self._missing = data, variants, missing

@@ -1,36 +1,17 @@
-"""The benchmarks' tools: hashes of sources, debt, bit comparison, cells, files."""
+"""The benchmarks' tools: hashes of sources, debt, bit comparison, files."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import math
 import os
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from braze.__main__ import main
-from braze.bench import (
-    cells,
-    cuda_clock,
-    debt,
-    files,
-    golden,
-    golden_cases,
-    golden_passes,
-    gpu_steps,
-    host,
-    isa,
-    optim_cuda,
-    rows,
-    sources,
-)
+from braze.bench import debt, files, golden, golden_cases, golden_passes, gpu_steps, sources
 
 pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
 ROOT = Path(__file__).parents[2]
@@ -200,8 +181,8 @@ def test_golden_inputs_do_not_depend_on_torch() -> None:
 
 def test_golden_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "goldens.json"
-    assert main([*GOLDEN, "--only", "CAG/all", "--write", str(file)]) == 0
-    arguments = [*GOLDEN, "--only", "CAG/all", "--goldens", str(file)]
+    assert main([*GOLDEN, "--filter", "CAG/all", "--write", str(file)]) == 0
+    arguments = [*GOLDEN, "--filter", "CAG/all", "--goldens", str(file)]
     assert main(arguments) == 0
     data = json.loads(file.read_text())
     data["cases"]["CAG/all/bf16"] = "0" * 64
@@ -209,7 +190,7 @@ def test_golden_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     assert main(arguments) == 1
     assert "FAIL CAG/all/bf16" in capsys.readouterr().out
-    for bad in (["--only", "nonsense"], ["--goldens", str(tmp_path / "missing.json")]):
+    for bad in (["--filter", "nonsense"], ["--goldens", str(tmp_path / "missing.json")]):
         with pytest.raises(SystemExit, match="2"):
             main([*GOLDEN, *bad])
 
@@ -238,7 +219,7 @@ def test_golden_tolerance_is_of_the_largest_element() -> None:
 
 @pytest.mark.parametrize("name", ["SGD/sizes/fp32", "CAG/all/fp16", "dropout", "dropped"])
 def test_this_machine_computes_the_committed_bits(name: str) -> None:
-    assert main([*GOLDEN, "--only", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
+    assert main([*GOLDEN, "--filter", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
 
 
 @pytest.mark.slow("all the golden cases on the emulator; the emulator's own smoke run is quick")
@@ -248,212 +229,11 @@ def test_the_emulated_device_computes_the_committed_bits() -> None:
         pytest.skip(reason)
     goldens = ["--goldens", str(ROOT / "bench/goldens.json"), "--device", "emulated"]
     for name in ("misaligned/bf16", "dropout/1000/", "dropped", "batch_norm"):
-        goldens += ["--only", name]
+        goldens += ["--filter", name]
     assert main([*GOLDEN, *goldens]) == 0
 
 
-# --------------------------------------------------------- instruction sets
-
-
-DROPOUT = ["bench", "dropout", "--only", "add 1M fp32 forward", "--seconds", "0"]
-
-
-def test_isa_holds_braze_and_torch_to_one_set(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "rows.json"
-    assert main([*DROPOUT, "--isa", "baseline", "--json", str(file)]) == 0
-    text = capfd.readouterr().out.splitlines()[0].removeprefix("instruction set: ")
-    assert text.startswith("baseline by BRAZE_CPU_CAPABILITY (")
-    assert text.endswith("; torch's DEFAULT")
-    assert json.loads(file.read_text())["build"]["instruction set"] == text
-
-
-def test_isa_all_runs_every_set_and_fails_with_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = {}
-
-    def call(command: list[str], env: dict[str, str]) -> int:
-        ran[command[command.index("--json", command.index("all")) + 1]] = (
-            env["BRAZE_CPU_CAPABILITY"],
-            env["ATEN_CPU_CAPABILITY"],
-        )
-        return -9 if env["BRAZE_CPU_CAPABILITY"] == "avx2" else 0
-
-    monkeypatch.setattr(isa.subprocess, "call", call)
-    monkeypatch.setattr(isa._C, "available_instruction_sets", lambda: list(isa.TORCHS))
-    assert main([*DROPOUT, "--json", "rows.json", "--isa", "all"]) == -9
-    assert ran == {f"rows-{ours}.json": (ours, torchs) for ours, torchs in isa.TORCHS.items()}
-
-
-def test_isa_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([*DROPOUT, "--isa", "abacus"])
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "'abacus'" in err and "baseline" in err
-
-
-# ------------------------------------------------------------------- cells
-
-
-def test_resnet50() -> None:
-    shapes = cells.resnet50_shapes()
-    assert len(shapes) == 161
-    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
-
-
-def test_cells() -> None:
-    by_name = {cell.name: cell for cell in cells.CUDA_CELLS}
-    assert len(by_name) == len(cells.CUDA_CELLS)
-    assert by_name["1000 x 1024"].bytes_moved("AdamW") == 1000 * 1024 * 28
-    assert by_name["bf16 100M"].bytes_moved("SGD") == 1_000_000_000
-    assert by_name["465 groups of 64"].group_each
-
-
-def test_goals_are_judged() -> None:
-    modes = {"fused": {"wall_us": 9000.0}, "braze": {"wall_us": 61.0, "device_us": 10.0}}
-    by_name = {cell.name: cell for cell in cells.CUDA_CELLS}
-    missed = optim_cuda.goals(by_name["1000 x 1024"], "AdamW", modes, 3e12)
-    assert [goal["met"] for goal in missed] == [False]
-    assert optim_cuda.goals(by_name["1000 x 1024"], "Adam", modes, 3e12) == []
-    assert optim_cuda.goals(by_name["465 groups of 64"], "SGD", modes, 3e12)[0]["met"]
-    # Of a copy on the same device, not of one device's rate.
-    fast = {"braze": {"wall_us": 1.0, "device_us": 28 * 1e8 / 2.9e12 * 1e6, "busy_us": None}}
-    assert optim_cuda.goals(by_name["fp32 100M"], "AdamW", fast, 3e12)[0]["met"]
-    assert not optim_cuda.goals(by_name["fp32 100M"], "AdamW", fast, 4.3e12)[0]["met"]
-
-
-def test_cuda_benchmark_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "rows.json"
-    arguments = ["--device", "cpu", "--only", "1 x 64", "--seconds", "0", "--json", str(file)]
-    assert main(["bench", "optim_cuda", *arguments, "--optimizer", "SGD", "--rows"]) == 0
-    row = json.loads(file.read_text())["rows"][0]
-    assert row["ok"] and {"braze", "braze fused", "braze graph", "for-loop"} <= set(row["modes"])
-    out = capsys.readouterr().out
-    assert "BEGIN 1 x 64 / SGD\n" in out and "ROW {" in out
-
-
-class FakeEvent:
-    """On the stream's clock, which is the host's; ``done`` is what query() says."""
-
-    done = False
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        self.time = 0.0
-
-    def record(self) -> None:
-        self.time = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return self.done
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return (end.time - self.time) * 1e3
-
-
-class FakeGraph:
-    def replay(self) -> None:
-        pass
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> cuda_clock.Cuda:
-    """The CUDA clock over a stand-in for torch.cuda, so that its code runs without a GPU."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    properties = SimpleNamespace(name="fake", multi_processor_count=1, L2_cache_size=60 << 20)
-    for name, value in {
-        "Event": FakeEvent,
-        "CUDAGraph": FakeGraph,
-        "_sleep": lambda cycles: time.sleep(1e-4),
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "current_device": lambda: 0,
-        "get_device_properties": lambda device: properties,
-        "mem_get_info": lambda: (2**31, 2**31),
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda s: contextlib.nullcontext(),
-        "graph": lambda g: contextlib.nullcontext(),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(cuda_clock.Cuda, "name", "cpu")
-    monkeypatch.setattr(cuda_clock, "_FLUSH_BYTES", 4096)
-    return cuda_clock.Cuda()
-
-
-def measured(
-    cell: cells.Cell, name: str, device: cuda_clock.Clock, bandwidth: float
-) -> dict[str, Any]:
-    work = rows.Work("row", lambda row: optim_cuda.measure(cell, name, device, bandwidth, 0, row))
-    return rows.fill(work)
-
-
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_cuda_clock(fake_cuda: cuda_clock.Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = cells.CELLS[0]
-    row = measured(cell, "AdamW", fake_cuda, 1e12)
-    ours = row["modes"]["braze"]
-    assert row["ok"] and row["fits_l2"] and ours["device_us"] > 0 and ours["host_us"] > 0
-    counted: dict[str, Any] = {}
-    optim_cuda.count_launches(cell, "SGD", fake_cuda, counted)
-    assert "copies" in counted["modes"]["braze"]
-    assert len(fake_cuda.cold(lambda: None, 3, 1e-3)) == 3
-    # A spin that ended too early leaves nothing to measure.
-    monkeypatch.setattr(FakeEvent, "done", True)
-    late = fake_cuda.queued(lambda: None, 3, 1e-3)
-    assert math.isnan(late.host) and math.isnan(late.device)
-    assert fake_cuda.cold(lambda: None, 3, 1e-3) == []
-    row = measured(cell, "AdamW", fake_cuda, 1e12)
-    assert row["modes"]["braze"]["device_us"] is None and row["gb_s"] > 0
-    json.dumps(row, allow_nan=False)
-
-
-def test_a_row_that_does_not_fit_is_skipped_and_a_failing_one_tells(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    device = cuda_clock.Rehearsal()
-    huge = cells.Cell("huge", ((2**34,),), torch.float32)
-    row = measured(huge, "AdamW", device, 1e9)
-    assert row["skipped"] and "GiB are free" in row["note"]
-
-    def explode(*_: Any) -> Any:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(optim_cuda, "contenders", explode)
-    row = measured(cells.CUDA_CELLS[0], "AdamW", device, 1e9)
-    assert not row["ok"] and rows.is_fatal(row["note"])
-
-
-def test_fit_recovers_a_line() -> None:
-    fixed, each = host.fit([1, 10, 100, 1000], [10 + 0.03 * n for n in (1, 10, 100, 1000)])
-    assert abs(fixed - 10) < 1e-9 and abs(each - 0.03) < 1e-12
-
-
-def test_host_benchmark_measures_through_the_emulated_device(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(checkout)
-    monkeypatch.delitem(sys.modules, "emulated", raising=False)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(ROOT / "tests/support")])
-    assert main(["bench", "host"]) == 1
-    assert "tests/support/emulated.py" in capsys.readouterr().err
-    (checkout / "tests" / "support").mkdir(parents=True)
-    fake = "import sys\ncalls = []\ndef load(): return sys.modules['emulated']\n"
-    fake += "def set_null_launch(on): calls.append(('null', on))\n"
-    fake += "def enable(on): calls.append(('on', on))\n"
-    (checkout / "tests" / "support" / "emulated.py").write_text(fake)
-    importlib.invalidate_caches()
-    assert main(["bench", "host", "--optimizer", "SGD", "--seconds", "0.01"]) == 0
-    assert "10 + 0.03 n" in capsys.readouterr().out
-    assert sys.modules["emulated"].calls == [
-        ("null", True),
-        ("on", True),
-        ("on", False),
-        ("null", False),
-    ]
-    del sys.modules["emulated"]
+# ------------------------------------------------------------------- files
 
 
 def test_results_survive_and_are_sent_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -432,7 +432,7 @@ def test_cudnn_refusing_a_convolution_costs_one_figure(monkeypatch: pytest.Monke
 
     calls = {"forward": lambda: torch.zeros(1), "fused_relu": refuse}
     monkeypatch.setattr(micro, "calls", lambda *_: calls)
-    clock = micro.cuda_clock.Rehearsal()
+    clock = micro.open_clock("cpu")
     row: dict[str, Any] = {}
     micro.measure(micro.Convolution(8, 8, 1, 1, 4), 1, clock, 1, row)
     assert row["forward_us"] > 0 and "unable" in row["failed"]["fused_relu"]

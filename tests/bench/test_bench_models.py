@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +15,19 @@ import torch
 import torch.nn.functional as F
 from braze.__main__ import main
 from braze.bench import (
+    clock,
     fuse,
     fuse_count,
+    harness,
     infer,
-    model_cells,
+    model_cases,
     model_peak,
-    model_run,
     models,
     rows,
     train,
 )
-from braze.bench.model_cells import Cell, Contender
+from braze.bench.harness import Setting
+from braze.bench.model_cases import Cell
 from torch import Tensor, nn
 
 pytestmark = [
@@ -123,7 +126,11 @@ def test_a_missing_package_is_told_with_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda package: None)
+    find = importlib.util.find_spec
+    gone = ("torchvision", "timm")
+    monkeypatch.setattr(
+        models.importlib.util, "find_spec", lambda p, *at: None if p in gone else find(p, *at)
+    )
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *bench, name])
     assert command in capsys.readouterr().err
@@ -205,20 +212,15 @@ def test_a_model_that_changes_is_noticed(
 
 
 @pytest.mark.parametrize("bench", ["train", "infer"])
-def test_a_contender_that_fails_fails_the_row(
-    bench: str,
-    net: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_ours_failing_fails_the_row(
+    bench: str, net: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: Any, **__: Any) -> nn.Module:
         raise ValueError("on purpose")
 
     monkeypatch.setattr(braze, "fuse", broken)
-    arguments = ["--model", "net", "--dtype", "fp32", "--layout", "NHWC"]
-    assert main(["bench", bench, *SMALL, *arguments]) == 1
-    out = capsys.readouterr().out
-    assert "eager NHWC  " in out and "braze NHWC left out: ValueError: on purpose" in out
+    assert main(["bench", bench, *SMALL, "--model", "net", "--dtype", "fp32"]) == 1
+    assert "ValueError: on purpose" in capsys.readouterr().out
 
 
 def test_a_model_that_fails_is_told(
@@ -235,18 +237,27 @@ def test_a_model_that_fails_is_told(
 # ------------------------------------------------------------------ timing
 
 
+def setting(*against: str) -> Setting:
+    return Setting(clock.Host(), 1e9, 0.0, against)
+
+
+def options(**given: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"device": "cpu", "quick": False, **given})
+
+
 def test_contenders_compute_the_same(net: None) -> None:
     for task in (train.TASK, infer.TASK):
         cell = Cell("net", 2, "fp32", 8)
         source = models.load("net")
         source.drop.p = 0.0
         results = []
-        for contender in model_cells.contenders(("NHWC", "NCHW"), False):
-            model = model_cells.build(cell, contender, source, task.training)
+        for name in ("torch NHWC", "torch NCHW", "braze"):
+            model = model_cases.build(cell, name, source, task.training)
             assert model is not source and model.training == task.training
-            results.append(task.call(cell, contender, model)())
+            call = task.call(cell, model_cases.layout_of(name), model)
+            results.append(call())
             fused = braze.fusion_report(model).joined
-            assert fused and (type(model) is Net) == (contender.who == "eager")
+            assert fused and (type(model) is Net) == (name != "braze")
             if task.training:
                 assert all(p.grad is not None for p in model.parameters())
         for result in results[1:]:
@@ -255,24 +266,24 @@ def test_contenders_compute_the_same(net: None) -> None:
 
 def test_dtypes_and_layouts(net: None) -> None:
     cell = Cell("resnet18", 2, "bf16 cast", 8)
-    x = model_cells.images(cell, "NHWC")
+    x = model_cases.images(cell, "NHWC")
     assert x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
-    model = model_cells.build(cell, Contender("eager", "NHWC"), models.load("net"), False)
+    model = model_cases.build(cell, "torch NHWC", models.load("net"), False)
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    plain = model_cells.images(Cell("resnet18", 2, "fp32", 8), "NCHW")
+    plain = model_cases.images(Cell("resnet18", 2, "fp32", 8), "NCHW")
     assert plain.is_contiguous() and torch.equal(plain.bfloat16(), x)
 
 
 def test_compile_time_is_what_the_first_calls_took_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([30.0, 5.0, 1.0, 1.01])
-    clock = [0.0]
-    monkeypatch.setattr(model_cells.time, "perf_counter", lambda: clock[0])
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
 
     def call() -> None:
-        clock[0] += next(seconds)
+        now[0] += next(seconds)
 
-    assert model_cells.settle(call) == pytest.approx(37.01 - 4 * 1.01)
+    assert harness.settle(call) == pytest.approx(37.01 - 4 * 1.01)
     assert next(seconds, None) is None
 
 
@@ -283,64 +294,35 @@ def test_loss_of_images_and_of_pixels() -> None:
     torch.testing.assert_close(train.loss_of(pixels, labels), train.loss_of(logits, labels))
 
 
-def test_goals_are_judged() -> None:
-    def figures(ms: float) -> dict[str, float]:
-        return {"min_ms": ms, "median_ms": 2 * ms}
-
-    seen = {"eager NHWC": figures(12.0), "eager NCHW": figures(30.0), "braze NHWC": figures(10.0)}
-    pairs = model_run.compare(seen, {"eager NHWC": 1.35, "eager NCHW": 1.6})
-    assert [pair["ratio_min"] for pair in pairs] == [1.2, 3.0]
-    assert [pair["met"] for pair in pairs] == [False, True]
-    assert model_run.compare(seen, {})[0]["met"] is None
-    for task in (train.TASK, infer.TASK):
-        assert set(task.goals) <= set(task.cells)
-        assert all(goal > 1 for goals in task.goals.values() for goal in goals.values())
-
-
 @pytest.mark.parametrize("bench", ["train", "infer"])
-def test_commands(
-    bench: str, net: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands(bench: str, net: None, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     assert main(["bench", bench, *SMALL, "--dtype", "fp32", "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     defaults = train.CELLS if bench == "train" else infer.CELLS
     models_of = {c.model for c in defaults if c.dtype == "fp32" and c.device == "cpu"}
-    assert {row["name"].split()[0] for row in figures["rows"]} == models_of
-    for row in figures["rows"]:
-        assert row["ok"] and len(row["contenders"]) == 4 and len(row["ratios"]) == 3
-        assert all(f["median_ms"] >= f["min_ms"] > 0 for f in row["contenders"].values())
-        assert all(ratio["goal"] is None for ratio in row["ratios"])  # goals are for 224 pixels
-    assert "eager NCHW / braze NHWC" in capsys.readouterr().out
-
-
-def test_results_that_get_earlier_memory_are_timed_without_too(net: None) -> None:
-    for size, there in ((72, True), (8, False)):  # 1.3 MB, 16 kB
-        cell = Cell("net", 8, "fp32", size)
-        row: dict[str, Any] = {"name": cell.name}
-        wanted = model_cells.contenders(("NHWC",), False)
-        model_run.measure(train.TASK, cell, wanted, 0, False, row)
-        assert row["ok"] and ("braze NHWC no reuse" in row["contenders"]) == there
-        assert ("eager NHWC / braze NHWC no reuse" in model_run.lines(row)) == there
+    timed = [row for row in figures["rows"] if not row["name"].startswith("A/A ")]
+    assert {row["name"].split()[0] for row in timed} == models_of
+    for row in timed:
+        assert row["ok"] and row["theirs"] in ("torch NHWC", "torch NCHW") and row["ratio"] > 0
+        assert set(row["contenders"]) == {"torch NHWC", "torch NCHW", "braze", "braze, no reuse"}
 
 
 def test_options_choose_cells() -> None:
-    def cells(task: model_run.Task, *arguments: str) -> list[Cell]:
-        parser = argparse.ArgumentParser()
-        model_run.add_arguments(task, parser)
-        return model_run.chosen_cells(task, parser.parse_args(arguments))
+    def cells(task: model_cases.Task, **given: Any) -> list[Cell]:
+        return model_cases.chosen_cells(task, options(**given))
 
-    assert cells(train.TASK) == list(train.CELLS)
-    assert cells(infer.TASK, "--model", "net", "--dtype", "bf16", "--cast") == [
-        Cell("net", 8, "bf16"),
-        Cell("net", 8, "bf16 cast"),
-    ]
-    assert cells(infer.TASK, "--batch", "3", "--dtype", "bf16")[0] == Cell("resnet50", 3, "bf16")
     on_cpu = [cell for cell in infer.CELLS if cell.device == "cpu"]
-    assert len(cells(infer.TASK, "--batch", "3")) == len(on_cpu) - 1
-    on_cuda = cells(infer.TASK, "--device", "cuda")
+    assert cells(train.TASK) == list(train.CELLS) and cells(infer.TASK) == on_cpu
+    assert [c.name for c in cells(infer.TASK, model="net")] == ["net N=8 fp32", "net N=8 bf16"]
+    assert len(cells(infer.TASK, batch=3)) == len(on_cpu) - 1
+    on_cuda = cells(infer.TASK, device="cuda")
     assert on_cuda and all(cell.name.endswith(" cuda") for cell in on_cuda)
-    assert {cell.device for cell in cells(train.TASK, "--device", "cuda")} == {"cuda"}
+    assert {cell.device for cell in cells(train.TASK, device="cuda")} == {"cuda"}
+    judged = next(c for c in model_cases.cases(infer.TASK, options(device="cuda")) if c.goals)
+    assert judged.goals is not None
+    times = {n: {"warm": {"median_us": us}} for n, us in (("torch NHWC", 14.0), ("braze", 10.0))}
+    assert [g["met"] for g in judged.goals({"device": "cuda", "contenders": times})] == [False]
 
 
 def test_what_cannot_be_compiled_is_left_out_and_told(
@@ -354,12 +336,12 @@ def test_what_cannot_be_compiled_is_left_out_and_told(
         return Broken()
 
     monkeypatch.setattr(torch, "compile", compiled)
-    arguments = ["--model", "net", "--dtype", "fp32", "--layout", "NHWC", "--compile"]
+    arguments = ["--model", "net", "--dtype", "fp32", "--against", "compile"]
     assert main(["bench", "infer", *SMALL, *arguments]) == 0
-    assert "compile NHWC left out: RuntimeError: no compiler" in capsys.readouterr().out
+    assert "compile left out: RuntimeError: no compiler" in capsys.readouterr().out
     monkeypatch.setattr(torch, "compile", lambda model: model)
     assert main(["bench", "infer", *SMALL, *arguments]) == 0
-    assert "compile NHWC / braze NHWC" in capsys.readouterr().out
+    assert "compile" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", [["--batch", "0"], ["--threads", "0"], ["--dtype", "fp8"]])
@@ -390,23 +372,21 @@ def test_peak_is_of_the_call_alone() -> None:
 @needs_torchvision
 def test_peak_memory_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
-    arguments = ["--model", "resnet18", "--dtype", "fp32", "--layout", "NHWC", "--memory"]
-    code = main(["bench", "train", *SMALL, *arguments, "--size", "32", "--json", str(file)])
-    (row,) = json.loads(file.read_text())["rows"]
-    for figures in row["contenders"].values():
-        # Its gradients are 47 MB.
-        assert 40 < figures["peak_mb"] < 90 and figures["first_mb"] > 40
-    assert code == (1 if row["needs_more_memory"] else 0)
-    assert "peak mb" in capsys.readouterr().out
+    arguments = ["--model", "resnet18", "--dtype", "fp32", "--memory", "--json", str(file)]
+    code = main(["bench", "train", *SMALL, *arguments, "--size", "32"])
+    row = json.loads(file.read_text())["rows"][-1]
+    # Its gradients are 47 MB.
+    assert all(40 < mb < 90 for mb in row["memory_mb"].values())
+    assert all(mb > 40 for mb in row["memory_first_mb"].values())
+    assert code == (0 if row["ok"] else 1)
+    assert "peak memory, MB: braze" in capsys.readouterr().out
 
 
-def test_more_memory_than_eager_fails_the_row(net: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def peaks(task: str, cell: Cell, contender: Contender, threads: int) -> dict[str, float]:
-        return {"peak_mb": 101.0 if contender.who == "braze" else 100.0, "first_mb": 1.0}
+def test_more_memory_than_torch_fails_the_row(net: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peaks(task: str, cell: Cell, contender: str, threads: int) -> dict[str, float]:
+        return {"peak_mb": 101.0 if contender == "braze" else 100.0, "first_mb": 1.0}
 
     monkeypatch.setattr(model_peak, "measure", peaks)
-    cell = Cell("net", 1, "fp32", 8)
-    row: dict[str, Any] = {"name": cell.name}
-    model_run.measure(infer.TASK, cell, model_cells.contenders(("NHWC",), False), 0, True, row)
-    assert not row["ok"] and row["needs_more_memory"] == ["braze NHWC"]
-    assert "  braze NHWC needs MORE MEMORY than eager" in model_run.lines(row)
+    row: dict[str, Any] = {"ok": True}
+    model_cases._peaks(infer.TASK, Cell("net", 1, "fp32", 8), setting(), row)
+    assert not row["ok"] and "MORE MEMORY" in row["note"]
