@@ -97,8 +97,8 @@ class Document:
     def put(self, row: Row) -> Row:
         """Adds a row, to the turns of the same row if there is one. Returns what it became."""
         known = self.data["rows"]
-        key = _key(row)
-        at = next((i for i, old in enumerate(known) if _key(old) == key), None)
+        key = key_of(row)
+        at = next((i for i, old in enumerate(known) if key_of(old) == key), None)
         if at is None:
             known.append(row)
         else:
@@ -127,7 +127,7 @@ class _Lines:
         self.lines.append(text)
 
 
-def _key(row: Row) -> tuple[Any, ...]:
+def key_of(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in ("suite", "name", "device", "isa", "threads"))
 
 

@@ -24,6 +24,12 @@ def console() -> Any:
     return found if found.is_terminal else Console(highlight=False, width=150)
 
 
+def box() -> Any:
+    from rich.box import SIMPLE_HEAD
+
+    return SIMPLE_HEAD
+
+
 def duration(us: float | None) -> str:
     """Three digits and a unit."""
     if us is None:
@@ -58,7 +64,6 @@ def colour(row: Row) -> str:
 
 def table(rows: Sequence[Row], title: str) -> Any:
     """One line a row; of peers those that are in any of the rows."""
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     shown = [row for row in rows if row.get("contenders")]
@@ -72,7 +77,7 @@ def table(rows: Sequence[Row], title: str) -> Any:
     )
     if len([name for name in peers if name.startswith("torch")]) > 2:
         peers = [name for name in peers if not name.startswith("torch")]  # modes of one thing
-    result = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    result = Table(title=title, title_justify="left", title_style="bold", box=box())
     result.add_column("", no_wrap=True)
     headings = (
         OURS,
