@@ -78,7 +78,7 @@ def undocumented(package: griffe.Module) -> list[str]:
 def _formula(match: re.Match[str]) -> str:
     lines = match["body"].strip().splitlines()
     body = "\n".join(line.strip() for line in lines)
-    return f"$$\n\\begin{{aligned}}\n{body}\n\\end{{aligned}}\n$$\n\n"
+    return f"$$\n\\begin{{align*}}\n{body}\n\\end{{align*}}\n$$\n\n"
 
 
 def to_markdown(text: str, names: set[str] | None = None) -> str:

@@ -63,7 +63,7 @@ def sources() -> list[str]:
 def found(message: str, texts: list[str]) -> bool:
     """Whether one of the files has the fixed parts of the message, in their order."""
     parts = [re.escape(part) for part in message.split("…") if part.strip(" .:,")]
-    pattern = re.compile(".*?".join(parts), re.DOTALL)
+    pattern = re.compile(".{0,160}?".join(parts), re.DOTALL)
     return any(pattern.search(text) for text in texts)
 
 
@@ -145,4 +145,4 @@ def test_every_public_name_has_a_docstring(tmp_path: Path) -> None:
     assert gaps == ["braze.optim", "braze.optim.C.m", "braze.optim.f"]
     text = ":class:`C` of :math:`x`.\n\n.. math::\n    a &= b \\\\\n    c\n\nEnd"
     shown = docstrings.to_markdown(text, {"braze.optim.C"})
-    assert shown.startswith("[`C`][braze.optim.C] of $x$.") and "$$\n\n\nEnd" in shown
+    assert shown.startswith("[`C`][braze.optim.C] of $x$.") and "$$\n\nEnd" in shown
