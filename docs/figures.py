@@ -77,7 +77,10 @@ FIGURES = {
     "dropout": Figure(
         "Dropout, forward and backward, fp32",
         (
-            Bar("braze", (("forward: read x, write y", 2 * F), ("backward: read dy, write dx", 2 * F))),
+            Bar(
+                "braze",
+                (("forward: read x, write y", 2 * F), ("backward: read dy, write dx", 2 * F)),
+            ),
             Bar(
                 "a stored mask of bytes",
                 (

@@ -79,7 +79,9 @@ def run(text: str, name: str) -> None:
             exec(code, namespace)
 
 
-WITH_PYTHON = [p for p in PAGES if any(b.language == "python" and b.runs for b in blocks(p.read_text()))]
+WITH_PYTHON = [
+    p for p in PAGES if any(b.language == "python" and b.runs for b in blocks(p.read_text()))
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")

@@ -1,4 +1,4 @@
-"""Messages that the documentation quotes are still those of the sources, and every public name has its place."""
+"""Messages that the documentation quotes are those of the sources; every public name has its place."""
 
 from __future__ import annotations
 

@@ -166,7 +166,14 @@ def test_every_page_works(tmp_path: Path) -> None:
     assert result["pages"] >= 30 and result["links"] > 1000
     for page in site.rglob("*.html"):
         shown = page.read_text()
-        for left in (":class:`", ":func:`", ":math:`", "<!-- figure:", "<!-- examples -->", "\\begin{"):
+        for left in (
+            ":class:`",
+            ":func:`",
+            ":math:`",
+            "<!-- figure:",
+            "<!-- examples -->",
+            "\\begin{",
+        ):
             assert left not in shown, (page, left)
 
 
@@ -180,7 +187,9 @@ def test_control_what_is_broken_is_noticed(tmp_path: Path) -> None:
         f'<a href="gone.html">link</a><img src="gone.png">'
         f'<div style="width: {MOBILE + 100}px">wide</div>'
     )
-    (site / "script.html").write_text(f"{head}<script>console.error('told so'); missing();</script>")
+    (site / "script.html").write_text(
+        f"{head}<script>console.error('told so'); missing();</script>"
+    )
     (site / "network.html").write_text(f'{head}<script src="https://cdn.invalid/x.js"></script>')
     result, console = crawl(site, tmp_path / "profile")
     assert {tuple(problem[:2]) for problem in result["problems"]} == {
