@@ -123,7 +123,7 @@ FIGURES = {
     ),
 }
 
-_WIDTH, _BAR, _LINE = 720, 26, 17
+_WIDTH, _BAR, _LINE = 520, 26, 17
 _SHADES = ("#4f7ea8", "#6b9a5b", "#b98a3c", "#a0647f", "#6f6aa8")
 
 

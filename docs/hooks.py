@@ -72,7 +72,7 @@ def examples(folder: Path = ROOT / "examples") -> str:
         sections.append(
             f"## {file.stem}\n\n{title}\n{rest}\n\n```sh\npython examples/{file.name}\n```\n\n"
             f'??? note "examples/{file.name}"\n\n'
-            f'    ```python title="not run: a program of its own"\n'
+            f"    ```python\n"
             f'    --8<-- "examples/{file.name}"\n    ```\n'
         )
     return "\n".join(sections) or "This version of braze has no example programs."

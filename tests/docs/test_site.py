@@ -177,6 +177,21 @@ def test_every_page_works(tmp_path: Path) -> None:
             assert left not in shown, (page, left)
 
 
+def test_examples_are_those_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page names each program with its docstring, and builds without any."""
+    pytest.importorskip("mkdocs", reason="mkdocs, of requirements-docs.txt, is not installed")
+    pytest.importorskip("latex2mathml", reason="latex2mathml is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import hooks
+
+    assert "no example" in hooks.examples(tmp_path)
+    (tmp_path / "b.py").write_text('"""Trains b.\n\nLonger."""\nimport braze\n')
+    (tmp_path / "a.py").write_text("import braze\n")
+    shown = hooks.examples(tmp_path)
+    assert shown.index("## a\n") < shown.index("## b\n")
+    assert "Trains b." in shown and "Longer." in shown and "python examples/b.py" in shown
+
+
 @needs_browser
 def test_control_what_is_broken_is_noticed(tmp_path: Path) -> None:
     site = tmp_path / "site"
