@@ -173,6 +173,7 @@ def test_every_page_works(tmp_path: Path) -> None:
             "<!-- figure:",
             "<!-- examples -->",
             "\\begin{",
+            "??? note",
         ):
             assert left not in shown, (page, left)
 
