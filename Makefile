@@ -1,6 +1,7 @@
-# make demo | test | test-all | lint | bench | build | clean. Everything is set up in .venv on first use.
+# make demo | test | test-all | lint | docs | bench | build | clean. Everything is set up in .venv on first use.
 # make test: the quick tier, which shows that braze can replace torch here; test-all: every test.
 # make gpu: what only a GPU can tell, in nine minutes, with the torch of $(PYTHON); python3 bench/gpu.py --help.
+# make docs: the documentation in build/site; needs no torch and no build of braze.
 # make wheel: one wheel for any number of torches and Pythons, ARGS="--torch 2.13,2.14"; docs/wheels.md.
 # make wheel-check: builds such a wheel for two torches and tries it; nvcc if it is there, no GPU, 5 GB.
 PYTHON ?= python3
@@ -21,7 +22,7 @@ RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONNOUSERSITE=1
 # Most of what is installed is never imported; Python compiles the rest when it is.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-all lint bench gpu wheel wheel-check build clean format
+.PHONY: demo test test-all lint docs bench gpu wheel wheel-check build clean format
 build: .venv/built
 
 demo: .venv/built
@@ -29,6 +30,7 @@ demo: .venv/built
 	$(RUN) $(BIN)/python -m braze demo $(ARGS)
 
 test-all: export BRAZE_TEST_ALL := 1
+test-all: .venv/docs
 test test-all: .venv/built .venv/tools
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -51,6 +53,10 @@ lint: .venv/built .venv/tools
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
+# Material tells of another MkDocs on every run unless asked not to.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
 format: .venv/tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -68,6 +74,10 @@ format: .venv/tools
 	$(PIP) -r requirements-dev.txt
 	$(PIP) --no-deps -r requirements-models.txt || \
 	  echo "not all of requirements-models.txt: tests that need it will be skipped"
+	touch $@
+
+.venv/docs: .venv/bin/python requirements-docs.txt
+	$(PIP) -r requirements-docs.txt
 	touch $@
 
 .venv/built: .venv/torch $(SOURCES)

@@ -10,7 +10,7 @@ from torch.amp import autocast_mode as autocast_mode
 from torch.amp import grad_scaler as grad_scaler
 from torch.optim import Optimizer
 
-from braze.optim._step import FusedStep
+from braze.optim._step import FusedStep as _FusedStep
 
 __all__ = [  # as __all__ of torch.amp, which has none before torch 2.14
     name
@@ -64,7 +64,7 @@ class GradScaler(_torch_amp.GradScaler):  # type: ignore[no-redef]
             or state["stage"] is grad_scaler.OptState.STEPPED
             or args
             or kwargs
-            or not isinstance(optimizer, FusedStep)
+            or not isinstance(optimizer, _FusedStep)
             or not optimizer.takes_scaled_gradients
         ):
             return super().step(optimizer, *args, **kwargs)

@@ -192,8 +192,9 @@ class BatchNormAct1d(FusedBatchNormAct, torch.nn.BatchNorm1d):
     shape broadcast as torch's addition would. The result is in ``input``'s memory format.
 
     Raises:
-        ValueError: an activation that cannot be fused. TypeError: one that is no activation at all.
-        Otherwise as :class:`BatchNorm1d`.
+        ValueError: an activation that cannot be fused; otherwise as :class:`BatchNorm1d`.
+        TypeError: one that is no activation at all.
+        RuntimeError: as :class:`BatchNorm1d`.
 
     Differences from torch's three modules: the value between them is not rounded to 16 bits;
     ``torch.jit.script`` does not take it (trace or export it, or script the three).

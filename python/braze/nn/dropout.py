@@ -39,7 +39,7 @@ def _not_inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Dropout(DropIn, nn.Dropout):
-    """``torch.nn.Dropout`` with ``braze.nn.functional.dropout``: the mask is made again in the backward
+    """``torch.nn.Dropout`` with :func:`braze.nn.functional.dropout`: the mask is made again in the backward
     pass, not kept.
 
     Args, errors and state are torch's; ``p`` may not be nan (ValueError). ``torch.jit.script``
@@ -50,32 +50,33 @@ class Dropout(DropIn, nn.Dropout):
 
 
 class Dropout1d(DropIn, nn.Dropout1d):
-    """``torch.nn.Dropout1d`` with ``braze.nn.functional.dropout1d``: whole channels of (N, C, L) or (C, L)."""
+    """``torch.nn.Dropout1d`` with :func:`braze.nn.functional.dropout1d`: whole channels of (N, C, L) or
+    (C, L)."""
 
     forward = _forward(nn.Dropout1d, functional.dropout1d)
 
 
 class Dropout2d(DropIn, nn.Dropout2d):
-    """``torch.nn.Dropout2d`` with ``braze.nn.functional.dropout2d``: whole channels of (N, C, H, W)."""
+    """``torch.nn.Dropout2d`` with :func:`braze.nn.functional.dropout2d`: whole channels of (N, C, H, W)."""
 
     forward = _forward(nn.Dropout2d, functional.dropout2d)
 
 
 class Dropout3d(DropIn, nn.Dropout3d):
-    """``torch.nn.Dropout3d`` with ``braze.nn.functional.dropout3d``: whole channels of (N, C, D, H, W)."""
+    """``torch.nn.Dropout3d`` with :func:`braze.nn.functional.dropout3d`: whole channels of (N, C, D, H, W)."""
 
     forward = _forward(nn.Dropout3d, functional.dropout3d)
 
 
 class AlphaDropout(DropIn, nn.AlphaDropout):
-    """``torch.nn.AlphaDropout`` with ``braze.nn.functional.alpha_dropout``; ``inplace`` is
+    """``torch.nn.AlphaDropout`` with :func:`braze.nn.functional.alpha_dropout`; ``inplace`` is
     ignored, as by torch's."""
 
     forward = _forward(nn.AlphaDropout, _not_inplace(functional.alpha_dropout))
 
 
 class FeatureAlphaDropout(DropIn, nn.FeatureAlphaDropout):
-    """``torch.nn.FeatureAlphaDropout`` with ``braze.nn.functional.feature_alpha_dropout``; ``inplace`` is
+    """``torch.nn.FeatureAlphaDropout`` with :func:`braze.nn.functional.feature_alpha_dropout`; ``inplace`` is
     ignored, as by torch's."""
 
     forward = _forward(nn.FeatureAlphaDropout, _not_inplace(functional.feature_alpha_dropout))
@@ -89,7 +90,7 @@ REPLACED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class ActDropout(nn.modules.dropout._DropoutNd):
-    """``y = dropout(activation(x), p)`` in one pass, of any shape: see ``braze.nn.functional.act_dropout``.
+    """``y = dropout(activation(x), p)`` in one pass, of any shape: see :func:`braze.nn.functional.act_dropout`.
 
     Args:
         activation: a name, such as relu or gelu_tanh; the error for an unknown one lists all.
@@ -137,7 +138,10 @@ class ActDropout(nn.modules.dropout._DropoutNd):
 
 
 class DropoutAdd(nn.modules.dropout._DropoutNd):
-    """``y = dropout(x, p) + residual`` in one pass: see ``braze.nn.functional.dropout_add``.
+    """``y = dropout(x, p) + residual`` in one pass: see :func:`braze.nn.functional.dropout_add`.
+
+    ``forward(input, residual)``: tensors of any shape, the same for both; a residual of another shape or dtype
+    is added as torch adds it.
 
     Args:
         p: the probability to drop.
