@@ -34,8 +34,10 @@ test-all: .venv/docs
 test test-all: .venv/built .venv/tools
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-bench: .venv/built .venv/tools
-	$(RUN) $(BIN)/python -m braze bench optim $(ARGS)
+# A few rows of everything and one picture; ARGS="--filter AdamW" and so on.
+bench: .venv/built
+	$(BIN)/python -c 'import matplotlib, rich' 2>/dev/null || $(PIP) matplotlib rich
+	$(RUN) $(BIN)/python -m braze bench all --quick --json build/bench.json --plot build/bench.png $(ARGS)
 
 # Not in .venv: a GPU machine brings its own torch.
 gpu:

@@ -215,6 +215,7 @@ def performance(data: Sequence[Data]) -> str:
     for machine, some in by_machine.items():
         folder = PICTURES.relative_to("docs") / slug(machine)
         text.append(f"## {machine}\n\nMeasured: {_measured(some)}.")
+        text += dict.fromkeys(one["remark"] for one in some if "remark" in one)
         for name in plots.PICTURES:
             if (find_root() / "docs" / folder / f"{name}.png").is_file():
                 text.append(f"![{name} on {machine}]({folder.as_posix()}/{name}.png)")
