@@ -3,6 +3,8 @@
     torchrun --standalone --nproc-per-node 2 examples/ddp_restart.py --stop-after 5
     torchrun --standalone --nproc-per-node 2 examples/ddp_restart.py    # goes on, and removes the checkpoint
     torchrun --standalone --nproc-per-node 2 examples/ddp_restart.py    # never stopped: the same weights
+
+Needs: braze and torch.
 """
 
 import argparse
@@ -13,13 +15,12 @@ import braze.nn as nn
 import braze.optim as optim
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 STEPS = 20
 parser = argparse.ArgumentParser()
-parser.add_argument("--stop-after", type=int, default=STEPS, help="steps, as if the job was killed")
-parser.add_argument("--checkpoint", type=Path, default=Path("ddp_restart.pt"))
-arguments = parser.parse_args()
+parser.add_argument("--stop-after", type=int, default=STEPS, help="so many steps, as if killed")
+stop_after = parser.parse_args().stop_after
+checkpoint = Path("ddp_restart.pt")
 
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
@@ -28,33 +29,31 @@ else:  # python examples/ddp_restart.py: a group of one process
 rank = dist.get_rank()
 
 torch.manual_seed(0)
-model = nn.Sequential(
-    nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 4)
-)
-ddp = DistributedDataParallel(model)
+model = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), nn.Linear(64, 4))
+ddp = nn.parallel.DistributedDataParallel(model)
 # Two calls of step() make one update. No no_sync(): a gradient joins the sum when it is all processes'.
 optimizer = optim.AdamW(ddp.parameters(), lr=1e-2, accumulation_steps=2)
 first = 0
-if arguments.checkpoint.exists():
-    saved = torch.load(arguments.checkpoint)
+if checkpoint.exists():
+    saved = torch.load(checkpoint)
     first = saved["step"]
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])  # and what is accumulated of an open window
 dist.barrier()  # all have read it
 
-for step in range(first, arguments.stop_after):
+for step in range(first, min(first + stop_after, STEPS)):
     torch.manual_seed(1000 * step + rank)  # of this step's data and dropout masks
     x = torch.randn(32, 16)
     loss = nn.functional.cross_entropy(ddp(x), x[:, :4].argmax(1))
     loss.backward()
     optimizer.step()  # releases the gradients
-    if rank == 0:
+    if rank == 0 and step + 1 < STEPS:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-        torch.save(state, arguments.checkpoint.with_suffix(".new"))
-        arguments.checkpoint.with_suffix(".new").replace(arguments.checkpoint)
+        torch.save(state, "ddp_restart.new")
+        Path("ddp_restart.new").replace(checkpoint)
 if rank == 0:
     weights = b"".join(t.numpy().tobytes() for t in model.state_dict().values())
     print(f"steps {first}-{step + 1}, loss {loss.item():.4f}", hashlib.sha256(weights).hexdigest())
     if step + 1 == STEPS:
-        arguments.checkpoint.unlink()
+        checkpoint.unlink()
 dist.destroy_process_group()

@@ -1,6 +1,8 @@
 """In eval() without gradients a fused network's convolution, batch norm, sum and activation are one call.
 
     python examples/inference_fold.py    # prints the times of both, taken in turns, and their ratio
+
+Needs: braze and torch.
 """
 
 import copy
@@ -11,29 +13,32 @@ import torch
 from torch import Tensor, nn
 
 
-class Block(nn.Module):
-    def __init__(self, channels: int) -> None:
+def conv(inputs: int, outputs: int, size: int, groups: int = 1) -> list[nn.Module]:
+    padding = size // 2
+    return [
+        nn.Conv2d(inputs, outputs, size, padding=padding, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+    ]
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, channels: int, wide: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.expand = nn.Sequential(*conv(channels, wide, 1), nn.ReLU6())
+        self.filter = nn.Sequential(*conv(wide, wide, 3, groups=wide), nn.ReLU6())
+        self.project = nn.Sequential(*conv(wide, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + x)
+        return x + self.project(self.filter(self.expand(x)))
 
 
 torch.manual_seed(0)
-plain = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), *(Block(32) for _ in range(4)))
-x = torch.randn(4, 3, 56, 56)
+plain = nn.Sequential(*conv(3, 32, 3), *(InvertedResidual(32, 128) for _ in range(4)))
+x = torch.randn(4, 3, 56, 56).contiguous(memory_format=torch.channels_last)
 for _ in range(3):  # gives the batch norms running statistics
     plain(x)
 
 fused = braze.fuse(copy.deepcopy(plain), channels_last=True)
-plain.to(memory_format=torch.channels_last)  # the fairer opponent
 networks = {"torch": plain.eval(), "braze": fused.eval()}
 results: dict[str, Tensor] = {}
 best = dict.fromkeys(networks, float("inf"))

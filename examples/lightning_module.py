@@ -1,4 +1,4 @@
-"""Lightning's Trainer with a fused network and braze's AdamW, which clips the gradients and averages the weights.
+"""Lightning's Trainer with a fused network and braze's AdamW, which clips and averages the weights.
 
     python examples/lightning_module.py
 
@@ -45,7 +45,11 @@ train, test = random_split(TensorDataset(images, torch.tensor(targets)), [1400, 
 
 module = Digits()
 trainer = lightning.Trainer(
-    max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False
+    max_epochs=3,
+    accelerator="cpu",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
 )
 trainer.fit(module, DataLoader(train, 50, shuffle=True), DataLoader(test, 397))
 print(f"accuracy {trainer.callback_metrics['accuracy'].item():.3f}")

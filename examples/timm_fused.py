@@ -5,10 +5,13 @@
 Needs: pip install timm torchvision scikit-learn
 """
 
+import io
+
 import braze
 import timm
 import torch
 from sklearn.datasets import load_digits
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 
@@ -28,7 +31,7 @@ model = network()
 model = braze.fuse(model, channels_last=True, example=images[:4])
 print(braze.fusion_report(model))
 
-groups = timm.optim.param_groups_weight_decay(model, 0.05)
+groups = param_groups_weight_decay(model, 0.05)
 optimizer = braze.optim.AdamW(groups, lr=3e-3)
 for step in range(40):
     batch = torch.randint(len(images), (32,))
@@ -39,9 +42,11 @@ for step in range(40):
     if step % 13 == 0:
         print(f"step {step}: loss {loss.item():.3f}")
 
-torch.save(model.state_dict(), "timm_fused.pt")
+file = io.BytesIO()
+torch.save(model.state_dict(), file)
+file.seek(0)
 plain = network()
-plain.load_state_dict(torch.load("timm_fused.pt"))  # strict: the very names that timm gave them
+plain.load_state_dict(torch.load(file))  # strict: the very names that timm gave them
 model.eval(), plain.eval()
 with torch.no_grad():
     expected, fused = plain(images[:200]), model(images[:200])
