@@ -17,7 +17,7 @@ import braze.optim as optim
 import torch
 import torch.distributed as dist
 
-STEPS = 20
+STEPS, first = 20, 0
 parser = argparse.ArgumentParser()
 parser.add_argument("--stop-after", type=int, default=STEPS, help="so many steps, as if killed")
 stop_after = parser.parse_args().stop_after
@@ -32,7 +32,6 @@ model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(6
 ddp = nn.parallel.DistributedDataParallel(model)
 # Two calls of step() make one update. No no_sync(): a gradient joins the sum when it is all processes'.
 optimizer = optim.AdamW(ddp.parameters(), lr=1e-2, accumulation_steps=2)
-first = 0
 if checkpoint.exists():
     saved = torch.load(checkpoint)
     first = saved["step"]
@@ -48,13 +47,13 @@ for step in range(first, min(first + stop_after, STEPS)):
     if rank == 0 and step + 1 < STEPS:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
         torch.save(state, "ddp_restart.new")
-        Path("ddp_restart.new").replace(checkpoint)
+        Path("ddp_restart.new").replace(checkpoint)  # whole, whenever the job is killed
 weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
 hashes = [""] * dist.get_world_size()
 dist.all_gather_object(hashes, hashlib.sha256(weights).hexdigest()[:16])
 if rank == 0:
     print(f"steps {first}-{step + 1}, loss {loss.item():.4f}, weights of each process:", *hashes)
-    if step + 1 == STEPS:
-        checkpoint.unlink()
+if rank == 0 and step + 1 == STEPS:
+    checkpoint.unlink()
 time.sleep(0.2)  # a thread of gloo that still holds a gradient when Python ends aborts the process
 dist.destroy_process_group()
