@@ -81,7 +81,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same = result(tmp_path / "b.json", *copy.deepcopy(rows), alone)
     assert main(["bench", "compare", str(old), str(same)]) == 0
     out = capsys.readouterr().out
-    assert "2 SAME, 0 FASTER, 0 SLOWER, 1 UNCLEAR" in out and "without torch" in out and "gone" in out
+    assert (
+        "2 SAME, 0 FASTER, 0 SLOWER, 1 UNCLEAR" in out and "without torch" in out and "gone" in out
+    )
     slower = result(tmp_path / "c.json", rows[0], row("two", 120.0, 200.0, 0.005))
     assert main(["bench", "compare", str(old), str(slower)]) == 1
     assert "1 SLOWER" in capsys.readouterr().out
