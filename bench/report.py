@@ -69,8 +69,8 @@ def _rows(data: Sequence[Data], suite: str) -> dict[tuple[str, str], Row]:
 
 
 def _sets(rows: dict[tuple[str, str], Row]) -> list[str]:
-    """Instruction sets that tell something: the widest, and AVX2. The widest comes last in every result."""
-    known = list(dict.fromkeys(isa for isa, _ in rows))
+    """Instruction sets that tell something: the widest, and AVX2."""
+    known = sorted({isa for isa, _ in rows}, key=plots.SETS.index)
     return [*known[-1:], *(isa for isa in known[:-1] if isa == "avx2")]
 
 

@@ -75,8 +75,8 @@ def table(rows: Sequence[Row], title: str) -> Any:
             if name not in (OURS, row.get("theirs"), AGAIN)
         )
     )
-    if len([name for name in peers if name.startswith("torch")]) > 2:
-        peers = [name for name in peers if not name.startswith("torch")]  # modes of one thing
+    if rows[0]["suite"] == "optim":
+        peers = [name for name in peers if not name.startswith("torch")]  # torch's other modes
     result = Table(title=title, title_justify="left", title_style="bold", box=box())
     result.add_column("", no_wrap=True)
     headings = (
