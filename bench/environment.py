@@ -18,6 +18,8 @@ from .sources import BUILT, digest, find_root
 
 # Shares of the processors' time that others may use, and seconds to wait for it.
 IDLE, IDLE_WAIT_S = 0.05, 20.0
+# What figures are measured of.
+MEASURED = (*BUILT, "python/**/*.py")
 
 
 def _read(path: str) -> str:
@@ -107,7 +109,7 @@ def _commit() -> dict[str, Any]:
             root, "status", "--porcelain", "--untracked-files=no", "--", "csrc", "python"
         )
         facts["dirty"] = bool(changed)
-        facts["sources"] = digest(root, (*BUILT, "python/**/*.py"))
+        facts["sources"] = digest(root, MEASURED)
     return facts
 
 
