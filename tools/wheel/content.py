@@ -15,7 +15,7 @@ from .rows import Row
 # Bytes: of a wheel for the CPU with all of five torches and three Pythons, and of one with CUDA kernels.
 LIMIT, CUDA_LIMIT = 12_000_000, 20_000_000
 KINDS = re.compile(
-    r"braze/(.+\.(py|pyi|typed|h|cuh|cu|cpp)|(lib|_)\w+[\w.-]*\.so)|braze-.+\.dist-info/.+"
+    r"braze/(bench/README\.md|.+\.(py|pyi|typed|h|cuh|cu|cpp)|(lib|_)\w+[\w.-]*\.so)|braze-.+\.dist-info/.+"
 )
 # Of the system, and what is in the process once torch is imported.
 LIBRARIES = re.compile(
