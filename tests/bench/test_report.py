@@ -4,70 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_results import MANY, result, row
 from braze.__main__ import main
-from braze.bench import plots, report, session
+from braze.bench import plots, report
+from braze.bench.environment import MEASURED
 from braze.bench.rows import Hopeless
+from braze.bench.sources import digest
 
 pytestmark = pytest.mark.cpu_only("reads files")
 ROOT = Path(__file__).parents[2]
-
-
-def row(suite: str, name: str, ratio: float, isa: str = "avx512", **more: Any) -> dict[str, Any]:
-    def contender(us: float) -> dict[str, Any]:
-        return {"warm": {"min_us": us, "median_us": us, "rounds_us": [us, us]}}
-
-    contenders = {"braze": contender(100.0), "torch NHWC": contender(100.0 * ratio)}
-    found: dict[str, Any] = {
-        "suite": suite,
-        "name": name,
-        "isa": isa,
-        "threads": 2,
-        "device": "cpu",
-    }
-    found |= {"ok": True, "figure": "warm", "contenders": contenders, "theirs": "torch NHWC"}
-    found |= {"ratio": ratio, "ratio_min": ratio, "low": 0.9 * ratio, "high": 1.1 * ratio}
-    found |= {
-        "bytes": 1e6,
-        "gb_s": 10.0,
-        "floor_us": 50.0,
-        "of_floor": 0.5,
-        "tags": {"elements": 1000},
-    }
-    return found | more
-
-
-def result(*rows: dict[str, Any], date: str = "2026-01-01", **where: Any) -> dict[str, Any]:
-    environment = {"machine": "Zen 9, 2 cores", "gpu": None, "torch": "2.13.0", "commit": "abc1234"}
-    environment |= {"braze": "0.1.0", **where}
-    roofs = {"avx512/2": {"copy_gb_s": 20.0, "matmul_gflops": {"fp32": 100.0}}}
-    data = {"format": session.FORMAT, "command": [], "date": date, "roofs": roofs}
-    return data | {"environment": environment, "rows": list(rows)}
-
-
-MANY = [
-    *(
-        row("optim", f"AdamW / fp32 {name}", 2.5, tags={"elements": elements})
-        for name, elements in (("1K", 10**3), ("10K", 10**4), ("1M", 10**6))
-    ),
-    row("optim", "AdamW / 1000 x 64", 34.0),
-    row("optim", "AdamW / 1000 x 64", 30.0, "avx2"),
-    row("optim", "A/A AdamW / 1000 x 64", 1.01),
-    row("norm", "bf16 NHWC relu N=8 / forward", 2.0),
-    row(
-        "conv",
-        "conv+bn+relu fp32 NHWC inference",
-        1.2,
-        flops=10**9,
-        bytes=None,
-        gb_s=None,
-        of_floor=None,
-    ),
-]
 
 
 def test_tables_are_made_of_rows() -> None:
@@ -89,6 +38,122 @@ def test_a_newer_result_of_a_row_counts_and_the_newest_machine_is_shown() -> Non
     assert "6.00" in text and "5.00" not in text and "7.00" not in text
     page = report.performance([new, other, old])
     assert "## Xeon" in page and "## Zen 9" in page and "Not measured yet" in page
+
+
+def on_gpu(*rows: dict[str, Any], **where: Any) -> dict[str, Any]:
+    gpu = {"name": "H200"}
+    return result(*({**one, "device": "cuda"} for one in rows), gpu=gpu, **where)
+
+
+def test_a_gpu_has_a_table_of_its_own() -> None:
+    """A newer result of a GPU does not take the place of the CPU's."""
+    cpu = result(row("optim", "SGD / 1 x 64", 5.0), date="2025-01-01")
+    gpu = on_gpu(row("optim", "SGD / 1 x 64", 6.0), date="2026-01-01")
+    first, second = report.optim([gpu, cpu]).split("\n\n| tensors")
+    assert "5.00" in first and "6.00" not in first and "H200" not in first
+    assert "6.00" in second and "H200; Zen 9" in second and "avx512" not in second
+    page = report.performance([gpu, cpu])
+    assert "## H200" in page and "## Zen 9" in page and "Not measured yet" not in page
+    assert "Not measured yet: no result of a GPU" in report.performance([cpu])
+    assert report.picture([gpu, cpu]).count("summary.png") == 2
+
+
+def test_a_suite_is_shown_where_it_was_measured_last() -> None:
+    """The newest result is another suite's, of another machine; commits are those of the rows in the table."""
+    old = result(row("dropout", "relu 4M fp32 forward", 5.0), date="2025-01-01", commit="aaa0000")
+    more = result(row("norm", "x", 5.0), date="2025-01-02", commit="bbb0000")
+    new = result(row("optim", "SGD / 1 x 64", 6.0), machine="Xeon", commit="ccc0000", dirty=True)
+    text = report.dropout([old, more, new])
+    assert "5.00" in text and "Zen 9" in text and "aaa0000" in text
+    assert "bbb0000" not in text and "ccc0000" not in text
+    assert "Xeon; torch 2.13.0; commit ccc0000 with changes" in report.optim([old, more, new])
+
+
+def test_the_row_of_the_most_threads_is_shown_and_all_are_on_the_page() -> None:
+    rows = [row("optim", "SGD / 1 x 64", float(n), threads=n) for n in (2, 1)]
+    text = report.optim([result(*rows)])
+    assert "2.00" in text and "1.00" not in text
+    page = report.performance([result(*rows)])
+    assert "avx512, 2 threads" in page and "avx512, 1 thread (" in page
+
+
+def test_results_older_than_the_sources_are_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*sources: str | None) -> str:
+        files = []
+        for i, one in enumerate(sources):
+            files.append(tmp_path / f"{i}.json")
+            name = f"SGD / {('1 x 64', '1000 x 64')[i]}"
+            files[-1].write_text(json.dumps(result(row("optim", name, 2.0), sources=one)))
+        assert main(["bench", "report", *map(str, files)]) == 0
+        return re.search(r"commit abc1234(.*?); avx512", capsys.readouterr().out)[1]  # type: ignore[index]
+
+    present = digest(ROOT, MEASURED)
+    assert told(present) == ""
+    assert told("0" * 64) == ", older than the present sources"
+    assert told(None) == ", sources not recorded"
+    assert told(present, "0" * 64) == ", in part older than the present sources"
+
+
+def test_what_failed_is_on_the_page() -> None:
+    failed = {**row("norm", "a|b", 1.0), "ok": False, "note": "RuntimeError: differs"}
+    page = report.performance([result({k: v for k, v in failed.items() if k != "contenders"})])
+    assert "- a|b (avx512): not measured: RuntimeError: differs" in page
+    assert "| a\\|b |" in report.performance([result(row("norm", "a|b", 1.0))])
+
+
+def test_pictures_beside_a_page_are_checked_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, file = tmp_path / "page.md", tmp_path / "r.json"
+    page.write_text("no block")
+    gone = tmp_path / "assets/performance/gone/summary.png"
+    gone.parent.mkdir(parents=True)
+    gone.touch()
+    arguments = ["bench", "report", str(file), "--docs", str(page)]
+
+    def stale(data: dict[str, Any]) -> set[str]:
+        file.write_text(json.dumps(data))
+        with monkeypatch.context() as without:
+            without.setattr(plots.importlib.util, "find_spec", lambda name: None)
+            code = main([*arguments, "--check"])
+        found = set(re.findall(r"(\w+/\w+)\.png", capsys.readouterr().err.replace("-", "_")))
+        assert code == bool(found)
+        return found
+
+    data = result(*MANY)
+    assert stale(data) == {"gone/summary", "zen_9_2_cores/summary"}
+    assert main(arguments) == 0
+    assert stale(data) == set() and not gone.exists()
+    # Other figures in the same rows.
+    every = {
+        f"zen_9_2_cores/{name}" for name in ("summary", "ratios", "roofline", "compute", "sizes")
+    }
+    assert stale(result(*MANY[:-1], {**MANY[-1], "ratio": 1.3})) == every
+    # Kinds that these results do not have are gone once they are drawn.
+    file.write_text(json.dumps(result(row("train", "resnet18 N=8 fp32", 1.5))))
+    assert main(arguments) == 0
+    left = {path.stem for path in tmp_path.glob("assets/performance/*/*.png")}
+    assert left == {"summary", "ratios", "roofline"}
+
+
+def test_pictures_of_several_machines_are_apart(tmp_path: Path) -> None:
+    files = []
+    for name in ("Zen 9", "Xeon"):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(result(row("train", "x", 1.5), machine=name)))
+    assert main(["bench", "report", *map(str, files), "--out", str(tmp_path / "out")]) == 0
+    assert {p.parent.name for p in (tmp_path / "out").glob("*/ratios.png")} == {"zen-9", "xeon"}
+
+
+def test_a_page_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "r.json").write_text(json.dumps(result(*MANY)))
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "report", str(file), "--readme", str(tmp_path / "none.md")])
+    assert "cannot read" in capsys.readouterr().err
 
 
 def test_blocks_are_filled_and_stale_ones_named(
@@ -120,34 +185,6 @@ def test_this_checkouts_pages_are_up_to_date() -> None:
     for page in (ROOT / "README.md", ROOT / "docs/performance.md"):
         for name in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", page.read_text()):
             assert (page.parent / name).is_file()
-
-
-def size(path: Path) -> tuple[int, int]:
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", head[16:24])
-    return width, height
-
-
-def test_pictures(tmp_path: Path) -> None:
-    data = [result(*MANY)]
-    (one,) = plots.draw(data, tmp_path / "one.png")
-    assert size(one)[0] == 12 * plots.DPI and one.stat().st_size > 20_000
-    names = {path.stem for path in plots.draw(data, tmp_path / "all")}
-    assert names == {"ratios", "roofline", "compute", "sizes"}
-    threads = [row("optim", "AdamW / fp32 1M", 2.0, threads=n) for n in (1, 2)]
-    assert {p.stem for p in plots.draw([result(*threads)], tmp_path / "t")} >= {"threads"}
-    same = plots.draw(data, tmp_path / "two.png")[0]
-    assert same.read_bytes() == one.read_bytes()
-
-
-def test_pictures_show_the_best_set_and_a_few_rows_of_each_suite() -> None:
-    rows = [row("optim", f"AdamW / x{i}", 2.0) for i in range(30)]
-    chosen = plots.headlines([*rows, *MANY])
-    assert len([r for r in chosen if r["suite"] == "optim"]) <= plots.MOST
-    assert not any(r["name"].startswith("A/A") for r in chosen)
-    kept = plots._best(MANY[3:5])
-    assert [r["isa"] for r in kept] == ["avx512"]
 
 
 def test_what_is_missing_is_told(
