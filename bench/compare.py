@@ -4,8 +4,8 @@ Compared is braze's time as a share of torch's in the same turn, so that a slowe
 where one result lacks torch, braze's time alone, which the table says. Each side is the interval in which the
 median lies with 99 % confidence. SLOWER and FASTER: the intervals are apart by more than the least change that
 counts, which is --threshold, or what braze may differ from itself by the A/A rows of the same suite. SAME: the
-change is less than that wherever in the intervals the medians are. UNCLEAR: the turns cannot tell. Exit code 1
-if any row is SLOWER.
+change is less than --threshold wherever in the intervals the medians are. UNCLEAR: the turns cannot tell. Exit
+code 1 if any row is SLOWER.
 """
 
 from __future__ import annotations
@@ -125,20 +125,21 @@ def _noise(row: Row) -> float:
     return math.expm1(max(abs(math.log(value)) for value in known if value > 0))
 
 
-def judge(old: Row, new: Row, least: float) -> Verdict | None:
-    """``least``: the share that counts. None where one of the rows has no times."""
+def judge(old: Row, new: Row, threshold: float, noise: float = 0.0) -> Verdict | None:
+    """Shares: SAME is less than ``threshold``, a change more than both. None where a row has no times."""
     if (shared := _shared(old, new)) is None:
         return None
     before, after = _shares(old, *shared), _shares(new, *shared)
     (a, b), (c, d) = interval(before), interval(after)
     low, high = c / b, d / a if a else math.inf
     change = statistics.median(after) / statistics.median(before)
+    least = max(threshold, noise)
     if low > 1 + least:
         word = "SLOWER"
     elif high < 1 / (1 + least):
         word = "FASTER"
     else:
-        word = "SAME" if 1 / (1 + least) <= low and high <= 1 + least else "UNCLEAR"
+        word = "SAME" if 1 / (1 + threshold) <= low and high <= 1 + threshold else "UNCLEAR"
     return Verdict(word, change, low, high, shared[1] is None)
 
 
@@ -188,8 +189,8 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table("", "time of braze", "bounds", "counts", "", box=view.box())
     words: list[str] = []
     for key in shared:
-        least = max(arguments.threshold / 100, noise(data, old[key].get("suite")))
-        verdict = judge(old[key], new[key], least)
+        threshold, own = arguments.threshold / 100, noise(data, old[key].get("suite"))
+        verdict = judge(old[key], new[key], threshold, own)
         name = escape(" ".join(str(part) for part in (key[1], key[0], *key[3:])))
         if verdict is None:
             notes = [f"{row['note']}" for row in (old[key], new[key]) if row.get("note")]
@@ -201,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
             name,
             f"{verdict.change - 1:+.1%}",
             bounds if verdict.high < math.inf else "too few turns",
-            f"{least:.1%}",
+            f"{max(threshold, own):.1%}",
             f"{verdict.word}{', without torch' if verdict.alone else ''}",
             style=COLOURS[verdict.word],
         )

@@ -118,6 +118,12 @@ def test_what_braze_differs_from_itself_does_not_count() -> None:
     assert compare.noise([{"rows": [lucky]}], "optim") > 0.04
 
 
+def test_noise_is_no_evidence_that_nothing_changed() -> None:
+    old, new = (row("r", us, 200.0, 0.005, seed=int(us)) for us in (100.0, 106.0))
+    words = [compare.judge(old, new, 0.03, noise) for noise in (0.0, 0.2)]
+    assert [verdict and verdict.word for verdict in words] == ["SLOWER", "UNCLEAR"]
+
+
 def test_a_change_within_the_noise_of_the_control_is_not_slower(tmp_path: Path) -> None:
     def file(name: str, us: float, apart: float) -> str:
         rows = row("r", us, 200.0, 0.001), row("A/A r", 100.0, 100.0 * apart, 0.001)
