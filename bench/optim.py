@@ -335,7 +335,13 @@ def _case(cell: Cell, name: str, recipe: Recipe = Recipe()) -> Case:
 
 
 CASES = (
-    *(_case(cell, name) for cell in CELLS for name in ORDER),
+    *(
+        _case(cell, name)
+        for cell in CELLS
+        for name in ORDER
+        # In fp16 the eps of torch's RMSprop, which has no fused mode, is 0: its results are no numbers.
+        if (name, cell.dtype) != ("RMSprop", "fp16")
+    ),
     *(_case(c, name, r) for c in RECIPE_CELLS for name in ("AdamW", "SGD") for r in RECIPES),
     *(_case(cell, CLIP) for cell in RECIPE_CELLS),
 )
