@@ -18,8 +18,6 @@ from .sources import digest, find_root
 
 # Shares of the processors' time that others may use, and seconds to wait for it.
 IDLE, IDLE_WAIT_S = 0.05, 20.0
-# What figures are measured of.
-MEASURED = ("csrc/**/*", "python/**/*.py")
 
 
 def _read(path: str) -> str:
@@ -109,7 +107,7 @@ def _commit() -> dict[str, Any]:
             root, "status", "--porcelain", "--untracked-files=no", "--", "csrc", "python"
         )
         facts["dirty"] = bool(changed)
-        facts["sources"] = digest(root, MEASURED)
+        facts["sources"] = digest(root, ("csrc/**/*", "python/**/*.py"))
     return facts
 
 

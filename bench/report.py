@@ -16,12 +16,11 @@ from typing import Any
 
 from . import plots
 from .compare import load
-from .environment import MEASURED
 from .files import read_json, slug, write_text
 from .harness import CONTROL
 from .rows import Hopeless, Row, writable
 from .session import FORMAT, flat, key_of
-from .sources import digest, find_root
+from .sources import find_root
 from .view import amount, duration
 
 Data = dict[str, Any]
@@ -98,9 +97,7 @@ def _measured(data: Sequence[Data], rows: Iterable[Row] | None = None) -> str:
     torchs = dict.fromkeys(one["environment"]["torch"] for one in data)
     text = f"{f'{gpu}; ' if gpu else ''}{where['machine']}; torch {', '.join(torchs)}; commit "
     commits = dict.fromkeys(_commit(one["environment"]) for one in data)
-    ages = [one.get("age", "") for one in data]
-    part = "in part " if "" in ages else ""
-    return ", ".join([text + ", ".join(commits), *(part + a for a in dict.fromkeys(ages) if a)])
+    return text + ", ".join(commits)
 
 
 def _commit(where: dict[str, Any]) -> str:
@@ -325,27 +322,15 @@ def fill(text: str, data: Sequence[Data]) -> tuple[str, list[str]]:
     return text, changed
 
 
-def age(where: dict[str, Any], present: str | None) -> str:
-    """What is to be said of a result's age, beside the sources with that hash; "" for nothing."""
-    if present is None or where.get("sources") == present:
-        return ""
-    return "older than the present sources" if where.get("sources") else "sources not recorded"
-
-
 def _results(files: Sequence[Path]) -> list[Data]:
-    """Each with its ``age``."""
-    root, present = None, None
+    if files:
+        return [load(path) for path in files]
     try:
-        root = find_root()
-        present = digest(root, MEASURED)
+        folder = find_root() / "bench" / "results"
     except FileNotFoundError as error:
-        if not files:
-            raise Hopeless(f"name the files, or: {error}") from error
-    found = [load(path) for path in files]
-    if root is not None and not files:
-        every = map(read_json, sorted((root / "bench" / "results").glob("*/*.json")))
-        found = [one for one in every if one is not None and one.get("format") == FORMAT]
-    return [one | {"age": age(one["environment"], present)} for one in found]
+        raise Hopeless(f"name the files, or: {error}") from error
+    every = map(read_json, sorted(folder.glob("*/*.json")))
+    return [one for one in every if one is not None and one.get("format") == FORMAT]
 
 
 def _draw(data: Sequence[Data], folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from braze.bench import (
     dropout,
     environment,
     harness,
+    memory,
     norm,
     optim,
     peers,
@@ -35,6 +36,7 @@ from braze.bench import (
 )
 from braze.bench.clock import Samples
 from braze.bench.harness import Built, Case, Part, Setting, Suite
+from torch import nn
 
 pytestmark = pytest.mark.cpu_only("runs the benchmark's own processes")
 FAST = ["--seconds", "0"]
@@ -481,6 +483,13 @@ def test_norms_compute_the_same(join: bool) -> None:
         found = [makers[name]()() for name in ("braze", "torch", "braze, no reuse")]
         assert harness.difference(found[0], found[1]) < 1e-5
         assert harness.difference(found[2], found[0]) == 0
+
+
+def test_stored_bytes_are_counted_once() -> None:
+    x = torch.randn(4, 8, 6, 6, requires_grad=True)
+    assert memory.stored_bytes(nn.Sequential(nn.SiLU(), nn.SiLU()), x) == 2 * x.nbytes
+    assert memory.stored_bytes(nn.ReLU(), x) == x.nbytes
+    assert memory.stored_bytes(nn.Identity(), x) == 0
 
 
 def test_masks_that_are_no_dropout_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,7 @@ import pytest
 from bench_results import MANY, result, row
 from braze.__main__ import main
 from braze.bench import plots, report
-from braze.bench.environment import MEASURED
 from braze.bench.rows import Hopeless
-from braze.bench.sources import digest
 
 pytestmark = pytest.mark.cpu_only("reads files")
 ROOT = Path(__file__).parents[2]
@@ -75,25 +73,6 @@ def test_the_row_of_the_most_threads_is_shown_and_all_are_on_the_page() -> None:
     assert "2.00" in text and "1.00" not in text
     page = report.performance([result(*rows)])
     assert "avx512, 2 threads" in page and "avx512, 1 thread (" in page
-
-
-def test_results_older_than_the_sources_are_said_to_be(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def told(*sources: str | None) -> str:
-        files = []
-        for i, one in enumerate(sources):
-            files.append(tmp_path / f"{i}.json")
-            name = f"SGD / {('1 x 64', '1000 x 64')[i]}"
-            files[-1].write_text(json.dumps(result(row("optim", name, 2.0), sources=one)))
-        assert main(["bench", "report", *map(str, files)]) == 0
-        return re.search(r"commit abc1234(.*?); avx512", capsys.readouterr().out)[1]  # type: ignore[index]
-
-    present = digest(ROOT, MEASURED)
-    assert told(present) == ""
-    assert told("0" * 64) == ", older than the present sources"
-    assert told(None) == ", sources not recorded"
-    assert told(present, "0" * 64) == ", in part older than the present sources"
 
 
 def test_what_failed_is_on_the_page() -> None:

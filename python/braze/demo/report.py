@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..bench.batch_norm_cases import stored_bytes
 from ..bench.files import write_json
-from ..bench.table import table
+from ..bench.memory import stored_bytes
 from ..info import build_info
 from .data import Data
 from .sides import Side, Sides, plain
@@ -63,11 +62,10 @@ def summarize(arguments: Namespace, data: Data, sides: Sides, seconds: float) ->
 
 def table_of(result: dict[str, Any]) -> str:
     """The comparison."""
-    rows = [
-        {
-            "compared": what,
-            **{side: f"{result[side]['summary'][key]:{form}}" for side in ("torch", "braze")},
-        }
+    theirs, ours = (result[side]["summary"] for side in ("torch", "braze"))
+    lines = [f"{'compared':<32}{'torch':>11}{'braze':>11}"]
+    lines += [
+        f"{what:<32}{theirs[key]:>11{form}}{ours[key]:>11{form}}"
         for what, key, form in (
             ("test accuracy, final", "final_accuracy", ".2%"),
             ("test accuracy, best", "best_accuracy", ".2%"),
@@ -77,9 +75,8 @@ def table_of(result: dict[str, Any]) -> str:
             ("kept for backward, MB", "stored_mb", ".2f"),
         )
     ]
-    columns = "compared:<32 torch:>11 braze:>11"
     text = (
-        f"{table(rows, columns)}\n"
+        "\n".join(lines) + "\n"
         f"torch / braze: optimizer step {result['optimizer_ratio']:.2f}, whole step "
         f"{result['step_ratio']:.2f}\nlargest difference of a batch's loss: "
         f"{result['loss_difference_first_epoch']:.1e} in the first epoch, "
