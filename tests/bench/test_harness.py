@@ -65,20 +65,35 @@ def filled(work: rows.Work) -> dict[str, Any]:
     return rows.fill(session._told(work, {"device": "cpu"}, lambda: None))
 
 
+@pytest.fixture
+def spend(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Callable[[], None]]:
+    """Makes calls that take that many seconds of a clock of their own, whatever else the machine does."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def make(seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            now[0] += seconds
+
+        return call
+
+    return make
+
+
+Spend = Callable[[float], Callable[[], None]]
+
 # ------------------------------------------------------------------ a row
 
 
-def test_a_row_says_how_much_faster_ours_is() -> None:
-    row = measured(
-        case(lambda: time.sleep(0.002), lambda: time.sleep(0.006)), setting(0.2, copy=1e6)
-    )
-    assert row["ok"] and row["theirs"] == "torch" and 2 < row["ratio"] < 4
-    assert row["low"] <= row["ratio"] <= row["high"]
+def test_a_row_says_how_much_faster_ours_is(spend: Spend) -> None:
+    row = measured(case(spend(0.002), spend(0.006)), setting(0.2, copy=1e6))
+    assert row["ok"] and row["theirs"] == "torch" and row["ratio"] == 3
+    assert row["low"] == row["high"] == row["ratio_min"] == 3
     ours, theirs = (row["contenders"][name]["warm"] for name in ("braze", "torch"))
     assert len(ours["rounds_us"]) == len(theirs["rounds_us"]) >= 3
     assert ours["min_us"] <= ours["median_us"]
-    # 1000 bytes at 1 MB/s are 1 ms, of 2 ms or a little more.
-    assert row["floor_us"] == 1000 and 0.3 < row["of_floor"] < 0.5
+    # 1000 bytes at 1 MB/s are 1 ms, of 2 ms.
+    assert row["floor_us"] == 1000 and row["of_floor"] == 0.5
     assert row["gb_s"] == pytest.approx(1000 / ours["median_us"] / 1e3, rel=1e-3)
 
 
@@ -93,10 +108,10 @@ def test_what_computes_something_else_is_not_timed() -> None:
     assert measured(case(lambda: x * math.nan, lambda: x))["ok"] is False
 
 
-def test_parts_are_added_up_as_often_as_they_are_there() -> None:
+def test_parts_are_added_up_as_often_as_they_are_there(spend: Spend) -> None:
     def part(name: str, seconds: float, count: int) -> Part:
         calls = {"torch": 2 * seconds, "braze": seconds}
-        makers = {n: lambda t=t: lambda: time.sleep(t) for n, t in calls.items()}  # type: ignore[misc]
+        makers = {n: lambda t=t: spend(t) for n, t in calls.items()}  # type: ignore[misc]
         return Part(lambda _: Built(makers), 100, None, 0, name, count)
 
     row = measured(Case("two", {"dtype": "fp32"}, (part("a", 0.004, 3), part("b", 0.002, 1))))
@@ -119,9 +134,9 @@ def test_a_contender_that_fails_is_left_out_and_told_unless_it_is_ours() -> None
     assert measured(one)["ok"] is False
 
 
-def test_torchs_slow_modes_are_timed_once_and_the_fastest_counts() -> None:
+def test_torchs_slow_modes_are_timed_once_and_the_fastest_counts(spend: Spend) -> None:
     calls = {"torch slow": 0.02, "torch fast": 0.002, "torch near": 0.0021, "braze": 0.001}
-    makers = {n: lambda t=t: lambda: time.sleep(t) for n, t in calls.items()}  # type: ignore[misc]
+    makers = {n: lambda t=t: spend(t) for n, t in calls.items()}  # type: ignore[misc]
     row = measured(Case("c", {"dtype": "fp32"}, (Part(lambda _: Built(makers)),)))
     assert row["theirs"] in ("torch fast", "torch near")
     assert row["slower"]["torch slow"] > 19_000 and "torch slow" not in row["contenders"]
@@ -139,9 +154,9 @@ def test_nobody_to_compare_with() -> None:
     assert "braze" in session.line(row)
 
 
-def test_control_is_braze_against_itself() -> None:
-    row = measured(harness.control(case(lambda: time.sleep(0.003), lambda: time.sleep(0.03))))
-    assert row["theirs"] == "braze again" and 0.8 < row["ratio"] < 1.25
+def test_control_is_braze_against_itself(spend: Spend) -> None:
+    row = measured(harness.control(case(spend(0.003), spend(0.03))))
+    assert row["theirs"] == "braze again" and row["ratio"] == 1
 
 
 def test_repeated_rows_keep_all_turns() -> None:
@@ -165,9 +180,12 @@ def test_turns_rotate_and_end() -> None:
 
 def test_cold_calls_find_nothing_in_the_caches() -> None:
     x = torch.ones(2**18)  # 1 MB: in the second cache when warm
-    seen = clock.sample(clock.Host(), {"sum": lambda: x.sum()}, 0.5, ("warm", "cold"))["sum"]
-    assert seen["cold"].median > 1.1 * seen["warm"].median
-    assert seen["warm"].least <= seen["warm"].median
+    for _ in range(5):  # other programs may hide it
+        seen = clock.sample(clock.Host(), {"sum": lambda: x.sum()}, 0.5, ("warm", "cold"))["sum"]
+        assert seen["warm"].least <= seen["warm"].median
+        if seen["cold"].median > 1.1 * seen["warm"].median:
+            return
+    pytest.fail(f"cold {seen['cold'].median}, warm {seen['warm'].median}")
 
 
 class FakeEvent:
