@@ -57,7 +57,7 @@ lint: .venv/built .venv/tools
 
 # Material tells of another MkDocs on every run unless asked not to.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: .venv/tools
 	$(BIN)/ruff check --fix .
