@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .clock import Call
-from .harness import DTYPES, Built, Case, Part, Setting, Suite
+from .harness import DTYPES, LAYOUTS, Built, Case, Part, Setting, Suite
 from .resnet50 import Convolution
 from .session import commands
 
@@ -26,7 +26,6 @@ LAYERS = (
     Convolution(1024, 256, 1, 1, 14),
     Convolution(512, 512, 3, 1, 7),
 )
-LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 BATCH = {"cpu": 8, "cuda": 128}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import select
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .environment import now
 from .files import collect_folder, read_json, write_json
 from .gpu_steps import Step
 from .rows import Row
@@ -156,7 +156,3 @@ class Results:
 
     def save(self) -> None:
         write_json({**self.facts, "steps": self.steps, "rows": self.rows}, *self.paths)
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

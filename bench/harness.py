@@ -24,6 +24,7 @@ from .rows import Row, Work, is_fatal, reason
 
 OURS, AGAIN, CONTROL = "braze", "braze again", "A/A "
 Makers = Mapping[str, Callable[[], Call]]
+LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest relative difference of results, by the dtype of the tensors.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}

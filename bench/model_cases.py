@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from . import model_peak, models, session
 from .clock import Call
-from .harness import OURS, Built, Case, Part, Setting, Suite
+from .harness import LAYOUTS, OURS, Built, Case, Part, Setting, Suite
 from .memory import without_reuse
 from .rows import Hopeless, Row, count, goal
 
 CAST = "bf16 cast"
-LAYOUTS = ("NHWC", "NCHW")
 
 
 @dataclass(frozen=True)

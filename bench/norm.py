@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import session
 from .clock import Call
-from .harness import DTYPES, Built, Case, Part, Setting, Suite
+from .harness import DTYPES, LAYOUTS, Built, Case, Part, Setting, Suite
 from .memory import without_reuse
 from .resnet50 import convolutions
 from .rows import Row, count, goal
@@ -30,7 +30,6 @@ from .rows import Row, count, goal
 PASSES = {"forward": 3, "backward": 5}
 # A residual join also reads the residual and writes its gradient.
 JOIN_PASSES = {"forward": 4, "backward": 6}
-LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "silu": lambda: nn.SiLU(inplace=True),

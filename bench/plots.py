@@ -16,7 +16,7 @@ from .rows import Hopeless, Row
 from .session import key_of
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
-OURS_COLOUR, THEIRS_COLOUR, LINE, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+OURS_COLOUR, THEIRS_COLOUR, GREY = "#0072B2", "#D55E00", "#767676"
 SUITE_COLOURS = {
     "optim": "#0072B2",
     "norm": "#009E73",

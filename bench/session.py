@@ -245,7 +245,7 @@ def _in_child(variant: Variant, arguments: argparse.Namespace, emit: Emit) -> in
         command += ["--isa", variant.isa]
     if variant.threads is not None:
         command += ["--threads", str(variant.threads)]
-    environ = {**os.environ, **variant.environment(), "BRAZE_BENCH_CHILD": "1"}
+    environ = {**os.environ, **variant.environment()}
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         for line in child.stdout:
