@@ -23,6 +23,12 @@ inline float bf16_of(uint32_t word, int half) {
   memcpy(&value, &bits, sizeof(value));
   return value;
 }
+inline float f16_of(uint32_t word, int half) {
+  _Float16 value;
+  const auto bits = static_cast<uint16_t>(half ? word >> 16 : word);
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 }  // namespace emulator
 
@@ -38,6 +44,12 @@ inline void cp_async16(void* shared, const void* global) {
   store16(shared, uint4{~0u, ~0u, ~0u, ~0u});
   (void)load16(global);  // a wrong address is found here
   emulator::async_copy(shared, global);
+}
+inline void cp_async16_or_zero(void* shared, const void* global, bool copy) {
+  alignas(16) static const unsigned char zeros[16] = {};
+  if (copy) return cp_async16(shared, global);
+  store16(shared, uint4{~0u, ~0u, ~0u, ~0u});
+  emulator::async_copy(shared, zeros);
 }
 inline void cp_async_commit() { emulator::async_copy_commit(); }
 template <int kPending>
@@ -75,8 +87,9 @@ inline void ldmatrix_x4_trans(const void* row, uint32_t (&out)[4], EMULATOR_SITE
 
 // Exact products, summed in double and rounded once: the hardware rounds otherwise, within a few
 // units in the last place of the largest term.
-inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                              EMULATOR_SITE) {
+template <float (*kValue)(uint32_t, int)>
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         const char* file, int line) {
   const int lane = emulator::lane();
   const int g = lane / 4, t = lane % 4;
   double sums[4] = {c[0], c[1], c[2], c[3]};
@@ -92,13 +105,21 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint3
     for (int i = 0; i < 4; ++i) {
       for (int k = 0; k < 2; ++k) {
         for (int half = 0; half < 2; ++half) {
-          sums[i] += static_cast<double>(emulator::bf16_of(rows[i / 2 + 2 * k], half)) *
-                     emulator::bf16_of(columns[i % 2][k], half);
+          sums[i] += static_cast<double>(kValue(rows[i / 2 + 2 * k], half)) *
+                     kValue(columns[i % 2][k], half);
         }
       }
     }
   }
   for (int i = 0; i < 4; ++i) c[i] = static_cast<float>(sums[i]);
+}
+inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              EMULATOR_SITE) {
+  mma_m16n8k16<emulator::bf16_of>(c, a, b, file, line);
+}
+inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             EMULATOR_SITE) {
+  mma_m16n8k16<emulator::f16_of>(c, a, b, file, line);
 }
 
 }  // namespace braze::cuda
