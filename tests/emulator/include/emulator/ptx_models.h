@@ -34,9 +34,13 @@ inline float f16_of(uint32_t word, int half) {
 
 namespace braze::cuda {
 
+inline void store16_shared(void* address, uint4 value) { store16(address, value); }
+
 inline unsigned int atomic_add_acq_rel(unsigned int* counter, unsigned int value) {
   return atomicAdd(counter, value);
 }
+
+inline int computed_here(int value) { return value; }
 
 // As late as the hardware may: until the wait the destination is rubbish, and the source is read
 // only then.
@@ -93,15 +97,15 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
   const int lane = emulator::lane();
   const int g = lane / 4, t = lane % 4;
   double sums[4] = {c[0], c[1], c[2], c[3]};
+  // The other lanes' registers are read where they are, until all have done so.
+  const auto of_lane = [&](const uint32_t* registers, int from) {
+    return reinterpret_cast<const uint32_t*>(
+        __shfl_sync(~0u, reinterpret_cast<uint64_t>(registers), from, 32, file, line));
+  };
   // Quad q of a row or column holds its k = 2q, 2q+1, 2q+8, 2q+9.
   for (int q = 0; q < 4; ++q) {
-    uint32_t rows[4], columns[2][2];
-    for (int r = 0; r < 4; ++r) rows[r] = __shfl_sync(~0u, a[r], 4 * g + q, 32, file, line);
-    for (int n = 0; n < 2; ++n) {
-      for (int k = 0; k < 2; ++k) {
-        columns[n][k] = __shfl_sync(~0u, b[k], 4 * (2 * t + n) + q, 32, file, line);
-      }
-    }
+    const uint32_t* const rows = of_lane(a, 4 * g + q);
+    const uint32_t* const columns[2] = {of_lane(b, 4 * 2 * t + q), of_lane(b, 4 * (2 * t + 1) + q)};
     for (int i = 0; i < 4; ++i) {
       for (int k = 0; k < 2; ++k) {
         for (int half = 0; half < 2; ++half) {
@@ -111,6 +115,7 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
       }
     }
   }
+  __syncwarp(~0u, file, line);
   for (int i = 0; i < 4; ++i) c[i] = static_cast<float>(sums[i]);
 }
 inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
