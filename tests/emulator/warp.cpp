@@ -14,9 +14,9 @@ const char* name(WarpOp op) {
   constexpr const char* kNames[] = {"__syncwarp",        "__shfl_sync",       "__shfl_up_sync",
                                     "__shfl_down_sync",  "__shfl_xor_sync",   "__ballot_sync",
                                     "__any_sync",        "__all_sync",        "__match_any_sync",
-                                    "ldmatrix or mma",   "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync",
-                                    "__reduce_min_sync", "__reduce_max_sync", "__reduce_and_sync",
-                                    "__reduce_or_sync",  "__reduce_xor_sync"};
+                                    "ldmatrix or mma",   "__reduce_add_sync", "__reduce_min_sync",
+                                    "__reduce_max_sync", "__reduce_min_sync", "__reduce_max_sync",
+                                    "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync"};
   return kNames[static_cast<int>(op)];
 }
 
