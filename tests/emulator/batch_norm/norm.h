@@ -59,7 +59,8 @@ struct Spec {
 const char* describe(const Spec& spec);
 int64_t offset_of(const Spec& spec, int64_t image, int64_t channel, int64_t pixel);
 DType arithmetic(DType dtype);  // f64 or f32
-double rounding(DType dtype);   // relative error of one rounding to it
+double gaussian(harness::Random& random);
+double rounding(DType dtype);  // relative error of one rounding to it
 
 // Workspace and tickets of exactly the size asked for.
 struct Memory {

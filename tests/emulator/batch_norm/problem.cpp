@@ -10,12 +10,6 @@ using namespace harness;
 
 namespace {
 
-double gaussian(Random& random) {
-  double sum = -6;
-  for (int i = 0; i < 12; ++i) sum += random.uniform();
-  return sum;
-}
-
 template <class F>
 void for_each(const Spec& s, F&& f) {
   for (int64_t i = 0; i < s.n; ++i) {
@@ -245,6 +239,11 @@ bool Problem::check_stats(int k, const Running& before) {
     if (!CHECK(near(mean, mean_[k][i], unit * sigma + far)) ||
         !CHECK(near(stat(k, kInvstd, c), invstd, (unit / 2 + rounded) * invstd)) ||
         !CHECK(near(stat(k, kScale, c), scale, (unit / 2 + rounded) * std::fabs(scale)))) {
+      return false;
+    }
+    const double low = stat(k, kMeanLow, c) * scale, bias = bias_of(k, c);
+    if (!CHECK(near(stat(k, kShift, c), bias - low,
+                    rounded * std::fabs(bias - low) + unit * std::fabs(low)))) {
       return false;
     }
   }
