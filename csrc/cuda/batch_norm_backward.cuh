@@ -132,21 +132,21 @@ __device__ __forceinline__ void write_coefficients(void* coefficients, int64_t c
 
 // The k-th input's share of one channel's sums.
 template <class T>
-__device__ __forceinline__ void finish_input(const BackwardArgument& a, int k, int64_t c,
+__device__ __forceinline__ void finish_input(const BackwardArgs& args, int k, int64_t c,
                                              double grad, double grad_rounded_input) {
-  const InputGradient& g = a.args.grad[k];
-  const int64_t channels = a.grid.channels;
-  const BatchNormStats<T> stats = load_stats<T>(a.args.input[k].stats, channels, c);
+  const InputGradient& g = args.grad[k];
+  const int64_t channels = args.shape.c;
+  const BatchNormStats<T> stats = load_stats<T>(args.input[k].stats, channels, c);
   const BatchNormSums sums = make_sums(grad, grad_rounded_input, stats.mean_low);
-  if (BRAZE_HOOK(first_input, k == 0) && a.args.sums != nullptr) {
-    T* const to = static_cast<T*>(a.args.sums) + c;
+  if (BRAZE_HOOK(first_input, k == 0) && args.sums != nullptr) {
+    T* const to = static_cast<T*>(args.sums) + c;
     to[0] = static_cast<T>(sums.grad);
     to[channels] = static_cast<T>(sums.grad_input);
   }
   if (g.coefficients != nullptr) {
     write_coefficients(g.coefficients, channels, c,
-                       BRAZE_HOOK(batch_coefficients, a.args.batch_statistics)
-                           ? make_coefficients(sums, a.args.count, stats)
+                       BRAZE_HOOK(batch_coefficients, args.batch_statistics)
+                           ? make_coefficients(sums, args.count, stats)
                            : constant_coefficients(stats));
   }
   if (g.grad_weight != nullptr) {
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kNormThreads, (kBlocksAtOnce<kInputs, Mode>))
   const auto finish = [&](int64_t c, const Item& item) {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
-      finish_input<T>(a, k, c, item.number[0], item.number[1 + BRAZE_HOOK(second_sum, k)]);
+      finish_input<T>(a.args, k, c, item.number[0], item.number[1 + BRAZE_HOOK(second_sum, k)]);
     }
   };
   reduce_group<Item, kLanes>(grid, reinterpret_cast<Item*>(a.partials), a.tickets, shared, item_of,

@@ -22,6 +22,13 @@ __device__ __forceinline__ void store16(void* address, uint4 value) {
                : "memory");
 }
 
+// The same to shared memory.
+__device__ __forceinline__ void store16_shared(void* address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(address)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // Adds to a counter in global memory; returns what it was. Who finds this addition there sees what
 // this thread has seen.
 __device__ __forceinline__ unsigned int atomic_add_acq_rel(unsigned int* counter,
@@ -32,6 +39,13 @@ __device__ __forceinline__ unsigned int atomic_add_acq_rel(unsigned int* counter
                : "l"(__cvta_generic_to_global(counter)), "r"(value)
                : "memory");
   return before;
+}
+
+// The value, of which the compiler knows nothing: what follows from it is computed here, and not
+// kept in registers from before a loop.
+__device__ __forceinline__ int computed_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // Starts a copy of 16 bytes, past registers and L1; both addresses are multiples of 16. The bytes

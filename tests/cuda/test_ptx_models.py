@@ -54,10 +54,11 @@ def test_gemm_has_no_races() -> None:
 
 
 @of_the_emulator
-def test_missing_wait_is_found() -> None:
+@pytest.mark.parametrize("fault", ["no_wait", "no_zeros"])
+def test_fault_is_found(fault: str) -> None:
     for schedule in SCHEDULES:
-        done = build.run(program("native"), ["no_wait"], schedule)
-        assert done.returncode != 0 and "WRONG" in done.stdout, schedule
+        done = build.run(program("native"), [fault], schedule)
+        assert done.returncode != 0 and done.stdout.count("WRONG") == 2, schedule
 
 
 def barrier_lines() -> list[int]:
@@ -90,25 +91,31 @@ def test_missing_barrier_is_found(which: str) -> None:
     assert all(found_by_pct(f"gemm.cuh:{barrier_lines()[which == 'trailing']}"))
 
 
-def inputs() -> list[int]:
-    """The bf16 bits that gemm.cu's patterns are made of."""
-    seed, bits = 3, []
+def inputs() -> list[float]:
+    """What gemm.cu's patterns are made of."""
+    seed, values = 3, []
     for _ in range(512):
         seed = (seed * 1664525 + 1013904223) % 2**32
-        value = struct.pack("<f", ((seed >> 24) - 128.0) / 8)
-        bits.append(struct.unpack("<I", value)[0] >> 16)
-    return bits
+        values.append(((seed >> 24) - 128.0) / 8)
+    return values
 
 
-def expected_patterns() -> list[str]:
+def bits_of(value: float, dtype: str) -> int:
+    """Of a number that the dtype has."""
+    if dtype == "f16":
+        return int(struct.unpack("<H", struct.pack("<e", value))[0])
+    return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
+
+
+def expected_patterns(dtype: str) -> list[str]:
     """What the PTX ISA says each lane receives, from whole matrices and not from the models."""
-    bits = inputs()
+    values = inputs()
     # Lane 8 i + r names row r of matrix i.
-    stored = [[bits[64 * i + 8 * r : 64 * i + 8 * r + 8] for r in range(8)] for i in range(8)]
-    plain, turned = stored[:4], [list(zip(*matrix, strict=True)) for matrix in stored[4:]]
-
-    def value(word: int) -> float:
-        return struct.unpack("<f", struct.pack("<I", word << 16))[0]
+    stored = [[values[64 * i + 8 * r : 64 * i + 8 * r + 8] for r in range(8)] for i in range(8)]
+    for i in range(0, 8, 2):
+        stored[i][5] = [0.0] * 8
+    plain = stored[:4]
+    turned = [[list(row) for row in zip(*matrix, strict=True)] for matrix in stored[4:]]
 
     # a: registers 0..3 are the quarters at (0, 0), (8, 0), (0, 8), (8, 8); b: at (0, 0), (8, 0),
     # each lane holding two consecutive rows of one column.
@@ -117,14 +124,16 @@ def expected_patterns() -> list[str]:
     for row in range(8):
         for column in range(8):
             for i in range(4):
-                a[row + 8 * (i % 2)][column + 8 * (i // 2)] = value(plain[i][row][column])
+                a[row + 8 * (i % 2)][column + 8 * (i // 2)] = plain[i][row][column]
             for i in range(2):
-                b[column + 8 * i][row] = value(turned[i][row][column])
+                b[column + 8 * i][row] = turned[i][row][column]
     out = []
     for lane in range(32):
         g, t = divmod(lane, 4)
         for matrices in (plain, turned):
-            out += [m[g][2 * t] | m[g][2 * t + 1] << 16 for m in matrices]
+            for m in matrices:
+                low, high = (bits_of(m[g][2 * t + half], dtype) for half in range(2))
+                out.append(low | high << 16)
         for i in range(4):
             row, column = g + 8 * (i // 2), 2 * t + i % 2
             total = 1.0 + i + sum(a[row][k] * b[k][column] for k in range(16))
@@ -135,7 +144,7 @@ def expected_patterns() -> list[str]:
 @of_the_emulator
 def test_patterns() -> None:
     done = build.run(program("native"), ["patterns"])
-    assert done.stdout.split() == expected_patterns()
+    assert done.stdout.split() == expected_patterns("bf16") + expected_patterns("f16")
 
 
 @of_the_emulator
@@ -150,12 +159,14 @@ def test_nvcc(architecture: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     text = ptx.read_text()
     for instruction in (
-        r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16",
+        r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16;",
+        r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;",
         r"cp\.async\.commit_group",
         r"cp\.async\.wait_group 1",
         r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16",
         r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16",
         r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
     ):
         assert re.search(instruction, text), f"no {instruction} in nvcc's PTX"
 
@@ -180,4 +191,4 @@ def test_on_gpu(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     assert subprocess.run([str(target)]).returncode == 0
     patterns = subprocess.run([str(target), "patterns"], capture_output=True, text=True, check=True)
-    assert patterns.stdout.split() == expected_patterns()
+    assert patterns.stdout.split() == expected_patterns("bf16") + expected_patterns("f16")

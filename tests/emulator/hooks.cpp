@@ -140,6 +140,9 @@ void count_memory(bool count) {
   counting = count;
 }
 
+Uncounted::Uncounted() { busy = true; }
+Uncounted::~Uncounted() { busy = false; }
+
 void name_memory(const char* name, const void* begin, size_t bytes) {
   const auto* first = static_cast<const char*>(begin);
   buffers()[first] = {first + bytes, name};

@@ -34,6 +34,8 @@ struct Warp {
   unsigned rank = 0;      // pct: 0 runs first
   uint8_t generation[32] = {};
   char order[32][2] = {};  // TSan: what a collective's lanes are ordered by, per lowest lane
+  // Written when all lanes have come, and so have read what the last gather left.
+  uint32_t gathered[32 * kMaxGathered];
 };
 
 // All threads of a block wait at one, or all of a grid.

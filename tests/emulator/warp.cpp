@@ -3,6 +3,10 @@
 
 #include "scheduler.h"
 
+#if defined(BRAZE_EMULATOR_MSAN)
+#include <sanitizer/msan_interface.h>
+#endif
+
 namespace emulator {
 namespace {
 
@@ -10,9 +14,9 @@ const char* name(WarpOp op) {
   constexpr const char* kNames[] = {"__syncwarp",        "__shfl_sync",       "__shfl_up_sync",
                                     "__shfl_down_sync",  "__shfl_xor_sync",   "__ballot_sync",
                                     "__any_sync",        "__all_sync",        "__match_any_sync",
-                                    "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync",
-                                    "__reduce_min_sync", "__reduce_max_sync", "__reduce_and_sync",
-                                    "__reduce_or_sync",  "__reduce_xor_sync"};
+                                    "ldmatrix or mma",   "__reduce_add_sync", "__reduce_min_sync",
+                                    "__reduce_max_sync", "__reduce_min_sync", "__reduce_max_sync",
+                                    "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync"};
   return kNames[static_cast<int>(op)];
 }
 
@@ -93,6 +97,16 @@ void resolve(WarpOp op, Thread* lanes, uint32_t mask) {
   }
 }
 
+void gather(const Thread* lanes, uint32_t* gathered) {
+  Unobserved unobserved;
+  const size_t bytes = static_cast<size_t>(lanes[0].operand) * sizeof(uint32_t);
+  for (int lane = 0; lane < 32; ++lane) {
+    memcpy(gathered + lane * lanes[0].operand, reinterpret_cast<const void*>(lanes[lane].value),
+           bytes);
+  }
+  mark_written(gathered, 32 * bytes);
+}
+
 void check_mask(const Block& block, const Thread& thread, const Warp& warp) {
   const auto where = [&] {
     return std::string(name(thread.op)) + " at " + text(thread.site) + ", " + who(block, thread);
@@ -162,7 +176,11 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int operand, 
   warp.at_collective |= 1u << thread.number % 32;
   thread.wait = Wait::warp;
   if ((warp.at_collective & mask) == mask) {
-    resolve(op, lanes, mask);
+    if (op == WarpOp::gather) {
+      gather(lanes, warp.gathered);
+    } else {
+      resolve(op, lanes, mask);
+    }
     warp.at_collective &= ~mask;
     ++warp.generation[leader];
     make_ready(block, thread.number / 32, mask);
@@ -171,6 +189,14 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int operand, 
   thread.wait = Wait::none;
   if (orders_memory) acquire_order(order);
   return thread.result;
+}
+
+const uint32_t* warp_gather(const uint32_t* words, int count, Site site) {
+#if defined(BRAZE_EMULATOR_MSAN)
+  __msan_check_mem_is_initialized(words, static_cast<size_t>(count) * sizeof(uint32_t));
+#endif
+  warp_collective(WarpOp::gather, ~0u, reinterpret_cast<uint64_t>(words), count, 32, site);
+  return warp_of(*block_now, *thread_now).gathered;
 }
 
 unsigned active_mask() {

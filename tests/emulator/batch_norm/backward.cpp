@@ -7,15 +7,51 @@ namespace norm {
 
 using namespace harness;
 
+std::vector<ChannelSums> Problem::sums_of(int k, const std::vector<double>& d,
+                                          const std::vector<double>& d_size) const {
+  std::vector<ChannelSums> result(static_cast<size_t>(spec.c));
+  for (size_t i = 0; i < d.size(); ++i) {
+    const auto at = static_cast<int64_t>(i);
+    const int64_t c = channel_of(at);
+    ChannelSums& s = result[static_cast<size_t>(c)];
+    const double distance = x[k].get(at) - (stat(k, kMean, c) + stat(k, kMeanLow, c));
+    s.grad += d[i];
+    s.grad_input += d[i] * distance;
+    s.grad_size += d_size[i];
+    s.input_size += d_size[i] * std::fabs(distance);
+  }
+  return result;
+}
+
+bool Problem::check_gradients(int k, const std::vector<ChannelSums>& all) const {
+  const double unit = sum_error(spec.dtype);
+  for (int64_t c = 0; c < spec.c; ++c) {
+    const ChannelSums& s = all[static_cast<size_t>(c)];
+    const double invstd = stat(k, kInvstd, c), rounded = rounding(grad_bias[k].dtype());
+    if (spec.bias && !CHECK(near(grad_bias[k].get(c), s.grad,
+                                 unit * s.grad_size + rounded * std::fabs(s.grad) + 6e-8))) {
+      return false;
+    }
+    const double wanted = s.grad_input * invstd;
+    if (spec.weight &&
+        !CHECK(near(grad_weight[k].get(c), wanted,
+                    unit * s.input_size * invstd + rounded * std::fabs(wanted) + 6e-8))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// At a place in the middle of either piece.
+double Problem::slope_of(bool high) const {
+  return derivative(spec.activation, high ? 0.5 : -10, spec.parameter);
+}
+
 // Needs stats, and x as it was.
 bool Problem::check_backward() {
   const int64_t numel = spec.n * spec.c * spec.spatial,
                 row = spec.channels_last ? spec.c : spec.spatial;
-  const auto channel_of = [&](int64_t i) {
-    return spec.channels_last ? i % spec.c : i / spec.spatial % spec.c;
-  };
-  const auto stat = [&](int k, int which, int64_t c) { return stats[k].get(which * spec.c + c); };
-  // d_size: what d's error is relative to. A curved derivative may cancel.
+  // A curved derivative may cancel.
   std::vector<double> d(static_cast<size_t>(numel)), d_size(static_cast<size_t>(numel));
   if (spec.mask) memset(mask.data(), 0, static_cast<size_t>(spec.shape().mask_bytes()));
   for (int64_t i = 0; i < numel; ++i) {
@@ -23,8 +59,7 @@ bool Problem::check_backward() {
     double slope;
     if (two_slopes(spec.activation)) {
       const bool high = is_upper(i, c);
-      // A place in the middle of either piece.
-      slope = derivative(spec.activation, high ? 0.5 : -10, spec.parameter);
+      slope = slope_of(high);
       if (spec.mask && high) {
         static_cast<uint8_t*>(mask.data())[i / row * ((row + 7) / 8) + i % row / 8] |=
             static_cast<uint8_t>(1u << (i % row % 8));
@@ -46,44 +81,24 @@ bool Problem::check_backward() {
   if (!CHECK_OK(cuda::batch_norm_apply_grad(args, nullptr))) return false;
   CHECK_OK(cudaDeviceSynchronize());
 
-  const bool wide = spec.dtype == DType::f64;
-  const double unit = wide ? 1e-13 : 3e-6;
+  const double unit = sum_error(spec.dtype);
   const auto channels = static_cast<size_t>(spec.c);
   for (int k = 0; k < spec.inputs; ++k) {
-    std::vector<double> grad(channels), grad_input(channels), all(channels), all_input(channels);
-    for (int64_t i = 0; i < numel; ++i) {
-      const auto c = static_cast<size_t>(channel_of(i));
-      const double mean = stat(k, kMean, channel_of(i)) + stat(k, kMeanLow, channel_of(i));
-      const double value = d[static_cast<size_t>(i)], distance = x[k].get(i) - mean;
-      grad[c] += value;
-      grad_input[c] += value * distance;
-      all[c] += d_size[static_cast<size_t>(i)];
-      all_input[c] += d_size[static_cast<size_t>(i)] * std::fabs(distance);
-    }
+    const std::vector<ChannelSums> all = sums_of(k, d, d_size);
+    if (!check_gradients(k, all)) return false;
     const Array& out = spec.in_place && k == 0 ? dy : dx[k];
     std::vector<double> on_input(channels), constant(channels);
     for (size_t c = 0; c < channels; ++c) {
       const auto channel = static_cast<int64_t>(c);
       const double invstd = stat(k, kInvstd, channel), scale = stat(k, kScale, channel);
-      const double rounded = rounding(grad_bias[k].dtype());
-      if (spec.bias && !CHECK(near(grad_bias[k].get(channel), grad[c],
-                                   unit * all[c] + rounded * std::fabs(grad[c]) + 6e-8))) {
-        return false;
-      }
-      const double wanted = grad_input[c] * invstd;
-      if (spec.weight &&
-          !CHECK(near(grad_weight[k].get(channel), wanted,
-                      unit * all_input[c] * invstd + rounded * std::fabs(wanted) + 6e-8))) {
-        return false;
-      }
       if (k == 0 &&
-          (!CHECK(near(sums.get(channel), grad[c], unit * all[c])) ||
-           !CHECK(near(sums.get(spec.c + channel), grad_input[c], unit * all_input[c])))) {
+          (!CHECK(near(sums.get(channel), all[c].grad, unit * all[c].grad_size)) ||
+           !CHECK(near(sums.get(spec.c + channel), all[c].grad_input, unit * all[c].input_size)))) {
         return false;
       }
       if (!spec.training || numel == 0) continue;
-      on_input[c] = -scale * invstd * invstd * grad_input[c] / args.count;
-      constant[c] = -scale * grad[c] / args.count;
+      on_input[c] = -scale * invstd * invstd * all[c].grad_input / args.count;
+      constant[c] = -scale * all[c].grad / args.count;
     }
     for (int64_t i = 0; i < numel; ++i) {
       const int64_t channel = channel_of(i);
@@ -94,7 +109,7 @@ bool Problem::check_backward() {
       const double want = parts[0] + parts[1] + parts[2];
       const double size = d_size[static_cast<size_t>(i)] * std::fabs(stat(k, kScale, channel)) +
                           std::fabs(parts[1]) + std::fabs(parts[2]);
-      const double slack = spec.training ? unit * all[c] / args.count : 0;
+      const double slack = spec.training ? unit * all[c].grad_size / args.count : 0;
       if (!CHECK(
               near(out.get(i), want,
                    1.001 * rounding(spec.dtype) * std::fabs(want) + unit * size + slack + 6e-8))) {

@@ -83,6 +83,11 @@ int64_t offset_of(const Spec& s, int64_t image, int64_t channel, int64_t pixel) 
                          : (image * s.c + channel) * s.spatial + pixel;
 }
 DType arithmetic(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+double gaussian(Random& random) {
+  double sum = -6;
+  for (int i = 0; i < 12; ++i) sum += random.uniform();
+  return sum;
+}
 double rounding(DType dtype) {
   return dtype == DType::f64   ? 0x1p-53
          : dtype == DType::f32 ? 0x1p-24
@@ -129,6 +134,7 @@ bool two_slopes(Activation activation) { return has_two_slopes(activation); }
 
 bool near(double got, double want, double tolerance) {
   if (std::isnan(want)) return std::isnan(got);
+  if (std::isinf(want)) return got == want;
   return got == want || std::fabs(got - want) <= tolerance;
 }
 

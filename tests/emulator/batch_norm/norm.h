@@ -1,4 +1,5 @@
-// A batch-norm problem in device memory, and its answers in double.
+// A batch-norm problem in device memory, and its answers in double. Convolutions have one before
+// and one after them.
 #pragma once
 #include <functional>
 #include <vector>
@@ -58,7 +59,8 @@ struct Spec {
 const char* describe(const Spec& spec);
 int64_t offset_of(const Spec& spec, int64_t image, int64_t channel, int64_t pixel);
 DType arithmetic(DType dtype);  // f64 or f32
-double rounding(DType dtype);   // relative error of one rounding to it
+double gaussian(harness::Random& random);
+double rounding(DType dtype);  // relative error of one rounding to it
 
 // Workspace and tickets of exactly the size asked for.
 struct Memory {
@@ -73,6 +75,16 @@ Memory memory_for(const Args& args) {
   CHECK_OK(cuda::batch_norm_scratch(args, size));
   return Memory(size);
 }
+
+// The running statistics of one input, as they were.
+struct Running {
+  std::vector<double> mean, variance;
+};
+
+// Of one channel: of d and d (x - mean), and of their sizes.
+struct ChannelSums {
+  double grad = 0, grad_input = 0, grad_size = 0, input_size = 0;
+};
 
 class Problem {
  public:
@@ -91,6 +103,21 @@ class Problem {
   bool check_all();
   // The reference's stats in place of the kernels'.
   void set_stats();
+  // Mean and variance of what x is now, for the reference.
+  void measure(int k);
+  // What a kernel has made of x, and of the running statistics that were.
+  Running running(int k) const;
+  bool check_stats(int k, const Running& before);
+  // In the arithmetic type, from the stats in device memory: a derivative that jumps must see the
+  // kernels' own z.
+  double z(int64_t i, int64_t channel) const;
+  bool is_upper(int64_t i, int64_t channel) const;
+  double slope_of(bool high) const;  // the derivative, where there are two or one
+  // `d_size`: what d's error is relative to.
+  std::vector<ChannelSums> sums_of(int k, const std::vector<double>& d,
+                                   const std::vector<double>& d_size) const;
+  // What a kernel has made of these sums.
+  bool check_gradients(int k, const std::vector<ChannelSums>& sums) const;
   // What everything wrote, for comparing runs.
   std::vector<char> results() const;
 
@@ -100,12 +127,13 @@ class Problem {
   Array stats[2], coefficients[2], grad_weight[2], grad_bias[2], sums;
 
  private:
-  double z(int64_t i, int64_t channel) const;
-  bool is_upper(int64_t i, int64_t channel) const;
   double weight_of(int k, int64_t c) const { return spec.weight ? weight[k].get(c) : 1; }
   double bias_of(int k, int64_t c) const { return spec.bias ? bias[k].get(c) : 0; }
-  bool check_running(int k, const std::vector<double>& old_mean,
-                     const std::vector<double>& old_var);
+  int64_t channel_of(int64_t i) const {
+    return spec.channels_last ? i % spec.c : i / spec.spatial % spec.c;
+  }
+  double stat(int k, int row, int64_t c) const { return stats[k].get(row * spec.c + c); }
+  bool check_running(int k, const Running& before);
 
   // Of each input and channel, by the reference.
   std::vector<double> mean_[2], variance_[2];
@@ -116,6 +144,9 @@ double derivative(Activation activation, double z, double parameter);
 // By z in the arithmetic type, as the kernels see it.
 bool upper(Activation activation, double z, DType arithmetic);
 bool two_slopes(Activation activation);
+
+// Relative to what is summed, of sums and what is made of them.
+inline double sum_error(DType dtype) { return dtype == DType::f64 ? 1e-13 : 3e-6; }
 
 // |got - want| <= tolerance, or NaN in both, or the same infinity.
 bool near(double got, double want, double tolerance);

@@ -10,12 +10,6 @@ using namespace harness;
 
 namespace {
 
-double gaussian(Random& random) {
-  double sum = -6;
-  for (int i = 0; i < 12; ++i) sum += random.uniform();
-  return sum;
-}
-
 template <class F>
 void for_each(const Spec& s, F&& f) {
   for (int64_t i = 0; i < s.n; ++i) {
@@ -62,8 +56,6 @@ Problem::Problem(const Spec& s) : spec(s) {
     grad_weight[k] = Array(params, s.c);
     grad_bias[k] = Array(params, s.c);
     if (!s.in_place || k > 0) dx[k] = Array(s.dtype, numel, s.phase);
-    mean_[k].assign(static_cast<size_t>(s.c), 0);
-    variance_[k].assign(static_cast<size_t>(s.c), 0);
   }
   if (s.residual) activations(residual, s.phase, 0, 1);
   activations(dy, s.phase_of_y, 0.1, 1);
@@ -72,24 +64,28 @@ Problem::Problem(const Spec& s) : spec(s) {
   if (s.residual) grad_residual = Array(s.dtype, numel, s.phase);
   mask = Array(DType::f16, (s.shape().mask_bytes() + 1) / 2);
   sums = Array(type, 2 * s.c);
+  for (int k = 0; k < s.inputs; ++k) measure(k);
+}
 
-  const auto count = static_cast<double>(s.n * s.spatial);
-  for (int k = 0; k < s.inputs && count > 0; ++k) {
-    // By their distance from the first value, which loses nothing.
-    const auto first = [&](int64_t c) { return x[k].get(offset_of(s, 0, c, 0)); };
-    for_each(s, [&](int64_t i, int64_t c) {
-      mean_[k][static_cast<size_t>(c)] += x[k].get(i) - first(c);
-    });
-    for (int64_t c = 0; c < s.c; ++c) {
-      double& mean = mean_[k][static_cast<size_t>(c)];
-      mean = first(c) + mean / count;
-    }
-    for_each(s, [&](int64_t i, int64_t c) {
-      const double d = x[k].get(i) - mean_[k][static_cast<size_t>(c)];
-      variance_[k][static_cast<size_t>(c)] += d * d;
-    });
-    for (double& variance : variance_[k]) variance /= count;
+void Problem::measure(int k) {
+  const auto count = static_cast<double>(spec.n * spec.spatial);
+  mean_[k].assign(static_cast<size_t>(spec.c), 0);
+  variance_[k].assign(static_cast<size_t>(spec.c), 0);
+  if (count == 0) return;
+  // By their distance from the first value, which loses nothing.
+  const auto first = [&](int64_t c) { return x[k].get(offset_of(spec, 0, c, 0)); };
+  for_each(spec, [&](int64_t i, int64_t c) {
+    mean_[k][static_cast<size_t>(c)] += x[k].get(i) - first(c);
+  });
+  for (int64_t c = 0; c < spec.c; ++c) {
+    double& mean = mean_[k][static_cast<size_t>(c)];
+    mean = first(c) + mean / count;
   }
+  for_each(spec, [&](int64_t i, int64_t c) {
+    const double d = x[k].get(i) - mean_[k][static_cast<size_t>(c)];
+    variance_[k][static_cast<size_t>(c)] += d * d;
+  });
+  for (double& variance : variance_[k]) variance /= count;
 }
 
 BatchNormChannels Problem::channels(int k) {
@@ -178,8 +174,6 @@ void Problem::set_stats() {
   }
 }
 
-// In the arithmetic type, from the stats in device memory: a derivative that jumps must see the
-// kernels' own z.
 double Problem::z(int64_t i, int64_t c) const {
   const auto value = [&](auto zero) {
     using T = decltype(zero);
@@ -201,8 +195,16 @@ bool Problem::is_upper(int64_t i, int64_t c) const {
   return upper(spec.activation, z(i, c), arithmetic(spec.dtype));
 }
 
-bool Problem::check_running(int k, const std::vector<double>& old_mean,
-                            const std::vector<double>& old_var) {
+Running Problem::running(int k) const {
+  Running now;
+  for (int64_t c = 0; c < spec.c; ++c) {
+    now.mean.push_back(running_mean[k].get(c));
+    now.variance.push_back(running_var[k].get(c));
+  }
+  return now;
+}
+
+bool Problem::check_running(int k, const Running& before) {
   const int64_t batches = *static_cast<const int64_t*>(tracked[k].data());
   if (!CHECK(batches == (spec.running ? 4 : 3))) return false;
   const auto count = static_cast<double>(spec.n * spec.spatial);
@@ -210,7 +212,7 @@ bool Problem::check_running(int k, const std::vector<double>& old_mean,
   const double unit = rounding(running_mean[k].dtype()) * 1.01 + 1e-6 * momentum;
   for (int64_t c = 0; c < spec.c; ++c) {
     const auto i = static_cast<size_t>(c);
-    double mean = old_mean[i], variance = old_var[i];
+    double mean = before.mean[i], variance = before.variance[i];
     if (spec.running && count > 0) {
       mean += momentum * (mean_[k][i] - mean);
       variance += momentum * (variance_[k][i] * count / (count - 1) - variance);
@@ -223,36 +225,40 @@ bool Problem::check_running(int k, const std::vector<double>& old_mean,
   return true;
 }
 
-bool Problem::check_statistics() {
+bool Problem::check_stats(int k, const Running& before) {
   const bool wide = spec.dtype == DType::f64;
-  for (int k = 0; k < spec.inputs; ++k) {
-    std::vector<double> old_mean, old_var;
-    for (int64_t c = 0; c < spec.c; ++c) {
-      old_mean.push_back(running_mean[k].get(c));
-      old_var.push_back(running_var[k].get(c));
+  const double unit = wide ? 1e-13 : 1e-6, rounded = rounding(arithmetic(spec.dtype)) * 2.5;
+  for (int64_t c = 0; c < spec.c; ++c) {
+    const auto i = static_cast<size_t>(c);
+    const double sigma = std::sqrt(variance_[k][i]);
+    const double mean = stat(k, kMean, c) + stat(k, kMeanLow, c);
+    const double invstd = 1 / std::sqrt(variance_[k][i] + spec.eps);
+    const double scale = invstd * weight_of(k, c);
+    const double far = std::fabs(mean_[k][i]) * 3e-16;
+    // Half of the variance's error of 1e-6.
+    if (!CHECK(near(mean, mean_[k][i], unit * sigma + far)) ||
+        !CHECK(near(stat(k, kInvstd, c), invstd, (unit / 2 + rounded) * invstd)) ||
+        !CHECK(near(stat(k, kScale, c), scale, (unit / 2 + rounded) * std::fabs(scale)))) {
+      return false;
     }
+    const double low = stat(k, kMeanLow, c) * scale, bias = bias_of(k, c);
+    if (!CHECK(near(stat(k, kShift, c), bias - low,
+                    rounded * std::fabs(bias - low) + unit * std::fabs(low)))) {
+      return false;
+    }
+  }
+  return check_running(k, before);
+}
+
+bool Problem::check_statistics() {
+  for (int k = 0; k < spec.inputs; ++k) {
+    const Running before = running(k);
     const StatisticsArgs args = statistics_args(k);
     const Memory memory = memory_for(args);
     if (!CHECK_OK(cuda::batch_norm_statistics(args, memory.scratch, nullptr))) return false;
     CHECK_OK(cudaDeviceSynchronize());
     memory.check();
-    const double unit = wide ? 1e-13 : 1e-6, rounded = rounding(arithmetic(spec.dtype)) * 2.5;
-    for (int64_t c = 0; c < spec.c; ++c) {
-      const auto i = static_cast<size_t>(c);
-      const double sigma = std::sqrt(variance_[k][i]);
-      const double mean = stats[k].get(kMean * spec.c + c) + stats[k].get(kMeanLow * spec.c + c);
-      const double invstd = 1 / std::sqrt(variance_[k][i] + spec.eps);
-      const double scale = invstd * weight_of(k, c);
-      const double far = std::fabs(mean_[k][i]) * 3e-16;
-      // Half of the variance's error of 1e-6.
-      if (!CHECK(near(mean, mean_[k][i], unit * sigma + far)) ||
-          !CHECK(near(stats[k].get(kInvstd * spec.c + c), invstd, (unit / 2 + rounded) * invstd)) ||
-          !CHECK(near(stats[k].get(kScale * spec.c + c), scale,
-                      (unit / 2 + rounded) * std::fabs(scale)))) {
-        return false;
-      }
-    }
-    if (!check_running(k, old_mean, old_var)) return false;
+    if (!check_stats(k, before)) return false;
   }
   return true;
 }

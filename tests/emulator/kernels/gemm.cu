@@ -1,6 +1,7 @@
 // Runs gemm.cuh and compares it with double; on the emulator, or compiled by nvcc on a GPU.
 //   gemm            the right kernel
 //   gemm no_wait    without its wait
+//   gemm no_zeros   with numbers in place of the zeros beyond the depth
 //   gemm patterns   prints the bits that each instruction gives
 #include <cmath>
 #include <cstdio>
@@ -9,27 +10,25 @@
 #include <vector>
 
 #include "gemm.cuh"
+#include "math/convert.h"
 
 namespace {
 
 using namespace gemm;
 
-float value_of(uint16_t bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  memcpy(&value, &word, sizeof(value));
-  return value;
+uint16_t bits_of(float value, Type type) {
+  return type == Type::f16 ? braze::f16_from_float(value) : braze::bf16_from_float(value);
+}
+float value_of(uint16_t bits, Type type) {
+  return type == Type::f16 ? braze::float_from_f16(bits) : braze::float_from_bf16(bits);
 }
 
-// bf16 numbers whose products and sums are exact in float: small multiples of 1/8.
-std::vector<uint16_t> numbers(size_t count, unsigned seed) {
+// Numbers whose products and sums are exact in float: small multiples of 1/8.
+std::vector<uint16_t> numbers(size_t count, unsigned seed, Type type) {
   std::vector<uint16_t> result;
   for (size_t i = 0; i < count; ++i) {
     seed = seed * 1664525u + 1013904223u;
-    const float value = (static_cast<float>(seed >> 24) - 128.0f) / 8;
-    uint32_t word;
-    memcpy(&word, &value, sizeof(word));
-    result.push_back(static_cast<uint16_t>(word >> 16));
+    result.push_back(bits_of((static_cast<float>(seed >> 24) - 128.0f) / 8, type));
   }
   return result;
 }
@@ -52,17 +51,15 @@ struct OnDevice {
   }
 };
 
-int multiply_and_compare(bool wait) {
-  constexpr int m = 128, n = 128, k = 160;
-  const std::vector<uint16_t> a = numbers(m * k, 1), b = numbers(k * n, 2);
+template <Type kType, Fault kFault>
+int multiply_and_compare() {
+  constexpr int m = 128, n = 128, k = 152;
+  const std::vector<uint16_t> a = numbers(m * k, 1, kType), b = numbers(k * n, 2, kType);
   const OnDevice<uint16_t> device_a(a), device_b(b);
   const OnDevice<float> device_c(static_cast<size_t>(m) * n);
   const dim3 grid(n / kColumns, m / kRows);
-  const cudaError_t error =
-      wait ? BRAZE_LAUNCH((gemm_kernel<Fault::none>), grid, kThreads, 0, nullptr, device_a.data,
-                          device_b.data, device_c.data, n, k)
-           : BRAZE_LAUNCH((gemm_kernel<Fault::no_wait>), grid, kThreads, 0, nullptr, device_a.data,
-                          device_b.data, device_c.data, n, k);
+  const cudaError_t error = BRAZE_LAUNCH((gemm_kernel<kType, kFault>), grid, kThreads, 0, nullptr,
+                                         device_a.data, device_b.data, device_c.data, n, k);
   if (error != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess) {
     printf("the launch failed: %s\n", cudaGetErrorString(error));
     return 1;
@@ -72,8 +69,8 @@ int multiply_and_compare(bool wait) {
     for (int j = 0; j < n; ++j) {
       double expected = 0;
       for (int d = 0; d < k; ++d) {
-        expected += static_cast<double>(value_of(a[static_cast<size_t>(i * k + d)])) *
-                    value_of(b[static_cast<size_t>(d * n + j)]);
+        expected += static_cast<double>(value_of(a[static_cast<size_t>(i * k + d)], kType)) *
+                    value_of(b[static_cast<size_t>(d * n + j)], kType);
       }
       const double got = c[static_cast<size_t>(i * n + j)];
       if (got == expected) continue;
@@ -85,15 +82,22 @@ int multiply_and_compare(bool wait) {
   return 0;
 }
 
+template <Type kType>
 int print_patterns() {
-  const std::vector<uint16_t> in = numbers(512, 3);
+  const std::vector<uint16_t> in = numbers(512, 3, kType);
   const OnDevice<uint16_t> device_in(in);
   const OnDevice<uint32_t> device_out(32 * 12);
   const cudaError_t error =
-      BRAZE_LAUNCH(pattern_kernel, 1, 32, 0, nullptr, device_in.data, device_out.data);
+      BRAZE_LAUNCH(pattern_kernel<kType>, 1, 32, 0, nullptr, device_in.data, device_out.data);
   if (error != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess) return 1;
   for (const uint32_t word : device_out.read()) printf("%08x\n", word);
   return 0;
+}
+
+template <Fault kFault>
+int both_types() {
+  const int bf16 = multiply_and_compare<Type::bf16, kFault>();
+  return multiply_and_compare<Type::f16, kFault>() | bf16;
 }
 
 }  // namespace
@@ -101,7 +105,10 @@ int print_patterns() {
 int main(int argc, char** argv) {
   const auto is = [&](const char* what) { return argc > 1 && strcmp(argv[1], what) == 0; };
   try {
-    return is("patterns") ? print_patterns() : multiply_and_compare(!is("no_wait"));
+    if (is("patterns")) return print_patterns<Type::bf16>() | print_patterns<Type::f16>();
+    if (is("no_wait")) return both_types<Fault::no_wait>();
+    if (is("no_zeros")) return both_types<Fault::no_zeros>();
+    return both_types<Fault::none>();
   } catch (const std::exception&) {
     return 1;  // printed where it arose
   }

@@ -40,7 +40,7 @@ class Case {
   explicit Case(const char* format, ...) __attribute__((format(printf, 2, 3)));
   ~Case();
   Case(const Case&) = delete;
-  char text[120];
+  char text[200];
 };
 
 class Random {

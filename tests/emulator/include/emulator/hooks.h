@@ -14,4 +14,13 @@ void name_memory(const char* name, const void* begin, size_t bytes);
 // <requests> <lanes> <sectors, or bank turns>". Buffers without a name are "unnamed" or "shared".
 void print_memory_counts(const char* name);
 
+// Accesses while it lives do not count: those of a model beyond the instruction's own.
+struct Uncounted {
+#if defined(BRAZE_EMULATOR_HOOKS)
+  Uncounted();
+  ~Uncounted();
+  Uncounted(const Uncounted&) = delete;
+#endif
+};
+
 }  // namespace emulator

@@ -2,6 +2,7 @@
 // both a load and the multiplication could hide; tests/cuda/test_ptx_models.py has the bit patterns
 // to compare on a GPU.
 #pragma once
+#include "hooks.h"
 #include "memory.h"
 #include "threads.h"
 
@@ -34,53 +35,56 @@ inline float f16_of(uint32_t word, int half) {
 
 namespace braze::cuda {
 
+inline void store16_shared(void* address, uint4 value) { store16(address, value); }
+
 inline unsigned int atomic_add_acq_rel(unsigned int* counter, unsigned int value) {
   return atomicAdd(counter, value);
 }
 
+inline int computed_here(int value) { return value; }
+
 // As late as the hardware may: until the wait the destination is rubbish, and the source is read
-// only then.
-inline void cp_async16(void* shared, const void* global) {
-  store16(shared, uint4{~0u, ~0u, ~0u, ~0u});
-  (void)load16(global);  // a wrong address is found here
-  emulator::async_copy(shared, global);
-}
+// only then. A copy counts where it is started.
 inline void cp_async16_or_zero(void* shared, const void* global, bool copy) {
   alignas(16) static const unsigned char zeros[16] = {};
-  if (copy) return cp_async16(shared, global);
   store16(shared, uint4{~0u, ~0u, ~0u, ~0u});
-  emulator::async_copy(shared, zeros);
+  if (copy) (void)load16(global);  // a wrong address is found here
+  emulator::async_copy(shared, copy ? global : zeros);
+}
+inline void cp_async16(void* shared, const void* global) {
+  cp_async16_or_zero(shared, global, true);
 }
 inline void cp_async_commit() { emulator::async_copy_commit(); }
 template <int kPending>
 inline void cp_async_wait() {
+  [[maybe_unused]] const emulator::Uncounted landing{};
   void* to = nullptr;
   const void* from = nullptr;
   while (emulator::async_copy_landing(kPending, &to, &from)) store16(to, load16(from));
 }
 
+// Each lane reads the row that it names: a request of the warp is four matrices, in their order.
+inline const uint32_t* matrix_rows(const void* row, const char* file, int line) {
+  const uint4 bits = load16(row);
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+  return emulator::warp_gather(words, 4, {file, line});
+}
+
 inline void ldmatrix_x4(const void* row, uint32_t (&out)[4], EMULATOR_SITE) {
+  const uint32_t* const rows = matrix_rows(row, file, line);
   const int lane = emulator::lane();
-  for (int i = 0; i < 4; ++i) {
-    const auto address =
-        __shfl_sync(~0u, reinterpret_cast<uint64_t>(row), 8 * i + lane / 4, 32, file, line);
-    const uint4 bits = load16(reinterpret_cast<const void*>(address));
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-    out[i] = words[lane % 4];
-  }
+  for (int i = 0; i < 4; ++i) out[i] = rows[4 * (8 * i + lane / 4) + lane % 4];
 }
 
 inline void ldmatrix_x4_trans(const void* row, uint32_t (&out)[4], EMULATOR_SITE) {
+  const uint32_t* const rows = matrix_rows(row, file, line);
   const int lane = emulator::lane();
+  const int column = lane / 4;
   for (int i = 0; i < 4; ++i) {
     out[i] = 0;
     for (int half = 0; half < 2; ++half) {
-      const auto address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(row),
-                                       8 * i + 2 * (lane % 4) + half, 32, file, line);
-      const uint4 bits = load16(reinterpret_cast<const void*>(address));
-      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-      const int column = lane / 4;
-      out[i] |= (words[column / 2] >> (16 * (column % 2)) & 0xffffu) << (16 * half);
+      const uint32_t word = rows[4 * (8 * i + 2 * (lane % 4) + half) + column / 2];
+      out[i] |= (word >> (16 * (column % 2)) & 0xffffu) << (16 * half);
     }
   }
 }
@@ -90,28 +94,30 @@ inline void ldmatrix_x4_trans(const void* row, uint32_t (&out)[4], EMULATOR_SITE
 template <float (*kValue)(uint32_t, int)>
 inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          const char* file, int line) {
+  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const uint32_t* const all = emulator::warp_gather(own, 6, {file, line});
   const int lane = emulator::lane();
   const int g = lane / 4, t = lane % 4;
-  double sums[4] = {c[0], c[1], c[2], c[3]};
+  float rows[2][16], columns[2][16];
   // Quad q of a row or column holds its k = 2q, 2q+1, 2q+8, 2q+9.
   for (int q = 0; q < 4; ++q) {
-    uint32_t rows[4], columns[2][2];
-    for (int r = 0; r < 4; ++r) rows[r] = __shfl_sync(~0u, a[r], 4 * g + q, 32, file, line);
-    for (int n = 0; n < 2; ++n) {
-      for (int k = 0; k < 2; ++k) {
-        columns[n][k] = __shfl_sync(~0u, b[k], 4 * (2 * t + n) + q, 32, file, line);
-      }
-    }
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       for (int k = 0; k < 2; ++k) {
         for (int half = 0; half < 2; ++half) {
-          sums[i] += static_cast<double>(kValue(rows[i / 2 + 2 * k], half)) *
-                     kValue(columns[i % 2][k], half);
+          const int at = 2 * q + 8 * k + half;
+          rows[i][at] = kValue(all[6 * (4 * g + q) + i + 2 * k], half);
+          columns[i][at] = kValue(all[6 * (4 * (2 * t + i) + q) + 4 + k], half);
         }
       }
     }
   }
-  for (int i = 0; i < 4; ++i) c[i] = static_cast<float>(sums[i]);
+  for (int i = 0; i < 4; ++i) {
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      sum += static_cast<double>(rows[i / 2][k]) * columns[i % 2][k];
+    }
+    c[i] = static_cast<float>(sum);
+  }
 }
 inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               EMULATOR_SITE) {

@@ -28,6 +28,7 @@ enum class WarpOp {
   any,
   all,
   match_any,
+  gather,
   reduce_add,
   reduce_min,
   reduce_max,
@@ -41,6 +42,9 @@ enum class WarpOp {
 int block_barrier(BarrierKind kind, int predicate, Site site);
 uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int operand, int width,
                          Site site);
+// The `count` words of each of the warp's 32 lanes, lane by lane, until the caller's next gather.
+const uint32_t* warp_gather(const uint32_t* words, int count, Site site);
+constexpr int kMaxGathered = 6;
 unsigned active_mask();
 [[noreturn]] void trap(Site site);
 

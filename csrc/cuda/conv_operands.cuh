@@ -1,0 +1,163 @@
+// What tiles of convolutions are filled with: which 16 bytes of a tensor, and what is made of them
+// once they are there.
+#pragma once
+#include <type_traits>
+
+#include "../math/activation.h"
+#include "../math/batch_norm.h"
+#include "../plan/conv.h"
+#include "conv_grid.h"
+#include "conv_tiles.cuh"
+#include "elements.cuh"
+
+namespace braze::cuda {
+
+// Rows of a tile that are pixels, as the thread that copies them knows them.
+template <int kCount>
+class PixelRows {
+  static_assert(kCount * 6 <= 32);
+
+ public:
+  // Row i is pixel first + i * step.
+  __device__ __forceinline__ void start(const ConvPixels& p, uint32_t first, uint32_t step) {
+    const auto w = static_cast<uint32_t>(p.w), plane = static_cast<uint32_t>(p.h) * w;
+    there_ = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t pixel = first + static_cast<uint32_t>(i) * step;
+      if (BRAZE_HOOK(past_pixels, pixel >= p.count)) continue;
+      const uint32_t image = pixel / plane, place = pixel - image * plane, row = place / w;
+      // Under the first tap, before strides are taken out.
+      int y = static_cast<int>(row), x = static_cast<int>(place - row * w);
+      y = p.transposed ? y + p.padding : y * p.stride - p.padding;
+      x = p.transposed ? x + p.padding : x * p.stride - p.padding;
+      const uint32_t both = taps(p, y, p.from_h) | taps(p, x, p.from_w) << 3;
+      there_ |= both << (6 * i);
+      const int shift = p.transposed ? p.stride - 1 : 0;
+      first_[i] = (static_cast<int32_t>(image) * p.from_h * p.from_w + (y >> shift) * p.from_w +
+                   (x >> shift)) *
+                  p.chunks;
+    }
+  }
+
+  // Whether there is a pixel under a tap, and the first of its chunks.
+  __device__ __forceinline__ bool there(int i, int tap_y, int tap_x) const {
+    return (there_ >> (6 * i + tap_y) & there_ >> (6 * i + 3 + tap_x) & 1u) != 0;
+  }
+  __device__ __forceinline__ int64_t chunk(const ConvPixels& p, int i, int tap_y, int tap_x) const {
+    const int shift = p.transposed ? p.stride - 1 : 0;
+    const int32_t step = ((tap_y >> shift) * p.from_w + (tap_x >> shift)) * p.chunks;
+    return int64_t{first_[i]} + (BRAZE_HOOK(turned, p.transposed) ? -step : step);
+  }
+
+ private:
+  // Bit by bit, the taps that find a pixel along one axis.
+  static __device__ __forceinline__ uint32_t taps(const ConvPixels& p, int at, int size) {
+    uint32_t found = 0;
+#pragma unroll
+    for (int tap = 0; tap < 3; ++tap) {
+      bool there;
+      if (p.transposed) {
+        const int from = at - tap;
+        there = BRAZE_HOOK(between_strides, (from & (p.stride - 1)) == 0) && from >= 0 &&
+                BRAZE_HOOK(last_stride, from < size * p.stride);
+      } else {
+        there = BRAZE_HOOK(before_first, at + tap >= 0) && BRAZE_HOOK(after_last, at + tap < size);
+      }
+      found |= static_cast<uint32_t>(there) << tap;
+    }
+    return found;
+  }
+
+  int32_t first_[kCount];
+  uint32_t there_;  // six bits a row
+};
+
+// A chunk of a tensor to a place in shared memory, or zeros.
+__device__ __forceinline__ void copy_chunk(uint4* to, const void* tensor, int64_t chunk,
+                                           bool there) {
+  cp_async16_or_zero(to, static_cast<const uint4*>(tensor) + (there ? chunk : 0), there);
+}
+
+__device__ __forceinline__ Words words_of(uint4 raw) { return {{raw.x, raw.y, raw.z, raw.w}}; }
+__device__ __forceinline__ uint4 raw_of(const Words& w) {
+  return make_uint4(w.word[0], w.word[1], w.word[2], w.word[3]);
+}
+
+// Eight numbers of consecutive channels.
+__device__ __forceinline__ void load8(float (&values)[8], const void* row, int64_t channel) {
+  const float* const from = static_cast<const float*>(row) + channel;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint4 raw = load16(from + 4 * half);
+    values[4 * half] = float_from_bits(raw.x);
+    values[4 * half + 1] = float_from_bits(raw.y);
+    values[4 * half + 2] = float_from_bits(raw.z);
+    values[4 * half + 3] = float_from_bits(raw.w);
+  }
+}
+__device__ __forceinline__ const float* stats_row(const void* stats, int row, int64_t channels) {
+  return static_cast<const float*>(stats) + row * channels;
+}
+
+// What turns eight channels of x into z.
+struct ChunkNormalizer {
+  float mean[8], scale[8], shift[8];
+  __device__ __forceinline__ ChunkNormalizer(const void* stats, int64_t channels, int64_t channel) {
+    load8(mean, stats_row(stats, kMean, channels), channel);
+    load8(scale, stats_row(stats, kScale, channels), channel);
+    load8(shift, stats_row(stats, kShift, channels), channel);
+  }
+  __device__ __forceinline__ float operator()(float x, int j) const {
+    return normalize(x, mean[j], scale[j], shift[j]);
+  }
+};
+
+// place(i) for i < kCount: chunks of shared memory of one and the same eight channels, or null.
+// Makes x the activation of its normalisation.
+template <class S, int kCount, class Place>
+__device__ __forceinline__ void activate_chunks(const ConvInput& input, int64_t channels,
+                                                int64_t channel, Place&& place) {
+  const ChunkNormalizer z(input.stats, channels, channel);
+  const auto parameter = static_cast<float>(input.parameter);
+  with_activation<is_recomputed>(input.activation, [&](auto activation) {
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) {
+      uint4* const at = place(i);
+      if (BRAZE_HOOK(padding_stays, at == nullptr)) continue;
+      Words words = words_of(load16(at));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        words.set<S>(j, activate<decltype(activation)::value>(z(words.get<S>(j), j), parameter));
+      }
+      store16_shared(at, raw_of(words));
+    }
+  });
+}
+
+// The same of d, which becomes the gradient before the batch norm; x is `distance` chunks behind.
+template <class S, int kCount, class Place>
+__device__ __forceinline__ void differentiate_chunks(const ConvOutputGradient& grad,
+                                                     int64_t channels, int64_t channel,
+                                                     int distance, Place&& place) {
+  float mean[8], on_grad[8], on_input[8], constant[8];
+  load8(mean, stats_row(grad.stats, kMean, channels), channel);
+  load8(on_grad, stats_row(grad.coefficients, kOnGrad, channels), channel);
+  load8(on_input, stats_row(grad.coefficients, kOnInput, channels), channel);
+  load8(constant, stats_row(grad.coefficients, kConstant, channels), channel);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    uint4* const at = place(i);
+    if (at == nullptr) continue;
+    Words d = words_of(load16(at));
+    const Words x = words_of(load16(at + distance));
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      d.set<S>(j, input_gradient(d.get<S>(j), x.get<S>(j), mean[j], on_grad[j], on_input[j],
+                                 constant[j]));
+    }
+    store16_shared(at, raw_of(d));
+  }
+}
+
+}  // namespace braze::cuda
