@@ -76,22 +76,6 @@ at::Tensor differentiated(const ConvShape& s, const at::Tensor& grad, const at::
   return of_input ? std::get<0>(found) : std::get<1>(found);
 }
 
-// d activation'(z), in fp32.
-at::Tensor before_activation(const ConvShape& shape, const ConvInput& input, const at::Tensor& dy) {
-  const at::Tensor wide = dy.contiguous(c10::MemoryFormat::ChannelsLast);
-  const at::Tensor x = input_image(shape, input.x).to(c10::kFloat), d = at::empty_like(wide);
-  ApplyGradArgs args;
-  args.shape = shape.input();
-  args.shape.dtype = DType::f32;
-  args.dy = wide.const_data_ptr();
-  args.input[0] = {x.const_data_ptr(), input.stats};
-  args.activation = input.activation;
-  args.parameter = input.parameter;
-  args.grad_residual = d.mutable_data_ptr();
-  launch_on_cpu(-1, x, args);
-  return d;
-}
-
 }  // namespace
 
 template <>
@@ -119,18 +103,21 @@ void launch_on_cpu(int, const at::Tensor& like, const ConvInputGradArgs& args) {
   // Of the input it takes the shape.
   const at::Tensor dy =
       differentiated(s, gradient(s, args.grad), result.to(c10::kFloat), weight, true);
-  if (args.input.stats == nullptr) {
-    result.copy_(dy);
-    return;
-  }
-  result.copy_(before_activation(s, args.input, dy));
-  ReduceArgs reduce;
-  reduce.shape = s.input();
-  reduce.count = static_cast<double>(reduce.shape.per_channel());
-  reduce.dy = args.result;
-  reduce.input[0] = {args.input.x, args.input.stats};
-  reduce.grad[0] = args.norm;
-  launch_on_cpu(-1, like, reduce);
+  result.copy_(dy);
+  if (args.input.stats == nullptr) return;
+  BackwardArgs back;
+  back.shape = s.input();
+  back.count = static_cast<double>(back.shape.per_channel());
+  back.dy = args.result;
+  back.input[0] = {args.input.x, args.input.stats};
+  back.activation = args.input.activation;
+  back.parameter = args.input.parameter;
+  back.grad_residual = args.result;  // d in the place of dy
+  launch_on_cpu(-1, like, ApplyGradArgs{back});
+  back.activation = Activation::identity;
+  back.grad_residual = nullptr;
+  back.grad[0] = args.norm;
+  launch_on_cpu(-1, like, ReduceArgs{back});
 }
 
 template <>

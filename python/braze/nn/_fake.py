@@ -1,4 +1,4 @@
-"""What the operators of batch norms and convolutions return, without the numbers, for FakeTensor and the like."""
+"""What operators of batch norms and convolutions return, without the numbers: for FakeTensor and torch.compile."""
 
 from __future__ import annotations
 
