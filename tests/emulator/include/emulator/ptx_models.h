@@ -40,10 +40,9 @@ inline uint32_t relu_pair(float first, float second, Round round) {
 }
 inline uint32_t relu_pair_bf16(float first, float second) {
   return relu_pair(first, second, [](float value) {
-    const auto rounded = static_cast<__bf16>(value);
-    uint16_t bits;
-    memcpy(&bits, &rounded, sizeof(bits));
-    return bits;
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   });
 }
 inline uint32_t relu_pair_f16(float first, float second) {
