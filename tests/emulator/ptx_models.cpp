@@ -1,4 +1,4 @@
-// Asynchronous copies of each thread, until they are waited for.
+// Asynchronous copies of each thread, until they are waited for, and what a warp multiplies.
 #include "emulator/ptx_models.h"
 
 #include <deque>
@@ -37,7 +37,64 @@ Copies& copies_of_caller() {
   return copies;
 }
 
+float bf16_of(uint32_t bits) {
+  const uint32_t word = bits << 16;
+  float value;
+  memcpy(&value, &word, sizeof(value));
+  return value;
+}
+// A table: baseline x86-64 has no instruction for it.
+float f16_of(uint32_t bits) {
+  static const std::vector<float>* const all = [] {
+    auto* const values = new std::vector<float>(1 << 16);
+    for (size_t i = 0; i < values->size(); ++i) {
+      const auto half = static_cast<uint16_t>(i);
+      _Float16 value;
+      memcpy(&value, &half, sizeof(value));
+      (*values)[i] = value;
+    }
+    return values;
+  }();
+  return (*all)[bits];
+}
+
 }  // namespace
+
+// Exact products, summed in double and rounded once: the hardware rounds otherwise, within a few
+// units in the last place of the largest term.
+void multiply_matrices(WarpOp op, uint32_t* registers) {
+  double a[16][16], b[16][8], c[16][8];
+  const auto value_of = op == WarpOp::mma_bf16 ? bf16_of : f16_of;
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t* const own = registers + 10 * lane;
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      float sum;
+      memcpy(&sum, own + 6 + i, sizeof(sum));
+      c[g + i / 2 * 8][2 * t + i % 2] = sum;
+    }
+    for (int half = 0; half < 2; ++half) {
+      const int shift = 16 * half;
+      for (int i = 0; i < 4; ++i) {
+        a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = value_of(own[i] >> shift & 0xffffu);
+      }
+      for (int i = 0; i < 2; ++i) {
+        b[2 * t + 8 * i + half][g] = value_of(own[4 + i] >> shift & 0xffffu);
+      }
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      for (int column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const auto sum = static_cast<float>(c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+      memcpy(registers + 4 * lane + i, &sum, sizeof(sum));
+    }
+  }
+}
 
 void async_copy(void* to, const void* from) {
   Unobserved unobserved;

@@ -99,6 +99,8 @@ void set_up_order(Block& block);
 std::string who(const Block& block, const Thread& thread);
 std::string deadlock_text();
 void thread_exits(Block& block, Thread& thread);
+// From a[4], b[2], c[4] of each lane to c[4] of each.
+void multiply_matrices(WarpOp op, uint32_t* registers);
 void free_cells();
 void recycle_cells(Block& block);
 

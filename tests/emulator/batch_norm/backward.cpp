@@ -28,14 +28,14 @@ bool Problem::check_gradients(int k, const std::vector<ChannelSums>& all) const 
   for (int64_t c = 0; c < spec.c; ++c) {
     const ChannelSums& s = all[static_cast<size_t>(c)];
     const double invstd = stat(k, kInvstd, c), rounded = rounding(grad_bias[k].dtype());
-    if (spec.bias && !CHECK(near(grad_bias[k].get(c), s.grad,
-                                 unit * s.grad_size + rounded * std::fabs(s.grad) + 6e-8))) {
+    if (spec.bias && !CHECK(near_sum(grad_bias[k].get(c), s.grad,
+                                     unit * s.grad_size + rounded * std::fabs(s.grad) + 6e-8))) {
       return false;
     }
     const double wanted = s.grad_input * invstd;
     if (spec.weight &&
-        !CHECK(near(grad_weight[k].get(c), wanted,
-                    unit * s.input_size * invstd + rounded * std::fabs(wanted) + 6e-8))) {
+        !CHECK(near_sum(grad_weight[k].get(c), wanted,
+                        unit * s.input_size * invstd + rounded * std::fabs(wanted) + 6e-8))) {
       return false;
     }
   }

@@ -137,5 +137,8 @@ bool near(double got, double want, double tolerance) {
   if (std::isinf(want)) return got == want;
   return got == want || std::fabs(got - want) <= tolerance;
 }
+bool near_sum(double got, double want, double tolerance) {
+  return std::isfinite(want) ? near(got, want, tolerance) : !std::isfinite(got);
+}
 
 }  // namespace norm

@@ -150,5 +150,7 @@ inline double sum_error(DType dtype) { return dtype == DType::f64 ? 1e-13 : 3e-6
 
 // |got - want| <= tolerance, or NaN in both, or the same infinity.
 bool near(double got, double want, double tolerance);
+// The same of sums over a channel: from an infinity anything may come that is not finite.
+bool near_sum(double got, double want, double tolerance);
 
 }  // namespace norm

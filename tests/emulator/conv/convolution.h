@@ -62,6 +62,7 @@ class Problem {
  private:
   struct Sum {
     double value = 0, size = 0;  // size: of the terms
+    double error = 0;            // of an earlier rounding
   };
 
   ConvInput input() const;
@@ -69,7 +70,7 @@ class Problem {
   // What is multiplied: exact, as everything that is rounded to the dtype is.
   std::vector<double> input_values() const;
   std::vector<double> gradient_values() const;
-  // body(output pixel, input pixel, tap) wherever a tap is within the image.
+  // body(output pixel, input pixel, tap); the input pixel is -1 where a tap is in the padding.
   template <class Body>
   void for_each_tap(Body&& body) const;
   bool check_sums(const std::vector<Sum>& sums, const Array& got, int line) const;

@@ -21,6 +21,7 @@ Spec spec_of(int kernel, DType dtype) {
 TEST(denormals) {
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int kernel : {1, 3}) {
+      if (small() && (kernel == 1) == (dtype == DType::f16)) continue;
       Spec spec = spec_of(kernel, dtype);
       spec.normalised = spec.after_norm = false;
       const double tiny = dtype == DType::bf16 ? 0x1p-129 : 0x1p-17;
@@ -38,6 +39,7 @@ TEST(mean_far_from_zero) {
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int kernel : {1, 3}) {
       for (const bool normalised : {false, true}) {
+        if (small() && (kernel == 1) == normalised) continue;
         Spec spec = spec_of(kernel, dtype);
         spec.n = 3;
         spec.h = small() ? 5 : 11;
@@ -59,7 +61,7 @@ TEST(not_finite) {
     for (const Place place : {kInput, kGradient, kOutput}) {
       for (const int64_t pixel : {0, 45, 62}) {
         for (const int kernel : {1, 3}) {
-          if (small() && (pixel + kernel + place) % 4 != 0) continue;
+          if (pixel != 45 && (small() || value != infinity)) continue;
           for (const bool normalised : {false, true}) {
             Spec spec = spec_of(kernel, pixel % 2 == 0 ? DType::bf16 : DType::f16);
             spec.h = 7;

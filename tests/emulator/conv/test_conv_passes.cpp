@@ -49,7 +49,7 @@ TEST(geometries) {
       if (size.h + 2 * g.padding < g.kernel) continue;
       for (const int64_t channels : {8, 24}) {
         ++salt;
-        if (small() && (salt % 3 != 0 || size.h > 5)) continue;
+        if (small() && (salt % 7 != 0 || size.h > 5)) continue;
         Spec spec = vary(g, salt);
         spec.n = size.n;
         spec.h = size.h;
@@ -83,7 +83,7 @@ TEST(channels_of_taps) {
   for (const auto& [c, k] :
        {std::pair{8, 72}, {72, 8}, {64, 64}, {136, 24}, {24, 136}, {64, 200}}) {
     ++salt;
-    if (small() && salt % 3 != 0) continue;
+    if (small() && salt % 6 != 0) continue;
     Spec spec = vary({3, salt % 3 == 1 ? 2 : 1, 1}, salt);
     spec.h = 4;
     spec.w = 3;
@@ -120,12 +120,12 @@ TEST(many_pixels) {
   uint64_t salt = 400;
   for (const Geometry& g : kGeometries) {
     ++salt;
-    if (small() && salt % 4 != 1) continue;
+    if (small() && salt % 8 != 5) continue;
     Spec spec = vary(g, salt);
     spec.n = 3;
-    spec.h = 17;
-    spec.w = 23;
-    check(spec);
+    spec.h = 15;
+    spec.w = 19;
+    if (!small()) check(spec);
     const OnDevice one(1);
     check(spec);
   }
@@ -150,7 +150,7 @@ TEST(few_tiles) {
 
 TEST(random_problems) {
   Random random(seed());
-  const int problems = small() ? 10 : 60;
+  const int problems = small() ? 4 : 40;
   for (int i = 0; i < problems; ++i) {
     Spec spec = vary(kGeometries[random.below(8)], random.next());
     spec.n = 1 + random.below(4);

@@ -12,7 +12,7 @@ namespace {
 
 // Several tiles each way.
 Spec several(DType dtype, int kernel) {
-  Spec spec{.n = 3, .h = 11, .w = 9, .c = 24, .k = 72, .kernel = kernel, .padding = kernel / 2};
+  Spec spec{.n = 2, .h = 9, .w = 8, .c = 16, .k = 72, .kernel = kernel, .padding = kernel / 2};
   spec.dtype = dtype;
   return spec;
 }
@@ -25,7 +25,7 @@ template <class Args>
 void check_failing(Args (Problem::*args_of)(), Launch<Args> launch) {
   int calls = 0;
   for (bool failed = true; failed && calls < 20; ++calls) {
-    Problem p(several(DType::f16, 3));
+    Problem p(several(DType::f16, 1));
     const std::vector<char> before = p.results();
     const Args args = (p.*args_of)();
     const norm::Memory memory = memory_for(args);
@@ -47,9 +47,11 @@ TEST(same_bits_in_every_order) {
   using emulator::Order;
   const emulator::Schedule present = emulator::schedule();
   for (const int kernel : {1, 3}) {
+    if (small() && kernel == 3) continue;
     const Spec spec = several(kernel == 1 ? DType::bf16 : DType::f16, kernel);
     std::vector<char> first;
     for (const Order order : {Order::inorder, Order::reverse, Order::random, Order::pct}) {
+      if (small() && order != Order::inorder && order != Order::pct) continue;
       for (uint64_t k = 0; k < (order == Order::random || order == Order::pct ? 3 : 1); ++k) {
         if (small() && k > 0) continue;
         emulator::set_schedule({order, seed() + k, 0.05});
@@ -80,7 +82,7 @@ TEST(launches) {
 // A graph keeps its tickets from replay to replay.
 TEST(replays) {
   Stream stream;
-  const Spec spec = several(DType::bf16, 3);
+  const Spec spec = several(DType::bf16, 1);
   Problem captured(spec), eager(spec);
   const ConvForwardArgs forward = captured.forward_args();
   const ConvInputGradArgs input_grad = captured.input_grad_args();

@@ -96,6 +96,7 @@ void count_steps() {
 }  // namespace
 
 void count_batch_norm();
+void count_conv();
 void count_dropout();
 
 int main() {
@@ -112,5 +113,6 @@ int main() {
   count_steps();
   count_batch_norm();
   count_dropout();
+  count_conv();
   return 0;
 }

@@ -18,18 +18,6 @@ inline int lane() {
   const unsigned row = threadIdx.y + blockDim.y * threadIdx.z;
   return static_cast<int>((threadIdx.x + blockDim.x * row) % 32);
 }
-inline float bf16_of(uint32_t word, int half) {
-  const uint32_t bits = half ? word & 0xffff0000u : word << 16;
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-inline float f16_of(uint32_t word, int half) {
-  _Float16 value;
-  const auto bits = static_cast<uint16_t>(half ? word >> 16 : word);
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 }  // namespace emulator
 
@@ -42,6 +30,29 @@ inline unsigned int atomic_add_acq_rel(unsigned int* counter, unsigned int value
 }
 
 inline int computed_here(int value) { return value; }
+
+template <class Round>
+inline uint32_t relu_pair(float first, float second, Round round) {
+  const auto one = [&](float value) -> uint32_t {
+    return value != value ? 0x7fffu : value > 0 ? round(value) : 0u;
+  };
+  return one(first) | one(second) << 16;
+}
+inline uint32_t relu_pair_bf16(float first, float second) {
+  return relu_pair(first, second, [](float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  });
+}
+inline uint32_t relu_pair_f16(float first, float second) {
+  return relu_pair(first, second, [](float value) {
+    const auto rounded = static_cast<_Float16>(value);
+    uint16_t bits;
+    memcpy(&bits, &rounded, sizeof(bits));
+    return bits;
+  });
+}
 
 // As late as the hardware may: until the wait the destination is rubbish, and the source is read
 // only then. A copy counts where it is started.
@@ -67,7 +78,7 @@ inline void cp_async_wait() {
 inline const uint32_t* matrix_rows(const void* row, const char* file, int line) {
   const uint4 bits = load16(row);
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-  return emulator::warp_gather(words, 4, {file, line});
+  return emulator::warp_gather(emulator::WarpOp::gather, words, 4, {file, line});
 }
 
 inline void ldmatrix_x4(const void* row, uint32_t (&out)[4], EMULATOR_SITE) {
@@ -89,43 +100,19 @@ inline void ldmatrix_x4_trans(const void* row, uint32_t (&out)[4], EMULATOR_SITE
   }
 }
 
-// Exact products, summed in double and rounded once: the hardware rounds otherwise, within a few
-// units in the last place of the largest term.
-template <float (*kValue)(uint32_t, int)>
-inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                         const char* file, int line) {
-  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  const uint32_t* const all = emulator::warp_gather(own, 6, {file, line});
-  const int lane = emulator::lane();
-  const int g = lane / 4, t = lane % 4;
-  float rows[2][16], columns[2][16];
-  // Quad q of a row or column holds its k = 2q, 2q+1, 2q+8, 2q+9.
-  for (int q = 0; q < 4; ++q) {
-    for (int i = 0; i < 2; ++i) {
-      for (int k = 0; k < 2; ++k) {
-        for (int half = 0; half < 2; ++half) {
-          const int at = 2 * q + 8 * k + half;
-          rows[i][at] = kValue(all[6 * (4 * g + q) + i + 2 * k], half);
-          columns[i][at] = kValue(all[6 * (4 * (2 * t + i) + q) + 4 + k], half);
-        }
-      }
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    double sum = c[i];
-    for (int k = 0; k < 16; ++k) {
-      sum += static_cast<double>(rows[i / 2][k]) * columns[i % 2][k];
-    }
-    c[i] = static_cast<float>(sum);
-  }
+inline void mma_m16n8k16(emulator::WarpOp op, float (&c)[4], const uint32_t (&a)[4],
+                         const uint32_t (&b)[2], emulator::Site site) {
+  uint32_t own[10] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  memcpy(own + 6, c, sizeof(c));
+  memcpy(c, emulator::warp_gather(op, own, 10, site) + 4 * emulator::lane(), sizeof(c));
 }
 inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               EMULATOR_SITE) {
-  mma_m16n8k16<emulator::bf16_of>(c, a, b, file, line);
+  mma_m16n8k16(emulator::WarpOp::mma_bf16, c, a, b, {file, line});
 }
 inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              EMULATOR_SITE) {
-  mma_m16n8k16<emulator::f16_of>(c, a, b, file, line);
+  mma_m16n8k16(emulator::WarpOp::mma_f16, c, a, b, {file, line});
 }
 
 }  // namespace braze::cuda

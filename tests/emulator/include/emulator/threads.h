@@ -29,6 +29,8 @@ enum class WarpOp {
   all,
   match_any,
   gather,
+  mma_bf16,
+  mma_f16,
   reduce_add,
   reduce_min,
   reduce_max,
@@ -42,9 +44,10 @@ enum class WarpOp {
 int block_barrier(BarrierKind kind, int predicate, Site site);
 uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int operand, int width,
                          Site site);
-// The `count` words of each of the warp's 32 lanes, lane by lane, until the caller's next gather.
-const uint32_t* warp_gather(const uint32_t* words, int count, Site site);
-constexpr int kMaxGathered = 6;
+// What all 32 lanes have brought, lane by lane, or what mma makes of it, until the caller's next
+// call.
+constexpr int kMaxGathered = 10;
+const uint32_t* warp_gather(WarpOp op, const uint32_t* words, int count, Site site);
 unsigned active_mask();
 [[noreturn]] void trap(Site site);
 
