@@ -1,5 +1,5 @@
-"""The same work on two devices: optimizer steps and dropout bit for bit, also against hashes of other machines;
-batch norm, whose sums have another order, within its tolerance.
+"""The same work on two devices: optimizer steps, dropout and convolutions with exact sums bit for bit, also
+against hashes of other machines; batch norm, whose sums have another order, within its tolerance.
 
 python -m bench golden --device cpu --write bench/goldens.json
 python -m bench golden --device cuda        compares with the CPU here and with bench/goldens.json
@@ -19,12 +19,13 @@ from torch import Tensor
 from . import clock, rows
 from .files import read_json, write_json
 from .golden_cases import CASES, Case, Golden, Results
+from .golden_conv import CONVS
 from .golden_passes import PASSES
 from .host import load_emulated
 from .rows import Hopeless, Row, Work
 
 GOLDENS = Path(__file__).with_name("goldens.json")
-EVERY: tuple[Case | Golden, ...] = (*CASES, *PASSES)
+EVERY: tuple[Case | Golden, ...] = (*CASES, *PASSES, *CONVS)
 
 
 def run_on(case: Case | Golden, device: str) -> Results:
