@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import conv, dropout, infer, models, norm, optim, session, train
+from . import conv, conv_kernels, dropout, infer, models, norm, optim, session, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns :func:`session.run`'s code."""
-    suites = [optim.SUITE, norm.SUITE, dropout.SUITE, conv.SUITE]
+    suites = [optim.SUITE, norm.SUITE, dropout.SUITE, conv.SUITE, conv_kernels.SUITE]
     if models.is_installed("torchvision"):
         suites += [train.SUITE, infer.SUITE]
     else:

@@ -2,6 +2,9 @@
 
 ``forward+backward``: a training step of ConvBNReLU2d; ``inference``: its forward in eval(), where braze folds
 the batch norm into the convolution. The convolutions themselves are oneDNN's and cuDNN's on both sides.
+
+``kernels``, on CUDA: braze's own convolutions, one by one (bench/conv_kernels.py). --bytes prints what they are
+about: what a training step reads, writes and saves with them and without.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ import braze.nn
 import torch
 from torch import nn
 
+from . import conv_bytes, conv_kernels, session
 from .clock import Call
 from .harness import DTYPES, LAYOUTS, Built, Case, Part, Setting, Suite
-from .resnet50 import Convolution
-from .session import commands
+from .resnet50 import Convolution, flops_of, name_of
+from .rows import count
 
 LAYERS = (
     Convolution(64, 64, 3, 1, 56),
@@ -27,16 +31,6 @@ LAYERS = (
     Convolution(512, 512, 3, 1, 7),
 )
 BATCH = {"cpu": 8, "cuda": 128}
-
-
-def flops_of(conv: Convolution, batch: int) -> int:
-    """Of one forward."""
-    return 2 * batch * conv.out**2 * conv.outputs * conv.inputs * conv.kernel**2
-
-
-def name_of(conv: Convolution) -> str:
-    stride = f"/{conv.stride}" if conv.stride > 1 else ""
-    return f"conv {conv.inputs}-{conv.outputs} {conv.kernel}x{conv.kernel}{stride} {conv.side}"
 
 
 def _modules(conv: Convolution) -> dict[str, nn.Module]:
@@ -115,4 +109,18 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 SUITE = Suite("conv", cases, 1.0, {"cpu": "warm", "cuda": "cold"})
-add_arguments, run = commands(SUITE)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    batch = "images, of the kernels' rows and of --bytes (default 256 and 32; --bytes: 256)"
+    parser.add_argument("--batch", type=count, help=batch)
+    parser.add_argument("--bytes", action="store_true", help="bytes from shapes, and no time")
+    session.add_options(parser, f"{SUITE.seconds:g}, {conv_kernels.SUITE.seconds:g}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns :func:`session.run`'s code."""
+    if arguments.bytes:
+        print("\n".join(conv_bytes.lines(arguments.batch or conv_kernels.BATCHES[0])))
+        return 0
+    return session.run((SUITE, conv_kernels.SUITE), arguments)

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from . import rows
 from .clock import Clock, open_clock
-from .conv import flops_of, name_of
-from .resnet50 import Convolution, convolutions
+from .resnet50 import Convolution, convolutions, flops_of, name_of
 from .rows import Row, Work
 from .sanitize import find_tool
 from .sources import find_root
@@ -86,7 +85,7 @@ def kernels(device: str, row: Row) -> None:
 
 def shapes() -> Counter[Convolution]:
     """ResNet-50's convolutions and how many there are of each."""
-    return Counter(replace(conv, joins=False) for conv in convolutions())
+    return Counter(replace(conv, place="", projected=False) for conv in convolutions())
 
 
 def calls(conv: Convolution, batch: int, device: str) -> dict[str, Callable[[], Any]]:

@@ -8,19 +8,49 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Convolution:
-    """``side``: pixels of the input's side. ``joins``: a residual is added to its batch norm's result."""
+    """``side``: pixels of the input's side. ``place``: in a bottleneck "first", "middle", "last" or, of the
+    projection beside them, "shortcut"; else "". ``projected``: the bottleneck has a projection.
+
+    Each is followed by a batch norm, and but for "shortcut" by a ReLU.
+    """
 
     inputs: int
     outputs: int
     kernel: int
     stride: int
     side: int
-    joins: bool = False
+    place: str = ""
+    projected: bool = False
 
     @property
     def out(self) -> int:
         """Pixels of the output's side."""
         return -(-self.side // self.stride)
+
+    @property
+    def joins(self) -> bool:
+        """Whether a residual is added to its batch norm's result."""
+        return self.place == "last"
+
+    @property
+    def normalised(self) -> bool:
+        """Whether its input is a batch norm's and a ReLU's result that nobody else reads."""
+        return self.place in ("middle", "last")
+
+    @property
+    def inner(self) -> bool:
+        """Whether the result of its batch norm and ReLU is read by one convolution alone."""
+        return self.place in ("first", "middle")
+
+
+def flops_of(conv: Convolution, batch: int) -> int:
+    """Of one forward."""
+    return 2 * batch * conv.out**2 * conv.outputs * conv.inputs * conv.kernel**2
+
+
+def name_of(conv: Convolution) -> str:
+    stride = f"/{conv.stride}" if conv.stride > 1 else ""
+    return f"conv {conv.inputs}-{conv.outputs} {conv.kernel}x{conv.kernel}{stride} {conv.side}"
 
 
 def convolutions() -> Iterator[Convolution]:
@@ -29,10 +59,12 @@ def convolutions() -> Iterator[Convolution]:
     inputs, side = 64, 56
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            stride = 2 if block == 0 and width > 64 else 1
-            yield Convolution(inputs, width, 1, 1, side)
-            yield Convolution(width, width, 3, stride, side)
-            yield Convolution(width, 4 * width, 1, 1, side // stride, joins=True)
-            if block == 0:  # the shortcut's projection
-                yield Convolution(inputs, 4 * width, 1, stride, side)
-            inputs, side = 4 * width, side // stride
+            projected = block == 0
+            stride = 2 if projected and width > 64 else 1
+            out, outputs = side // stride, 4 * width
+            yield Convolution(inputs, width, 1, 1, side, "first", projected)
+            yield Convolution(width, width, 3, stride, side, "middle", projected)
+            yield Convolution(width, outputs, 1, 1, out, "last", projected)
+            if projected:
+                yield Convolution(inputs, outputs, 1, stride, side, "shortcut", projected)
+            inputs, side = outputs, out
