@@ -8,7 +8,7 @@ from pathlib import Path
 
 # What the extensions are compiled from.
 BUILT = ("csrc/**/*", "cmake/**/*", "CMakeLists.txt")
-_KERNELS = ("csrc/cuda/**/*", "csrc/math/**/*", "csrc/plan/**/*", "csrc/ops/*_cuda.cpp")
+_KERNELS = ("csrc/cuda/**/*", "csrc/math/**/*", "csrc/plan/**/*", "csrc/ops/*_cuda.*")
 # What runs on the GPU in each kernel family, and what decides which work it gets.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "optimizer": (
@@ -19,6 +19,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "csrc/ops/measured*",
     ),
     "batch_norm": (*_KERNELS, "csrc/ops/batch_norm*", "csrc/ops/dense*"),
+    "conv": (*_KERNELS, "csrc/ops/conv*", "csrc/ops/batch_norm*"),
     "dropout": (*_KERNELS, "csrc/ops/dropout*", "csrc/ops/dense*"),
 }
 
