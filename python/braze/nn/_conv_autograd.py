@@ -200,11 +200,12 @@ def _differentiable(s: _Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
             (d,) = torch.autograd.grad(y, total, dy, create_graph=True)
         elif last.activation == "identity":
             d = dy
-        else:  # as the mask says, which the residual need not live on for
-            images = (dy.new_ones(()).expand_as(dy), None, s.images[count].detach(), None)
-            slopes = (True, *last.act, [False] * 6 + [True])
-            rest = (s.rows[count], None, None, None, None, s.mask, *slopes)
-            d = dy * _C.batch_norm_act_backward(*images, *rest)[6]
+        else:  # the derivative is a constant: that of a residual, which the mask tells, or of zeros
+            ones = torch.ones_like(s.images[count])
+            zeros = torch.zeros_like(ones) if s.mask is None else None
+            rest = (zeros, s.mask, True, *last.act, [False] * 6 + [True])
+            side = (s.images[count], None, s.rows[count], None, None, None)
+            d = dy * _C.batch_norm_act_backward(ones, None, *side, *rest)[6]
         leaves = [t for t, want in zip(inputs, wanted, strict=True) if want]
         found = iter(
             torch.autograd.grad(z, leaves, d, create_graph=True, allow_unused=True)
