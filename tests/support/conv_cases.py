@@ -126,8 +126,8 @@ def in_double(model: nn.Module) -> nn.Module:
 def assert_no_worse(
     ours: dict[str, Any], theirs: dict[str, Any], exact: dict[str, Any], least: float = LEAKY
 ) -> None:
-    """Errors against fp64, as root mean squares: at most ``least`` more than twice those of torch in 16 bits. No
-    gradient is one of zeros."""
+    """Errors against fp64, as root mean squares: at most ``least`` more than twice those of torch in 16 bits.
+    No gradient is one of zeros."""
     assert ours.keys() == theirs.keys() == exact.keys()
     for name, truth in exact.items():
         a, b = ours[name], theirs[name]
