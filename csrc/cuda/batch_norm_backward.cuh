@@ -217,7 +217,8 @@ __global__ void __launch_bounds__(kNormThreads, (kBlocksAtOnce<kInputs, Mode>))
       finish_input<T>(a.args, k, c, item.number[0], item.number[1 + BRAZE_HOOK(second_sum, k)]);
     }
   };
-  reduce_group<Item, kLanes>(grid, reinterpret_cast<Item*>(a.partials), a.tickets, shared, item_of,
+  reduce_group<Item, kLanes>(grid, group_of(grid, blockIdx.x), split_of(grid, blockIdx.x),
+                             reinterpret_cast<Item*>(a.partials), a.tickets, shared, item_of,
                              finish);
 }
 

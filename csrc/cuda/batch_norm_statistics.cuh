@@ -141,7 +141,9 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     to[kMomentsM2 * grid.channels] = static_cast<T>(m.m2);
     to[kMomentsCount * grid.channels] = static_cast<T>(m.count);
   };
-  if (!reduce_group<MomentsItem, kLanes>(grid, a.partials, a.tickets, shared, item_of, finish)) {
+  if (!reduce_group<MomentsItem, kLanes>(grid, group_of(grid, blockIdx.x),
+                                         split_of(grid, blockIdx.x), a.partials, a.tickets, shared,
+                                         item_of, finish)) {
     return;
   }
   if (BRAZE_HOOK(no_moments, a.args.moments == nullptr)) {

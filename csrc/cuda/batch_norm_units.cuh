@@ -404,20 +404,19 @@ __device__ __forceinline__ void merge_parts(const Item* partials, uint32_t count
   }
 }
 
-// The end of a reduction: merges the items of a block's rows, of its lanes, and, in the last block
-// of a group to come here, those of the group's blocks. There it calls f(channel, item) for every
-// channel of the group and returns true. make(lane) gives a thread's items: one per lane, or lane
-// 0's alone where a block has one channel. `partials` are [groups][splits][width], `tickets` what
-// norm_tickets() says.
+// The end of a reduction, by block `split` of group `group`: merges the items of a block's rows, of
+// its lanes, and, in the last block of a group to come here, those of the group's blocks. There it
+// calls f(channel, item) for every channel of the group and returns true. make(lane) gives a
+// thread's items: one per lane, or lane 0's alone where a block has one channel. `partials` are
+// [groups][splits][width], `tickets` what norm_tickets() says.
 template <class Item, int kLanes, class Make, class F>
-__device__ __forceinline__ bool reduce_group(const NormGrid& grid, Item* partials,
-                                             unsigned int* tickets, double* shared, Make&& make,
-                                             F&& f) {
+__device__ __forceinline__ bool reduce_group(const NormGrid& grid, uint32_t group, uint32_t split,
+                                             Item* partials, unsigned int* tickets, double* shared,
+                                             Make&& make, F&& f) {
   constexpr int kAtOnce = kLanes < kTogether ? kLanes : kTogether;
   const int thread = static_cast<int>(threadIdx.x), width = grid.width;
   const int columns = grid.per_lane ? grid.words : 1, lanes = grid.per_lane ? kLanes : 1;
   const int row = thread / columns, column = thread - row * columns;
-  const uint32_t group = group_of(grid, blockIdx.x), split = split_of(grid, blockIdx.x);
   Item* const all = partials + static_cast<int64_t>(group) * grid.splits * width;
   Item* const own = all + static_cast<int64_t>(split) * width;
   // A unit of an image has elements of one channel, or of two.

@@ -37,7 +37,8 @@ cudaError_t conv_forward(const ConvForwardArgs& args, const NormScratch& scratch
   argument.statistics.stats = args.stats;
   return choose(args, [&](auto kernel, size_t shared, const NormGrid& grid) {
     argument.grid = grid;
-    return BRAZE_LAUNCH(kernel, grid.groups * grid.splits, kConvThreads, shared, stream, argument);
+    return BRAZE_LAUNCH(kernel, dim3(grid.splits, grid.groups), kConvThreads, shared, stream,
+                        argument);
   });
 }
 

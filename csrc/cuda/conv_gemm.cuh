@@ -56,10 +56,7 @@ class ConvSteps {
   static constexpr int kRowsA = kTilePixels / 32, kRowsB = Layout::kTileB / kConvThreads;
 
  public:
-  __device__ __forceinline__ ConvSteps(const ConvArgument& a, uint32_t tile, int column)
-      : a_(a), column_(column) {
-    start(tile);
-  }
+  __device__ __forceinline__ ConvSteps(const ConvArgument& a) : a_(a) { start(blockIdx.x); }
 
   __device__ __forceinline__ void copy(uint4* stage) const {
     const int thread = computed_here(static_cast<int>(threadIdx.x));
@@ -67,7 +64,7 @@ class ConvSteps {
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i) {
       const bool there = in_depth && rows_.there(i, tap_y(), tap_x());
-      const int64_t chunk = rows_.chunk(a_.pixels, i, tap_y(), tap_x()) + own_chunk();
+      const int32_t chunk = rows_.chunk(a_.pixels, i, tap_y(), tap_x()) + own_chunk();
       uint4* const to = place(stage, i);
       copy_chunk(to, kForward ? a_.input.x : a_.grad.d, chunk, there);
       if constexpr (Layout::kTwoTiles) {
@@ -81,18 +78,16 @@ class ConvSteps {
     constexpr int kStep = kConvThreads / kChunks;  // rows
     const int row = thread / kChunks, column = thread % kChunks;
     const int tap = tap_y() * a_.kernel + tap_x(), taps = a_.kernel * a_.kernel;
-    const int channel = row + (kForward ? column_ : depth_chunk() * 8);
-    const int chunk = kForward ? own_chunk() : column_ / 8 + column;
+    const int channel = row + (kForward ? first_column() : depth_chunk() * 8);
+    const int chunk = kForward ? own_chunk() : first_column() / 8 + column;
     const int chunks = kForward ? a_.pixels.chunks : a_.width / 8;
     const int left = (kForward ? a_.width : a_.depth) - channel;
     uint4* const to = chunk_at<kChunks>(stage + Layout::kStage - Layout::kTileB, row, column);
-    const uint4* const from =
-        static_cast<const uint4*>(a_.weight) + (int64_t{channel} * taps + tap) * chunks + chunk;
+    const int from = (channel * taps + tap) * chunks + chunk;
 #pragma unroll
     for (int i = 0; i < kRowsB; ++i) {
-      const bool there = BRAZE_HOOK(own_columns, i * kStep < left) && chunk < chunks;
-      cp_async16_or_zero(to + i * kStep * kChunks,
-                         there ? from + i * kStep * taps * chunks : a_.weight, there);
+      copy_chunk(to + i * kConvThreads, a_.weight, from + i * kStep * taps * chunks,
+                 BRAZE_HOOK(own_columns, i * kStep < left) && chunk < chunks);
     }
     cp_async_commit();
   }
@@ -127,6 +122,9 @@ class ConvSteps {
   }
 
  private:
+  static __device__ __forceinline__ int first_column() {
+    return static_cast<int>(blockIdx.y) * kColumns;
+  }
   __device__ __forceinline__ int tap_x() const { return at_ & 3; }
   __device__ __forceinline__ int tap_y() const { return at_ >> 2 & 3; }
   __device__ __forceinline__ int depth_chunk() const { return at_ >> 4; }
@@ -146,7 +144,6 @@ class ConvSteps {
 
   const ConvArgument& a_;
   PixelRows<kRowsA> rows_;
-  int column_;
   int at_;  // depth_chunk << 4 | tap_y << 2 | tap_x
 };
 
@@ -234,11 +231,10 @@ __device__ __forceinline__ void finish_part(const ConvForwardArgument& a,
   }
 #pragma unroll
   for (int i = 0; i < kStores; ++i) {
+    if (BRAZE_HOOK(uncounted_row, tile.chunk[i] < 0)) continue;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      add_moment(
-          BRAZE_HOOK(counted_row, tile.chunk[i] >= 0) ? tile.words[i].template get<S>(j) : shift[j],
-          shift[j], sum[j], square[j]);
+      add_moment(tile.words[i].template get<S>(j), shift[j], sum[j], square[j]);
     }
   }
   keep8(kept, 1, sum);
@@ -299,7 +295,7 @@ __device__ __forceinline__ float kept_number(uint4* kept, int number, int lane) 
 // Values of each channel that the thread has summed.
 template <class Layout>
 __device__ __forceinline__ int kept_values(const ConvArgument& a) {
-  const uint32_t first = split_of(a.grid, blockIdx.x), whole = a.pixels.count / kTilePixels;
+  const uint32_t first = blockIdx.x, whole = a.pixels.count / kTilePixels;
   const int row = static_cast<int>(threadIdx.x) / Layout::kChunks;
   const int rest = static_cast<int>(a.pixels.count % kTilePixels) - row;  // of a tile in part
   const uint32_t tiles = first < whole ? (whole - 1 - first) / a.grid.splits + 1 : 0;
@@ -324,7 +320,8 @@ __device__ __forceinline__ void finish_sums(const ConvForwardArgument& a, uint4*
     finish_channel<float>(a.statistics.stats, a.width, c, channel_moments(item.moments()),
                           a.statistics.channels);
   };
-  if (reduce_group<MomentsItem, 8>(a.grid, static_cast<MomentsItem*>(a.partials), a.tickets, shared,
+  if (reduce_group<MomentsItem, 8>(a.grid, blockIdx.y, blockIdx.x,
+                                   static_cast<MomentsItem*>(a.partials), a.tickets, shared,
                                    item_of, finish)) {
     count_batch(a.statistics.channels.batches_tracked, a.tickets + norm_tickets(a.grid) - 1,
                 a.grid.groups);
@@ -348,7 +345,8 @@ __device__ __forceinline__ void finish_sums(const ConvInputGradArgument& a, uint
   const auto finish = [&](int64_t c, const Item& item) {
     finish_input<float>(a.norm, 0, c, item.number[0], item.number[1]);
   };
-  reduce_group<Item, 8>(a.grid, static_cast<Item*>(a.partials), a.tickets, shared, item_of, finish);
+  reduce_group<Item, 8>(a.grid, blockIdx.y, blockIdx.x, static_cast<Item*>(a.partials), a.tickets,
+                        shared, item_of, finish);
 }
 
 template <bool kForward>
@@ -361,14 +359,12 @@ __global__ void __launch_bounds__(kConvThreads, 2)
   BRAZE_DYNAMIC_SHARED(uint4, shared);
   uint4* const kept = shared + 2 * Layout::kStage;
   const uint32_t tiles = (a.pixels.count + kTilePixels - 1) / kTilePixels;
-  const auto block = static_cast<uint32_t>(computed_here(static_cast<int>(blockIdx.x)));
-  const uint32_t first = split_of(a.grid, block);
-  const int column = static_cast<int>(group_of(a.grid, block)) * kColumns;
+  const int column = static_cast<int>(blockIdx.y) * kColumns;
   int now = 0;
-  ConvSteps<S, kColumns, kForward> next(a, first, column);
-  if (first < tiles) next.copy(shared);
+  ConvSteps<S, kColumns, kForward> next(a);
+  if (blockIdx.x < tiles) next.copy(shared);
 #pragma unroll 1
-  for (uint32_t tile = first; tile < tiles; tile += a.grid.splits) {
+  for (uint32_t tile = blockIdx.x; tile < tiles; tile += a.grid.splits) {
     WarpTile<kTilePixels, kColumns> product;
     product.clear();
     bool last;

@@ -6,13 +6,14 @@
 namespace braze::cuda {
 
 bool conv_fits(const ConvShape& s) {
-  constexpr int64_t kChunks = INT32_MAX, kSide = INT16_MAX / 2;
+  constexpr int64_t kChunks = INT32_MAX, kSide = INT16_MAX / 2, kMaxChannels = 1 << 20;
   const auto fits = [](int64_t n, int64_t h, int64_t w, int64_t c) {
     // A tile may reach beyond the last pixel.
-    return h <= kSide && w <= kSide && n * h * w <= INT32_MAX - kTilePixels &&
+    return h <= kSide && w <= kSide && c <= kMaxChannels && n * h * w <= INT32_MAX - kTilePixels &&
            n * h * w * (c / 8) <= kChunks;
   };
-  return fits(s.n, s.h, s.w, s.c) && fits(s.n, s.out_h, s.out_w, s.k);
+  return fits(s.n, s.h, s.w, s.c) && fits(s.n, s.out_h, s.out_w, s.k) &&
+         s.k * s.taps() * (s.c / 8) <= kChunks;
 }
 
 ConvPixels conv_pixels(const ConvShape& s, bool transposed) {
@@ -27,6 +28,7 @@ ConvPixels conv_pixels(const ConvShape& s, bool transposed) {
   pixels.stride = s.stride;
   pixels.padding = s.padding;
   pixels.transposed = transposed;
+  pixels.linear = BRAZE_HOOK(linear, s.kernel == 1 && s.stride == 1 && s.padding == 0);
   return pixels;
 }
 

@@ -19,6 +19,7 @@ struct ConvPixels {
   int32_t chunks;           // of a pixel there
   int32_t stride, padding;  // stride: 1 or 2
   bool transposed;          // the gradient of the input
+  bool linear;              // each pixel reads the one of the same number
 };
 
 // Of the output, which reads the input; transposed: of the input, which reads the output.

@@ -42,7 +42,8 @@ cudaError_t conv_input_grad(const ConvInputGradArgs& args, const NormScratch& sc
   argument.norm.count = static_cast<double>(s.input().per_channel());
   return choose(args, [&](auto kernel, size_t shared, const NormGrid& grid) {
     argument.grid = grid;
-    return BRAZE_LAUNCH(kernel, grid.groups * grid.splits, kConvThreads, shared, stream, argument);
+    return BRAZE_LAUNCH(kernel, dim3(grid.splits, grid.groups), kConvThreads, shared, stream,
+                        argument);
   });
 }
 

@@ -20,6 +20,10 @@ class PixelRows {
  public:
   // Row i is pixel first + i * step.
   __device__ __forceinline__ void start(const ConvPixels& p, uint32_t first, uint32_t step) {
+    if (p.linear) {
+      start_linear(p, first, step);
+      return;
+    }
     const auto w = static_cast<uint32_t>(p.w), plane = static_cast<uint32_t>(p.h) * w;
     there_ = 0;
 #pragma unroll
@@ -44,13 +48,23 @@ class PixelRows {
   __device__ __forceinline__ bool there(int i, int tap_y, int tap_x) const {
     return (there_ >> (6 * i + tap_y) & there_ >> (6 * i + 3 + tap_x) & 1u) != 0;
   }
-  __device__ __forceinline__ int64_t chunk(const ConvPixels& p, int i, int tap_y, int tap_x) const {
+  __device__ __forceinline__ int32_t chunk(const ConvPixels& p, int i, int tap_y, int tap_x) const {
     const int shift = p.transposed ? p.stride - 1 : 0;
     const int32_t step = ((tap_y >> shift) * p.from_w + (tap_x >> shift)) * p.chunks;
-    return int64_t{first_[i]} + (BRAZE_HOOK(turned, p.transposed) ? -step : step);
+    return first_[i] + (BRAZE_HOOK(turned, p.transposed) ? -step : step);
   }
 
  private:
+  __device__ __forceinline__ void start_linear(const ConvPixels& p, uint32_t first, uint32_t step) {
+    there_ = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t pixel = first + static_cast<uint32_t>(i) * step;
+      if (BRAZE_HOOK(past_linear, pixel < p.count)) there_ |= 9u << (6 * i);
+      first_[i] = static_cast<int32_t>(pixel) * p.chunks;
+    }
+  }
+
   // Bit by bit, the taps that find a pixel along one axis.
   static __device__ __forceinline__ uint32_t taps(const ConvPixels& p, int at, int size) {
     uint32_t found = 0;
@@ -74,9 +88,10 @@ class PixelRows {
 };
 
 // A chunk of a tensor to a place in shared memory, or zeros.
-__device__ __forceinline__ void copy_chunk(uint4* to, const void* tensor, int64_t chunk,
+__device__ __forceinline__ void copy_chunk(uint4* to, const void* tensor, int32_t chunk,
                                            bool there) {
-  cp_async16_or_zero(to, static_cast<const uint4*>(tensor) + (there ? chunk : 0), there);
+  const auto place = static_cast<uint32_t>(there ? chunk : 0);
+  cp_async16_or_zero(to, static_cast<const uint4*>(tensor) + place, there);
 }
 
 __device__ __forceinline__ Words words_of(uint4 raw) { return {{raw.x, raw.y, raw.z, raw.w}}; }
@@ -113,6 +128,16 @@ struct ChunkNormalizer {
   }
 };
 
+// relu of two numbers, as memory holds them.
+template <class S>
+__device__ __forceinline__ uint32_t relu_pair_of(float first, float second) {
+  if constexpr (std::is_same_v<S, Bf16>) {
+    return relu_pair_bf16(first, second);
+  } else {
+    return relu_pair_f16(first, second);
+  }
+}
+
 // place(i) for i < kCount: chunks of shared memory of one and the same eight channels, or null.
 // Makes x the activation of its normalisation.
 template <class S, int kCount, class Place>
@@ -120,15 +145,23 @@ __device__ __forceinline__ void activate_chunks(const ConvInput& input, int64_t 
                                                 int64_t channel, Place&& place) {
   const ChunkNormalizer z(input.stats, channels, channel);
   const auto parameter = static_cast<float>(input.parameter);
-  with_activation<is_recomputed>(input.activation, [&](auto activation) {
-#pragma unroll 1
+  with_activation<is_recomputed>(input.activation, [&](auto constant) {
+    constexpr Activation kA = decltype(constant)::value;
+#pragma unroll
     for (int i = 0; i < kCount; ++i) {
       uint4* const at = place(i);
       if (BRAZE_HOOK(padding_stays, at == nullptr)) continue;
       Words words = words_of(load16(at));
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        words.set<S>(j, activate<decltype(activation)::value>(z(words.get<S>(j), j), parameter));
+      for (int j = 0; j < 4; ++j) {
+        const float first = z(words.get<S>(2 * j), 2 * j);
+        const float second = z(words.get<S>(2 * j + 1), 2 * j + 1);
+        if constexpr (kA == Activation::relu) {
+          words.word[j] = relu_pair_of<S>(first, second);
+        } else {
+          words.word[j] =
+              pair_of<S>(activate<kA>(first, parameter), activate<kA>(second, parameter));
+        }
       }
       store16_shared(at, raw_of(words));
     }

@@ -100,9 +100,9 @@ struct WarpTile {
   // Adds the product of one step. kDepthRows...: the tile's rows are the depth.
   template <class S, bool kDepthRowsA, bool kDepthRowsB>
   __device__ __forceinline__ void add(uint4* tile_a, uint4* tile_b) {
-    const Place at;
 #pragma unroll
     for (int depth = 0; depth < kStepDepth; depth += 16) {
+      const Place at;
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {

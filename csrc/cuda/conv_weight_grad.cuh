@@ -55,7 +55,7 @@ class ConvWeightSteps {
     for (int i = 0; i < kRowsD; ++i) {
       const uint32_t pixel = pixel_d(i, thread);
       const bool there = BRAZE_HOOK(own_gradients, pixel < a_.pixels.count) && own_d < chunks_d;
-      const int64_t chunk = int64_t{pixel} * chunks_d + own_d;
+      const int32_t chunk = static_cast<int32_t>(pixel) * chunks_d + own_d;
       copy_chunk(place_d(stage, i), a_.grad.d, chunk, there);
       if (a_.grad.coefficients != nullptr) {
         copy_chunk(place_d(stage, i) + Layout::kTileD, a_.grad.x, chunk, there);

@@ -48,6 +48,20 @@ __device__ __forceinline__ int computed_here(int value) {
   return value;
 }
 
+// Two numbers as bf16, the first in the lower half: rounded to nearest, negative ones to 0. NaN is
+// 0x7fff.
+__device__ __forceinline__ uint32_t relu_pair_bf16(float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+// The same as fp16.
+__device__ __forceinline__ uint32_t relu_pair_f16(float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
 // Starts a copy of 16 bytes, past registers and L1; both addresses are multiples of 16. The bytes
 // are there for this thread after a wait, for others after a barrier that follows it.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {

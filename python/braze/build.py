@@ -9,26 +9,22 @@ nvcc; no GPU. CUDA_HOME, CXX, TORCH_CUDA_ARCH_LIST, MAX_JOBS and BRAZE_CACHE_DIR
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from braze import _build, _native, _nvcc
+from braze import _build, _cache, _native, _nvcc
 
 SOURCES = _native.PACKAGE / "csrc"
 BuildError = _nvcc.ToolkitError
@@ -88,29 +84,13 @@ def key(module: str, architectures: str = "") -> str:
     return "-".join([*parts, digest.hexdigest()[:16]])
 
 
-def cache_root() -> Path:
-    """BRAZE_CACHE_DIR, or ~/.cache/braze."""
-    named = os.environ.get("BRAZE_CACHE_DIR")
-    return Path(named).absolute() if named else Path.home() / ".cache" / "braze"
-
-
 def check_private(folder: Path) -> None:
     """Raises BuildError unless only this user can write to ``folder``: what is in it is executed."""
-    info = os.lstat(folder)
-    if stat.S_ISLNK(info.st_mode):
-        problem = "is a symbolic link"
-    elif not stat.S_ISDIR(info.st_mode):
-        problem = "is not a folder"
-    elif info.st_uid != os.geteuid():
-        problem = f"belongs to user {info.st_uid}, and this is user {os.geteuid()}"
-    elif info.st_mode & 0o022:
-        problem = f"can be written by others (mode {stat.S_IMODE(info.st_mode):04o})"
-    else:
-        return
-    raise BuildError(
-        f"{folder} {problem}, so code in it could be someone else's and is not run. Remove it, set "
-        f"its mode with chmod 700, or choose another folder with BRAZE_CACHE_DIR."
-    )
+    if problem := _cache.not_private(folder):
+        raise BuildError(
+            f"{folder} {problem}, so code in it could be someone else's and is not run. Remove it, set "
+            f"its mode with chmod 700, or choose another folder with BRAZE_CACHE_DIR."
+        )
 
 
 def find_built(module: str) -> tuple[Path | None, str]:
@@ -118,7 +98,7 @@ def find_built(module: str) -> tuple[Path | None, str]:
 
     Any architectures will do unless TORCH_CUDA_ARCH_LIST names some.
     """
-    root = cache_root()
+    root = _cache.root()
     try:
         if root.is_dir():
             check_private(root)
@@ -137,33 +117,20 @@ def say(text: str) -> None:
     print(f"braze: {text}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Holds the build's lock. The kernel releases it with the process, so it cannot go stale."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(file, flags, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is building the same; waiting for it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _waits() -> None:
+    say("another process is building the same; waiting for it")
 
 
 def build(module: str, force: bool = False) -> Path:
     """Returns the compiled ``_C`` or ``_cuda``, from the cache if it is there. Raises :class:`BuildError`."""
     if not _sources(module):
         raise BuildError(f"the sources of {module} are missing from {SOURCES}. Reinstall braze.")
-    root, name = cache_root(), key(module)
+    root, name = _cache.root(), key(module)
     library = root / name / f"{module}.so"
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        root.mkdir(mode=0o700, exist_ok=True)
+        _cache.make(root)
         check_private(root)
-        with _locked(root / f"{name}.lock"):
+        with _cache.locked(root / f"{name}.lock", _waits):
             if library.is_file() and not force:
                 check_private(library.parent)
                 return library

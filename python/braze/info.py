@@ -9,6 +9,7 @@ import torch
 
 from braze import _native
 from braze._native import _C
+from braze.nn import _conv_choice
 
 
 def _cuda() -> str:
@@ -43,6 +44,7 @@ def build_info() -> dict[str, str]:
         "complex; "
         "batch norm + activation, dropout: fp32 fp64 bf16 fp16",
         "CUDA kernels": _cuda(),
+        "convolutions": _conv_choice.describe(),
     }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import braze
 import pytest
 import torch
-from braze import _build, _native, _nvcc, build
+from braze import _build, _cache, _native, _nvcc, build
 from braze.__main__ import main
 
 pytestmark = pytest.mark.cpu_only("is about the build")
@@ -77,6 +77,24 @@ def fake_nvcc(folder: Path, release: str, works: bool = True) -> Path:
 
 
 # --------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize(
+    ("environ", "root"),
+    [
+        ({}, "/home/me/.cache/braze"),
+        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/braze"),
+        ({"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/braze"),
+        ({"XDG_CACHE_HOME": "/xdg", "BRAZE_CACHE_DIR": "/named"}, "/named"),
+        ({"BRAZE_CACHE_DIR": ""}, "/home/me/.cache/braze"),
+    ],
+)
+def test_root(environ: dict[str, str], root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BRAZE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/me", **environ}.items():
+        monkeypatch.setenv(name, value)
+    assert _cache.root() == Path(root)
 
 
 @pytest.mark.parametrize("module", ["_C", "_cuda"])

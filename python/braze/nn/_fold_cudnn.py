@@ -16,7 +16,7 @@ from braze._native import _C
 from braze.nn._activation import NUMBERS
 from braze.nn._folded import Call, Folded, find, fold, keep, making
 
-__all__ = ["run", "takes"]
+__all__ = ["milliseconds", "run", "takes"]
 
 _DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 _MAX_NUMEL = 2**31 - 1  # cuDNN's; torch's own convolution splits what is larger
@@ -118,14 +118,14 @@ def _prefers_fused(call: Call, folded: Folded, capturing: bool) -> bool:
 
 def _measure(call: Call, folded: Folded) -> bool:
     try:
-        fused = _milliseconds(lambda: _fused(call, folded))
+        fused = milliseconds(lambda: _fused(call, folded))
     except RuntimeError as error:
         _expect_no_engine(error)
         return False
-    return fused < _milliseconds(lambda: _apart(call, folded))
+    return fused < milliseconds(lambda: _apart(call, folded))
 
 
-def _milliseconds(action: Callable[[], Tensor]) -> float:
+def milliseconds(action: Callable[[], object]) -> float:
     """The best of a few runs, on the current stream."""
     for _ in range(_RUNS):
         action()

@@ -31,6 +31,29 @@ inline unsigned int atomic_add_acq_rel(unsigned int* counter, unsigned int value
 
 inline int computed_here(int value) { return value; }
 
+template <class Round>
+inline uint32_t relu_pair(float first, float second, Round round) {
+  const auto one = [&](float value) -> uint32_t {
+    return value != value ? 0x7fffu : value > 0 ? round(value) : 0u;
+  };
+  return one(first) | one(second) << 16;
+}
+inline uint32_t relu_pair_bf16(float first, float second) {
+  return relu_pair(first, second, [](float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  });
+}
+inline uint32_t relu_pair_f16(float first, float second) {
+  return relu_pair(first, second, [](float value) {
+    const auto rounded = static_cast<_Float16>(value);
+    uint16_t bits;
+    memcpy(&bits, &rounded, sizeof(bits));
+    return bits;
+  });
+}
+
 // As late as the hardware may: until the wait the destination is rubbish, and the source is read
 // only then. A copy counts where it is started.
 inline void cp_async16_or_zero(void* shared, const void* global, bool copy) {
