@@ -19,8 +19,8 @@ list(REMOVE_ITEM cuda_ops ${python_cuda_ops})
 # Compiled as one, for the time that torch's headers take.
 file(GLOB autograd csrc/ops/activation.cpp csrc/ops/*_autograd.cpp)
 set_source_files_properties(${autograd} PROPERTIES UNITY_GROUP autograd)
-set_source_files_properties(csrc/ops/batch_norm.cpp csrc/ops/batch_norm_sync.cpp csrc/ops/clip.cpp csrc/ops/dropout.cpp
-  csrc/ops/measured.cpp csrc/ops/new_like.cpp PROPERTIES UNITY_GROUP operators)
+set_source_files_properties(csrc/ops/batch_norm.cpp csrc/ops/batch_norm_sync.cpp csrc/ops/clip.cpp csrc/ops/conv.cpp
+  csrc/ops/conv_cpu.cpp csrc/ops/dropout.cpp csrc/ops/measured.cpp csrc/ops/new_like.cpp PROPERTIES UNITY_GROUP operators)
 file(GLOB optim csrc/ops/optim/*.cpp)
 set_source_files_properties(${optim} PROPERTIES UNITY_GROUP optim)
 

@@ -5,6 +5,7 @@
 #include "cpu/instruction_set.h"
 #include "ops/batch_norm.h"
 #include "ops/clip.h"
+#include "ops/conv.h"
 #include "ops/device_backend.h"
 #include "ops/dropout.h"
 #include "ops/fingerprint.h"
@@ -130,11 +131,16 @@ PYBIND11_MODULE(_C, m) {
   op("batch_norm_act_fork", braze::batch_norm_act_fork);
   op("batch_norm_add_act", braze::batch_norm_add_act);
   op("batch_norm_add_act_fork", braze::batch_norm_add_act_fork);
+  op("batch_norm_act_backward", braze::batch_norm_act_backward);
   op("batch_norm_moments", braze::batch_norm_moments);
   op("batch_norm_combine", braze::batch_norm_combine);
   op("batch_norm_apply", braze::batch_norm_apply);
   op("batch_norm_reduce", braze::batch_norm_reduce);
   op("batch_norm_apply_grad", braze::batch_norm_apply_grad);
+  op("batch_norm_input_grad", braze::batch_norm_input_grad);
+  op("conv_norm_forward", braze::conv_norm_forward);
+  op("conv_norm_input_grad", braze::conv_norm_input_grad);
+  op("conv_norm_weight_grad", braze::conv_norm_weight_grad);
   op("clip_to_norm", braze::clip_to_norm);
   op("clip_to_value", braze::clip_to_value);
   op("dropout", braze::dropout);

@@ -80,7 +80,8 @@ BackwardResult batch_norm_act_backward(const at::Tensor& grad, const OptionalTen
                                        bool training, int64_t activation, double parameter,
                                        std::array<bool, 7> output_mask);
 
-// --- the steps on their own, for statistics over several processes (batch_norm_sync.cpp) ---
+// --- the steps on their own, for statistics over several processes and for convolutions that
+// compute some of them (batch_norm_sync.cpp) ---
 
 at::Tensor batch_norm_moments(const at::Tensor& input);
 at::Tensor batch_norm_combine(const at::Tensor& moments, const at::Tensor& input,
@@ -96,5 +97,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply_grad(
     const at::Tensor& grad, const at::Tensor& input, const at::Tensor& stats,
     const OptionalTensor& residual, const OptionalTensor& mask, const at::Tensor& sums,
     const at::Tensor& count, int64_t activation, double parameter, bool need_residual);
+// The gradient of a normalised input, from that of its normalised value and what reduce made of it.
+at::Tensor batch_norm_input_grad(const at::Tensor& grad, const at::Tensor& input,
+                                 const at::Tensor& stats, const at::Tensor& coefficients);
 
 }  // namespace braze

@@ -127,6 +127,21 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply_grad(
   return {dx, grad_residual};
 }
 
+at::Tensor batch_norm_input_grad(const at::Tensor& grad, const at::Tensor& input,
+                                 const at::Tensor& stats, const at::Tensor& coefficients) {
+  constexpr const char* op = "batch_norm_input_grad";
+  std::vector<at::Tensor> kept;
+  BackwardArgs args = backward_args(op, grad, input, stats, std::nullopt, std::nullopt,
+                                    static_cast<int64_t>(Activation::identity), 0, kept);
+  const at::Tensor& x = kept[0];
+  args.grad[0].coefficients = const_cast<void*>(
+      checked_array(op, "coefficients", coefficients, x, {kCoefficientRows, args.shape.c}));
+  at::Tensor dx = new_like(x);
+  args.grad[0].dx = dx.mutable_data_ptr();
+  launch(x, ApplyGradArgs{args});
+  return dx;
+}
+
 TORCH_LIBRARY_FRAGMENT(braze, m) {
   m.def("batch_norm_moments(Tensor input) -> Tensor");
   m.def(("batch_norm_combine(Tensor moments, Tensor input, " + norm_schema("", 'a') + ") -> Tensor")
@@ -143,6 +158,9 @@ TORCH_LIBRARY_FRAGMENT(braze, m) {
       "mask, "
       "Tensor sums, Tensor count, int activation, float parameter, bool need_residual) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "batch_norm_input_grad(Tensor grad, Tensor input, Tensor stats, Tensor coefficients) "
+      "-> Tensor");
 }
 
 static void implement_batch_norm_steps(torch::Library& m) {
@@ -151,6 +169,7 @@ static void implement_batch_norm_steps(torch::Library& m) {
   m.impl("batch_norm_apply", batch_norm_apply);
   m.impl("batch_norm_reduce", batch_norm_reduce);
   m.impl("batch_norm_apply_grad", batch_norm_apply_grad);
+  m.impl("batch_norm_input_grad", batch_norm_input_grad);
 }
 TORCH_LIBRARY_IMPL(braze, CPU, m) { implement_batch_norm_steps(m); }
 TORCH_LIBRARY_IMPL(braze, CUDA, m) { implement_batch_norm_steps(m); }

@@ -57,7 +57,7 @@ struct Launches;  // launch.h
 
 class DeviceBackend {
  public:
-  static constexpr const char* kCapsuleName = "braze.DeviceBackend.4";
+  static constexpr const char* kCapsuleName = "braze.DeviceBackend.5";
 
   virtual ~DeviceBackend() = default;
   virtual const char* name() const = 0;

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../plan/batch_norm.h"
+#include "../plan/conv.h"
 #include "../plan/dropout.h"
 #include "device_backend.h"
 
@@ -22,7 +23,8 @@ struct DrawArgs {
 template <class Args>
 using Launch = void (*)(int device, const at::Tensor& like, const Args& args);
 
-// What fills a column: each row is a specialisation, in launch_cpu.cpp and <op>_cuda.cpp.
+// What fills a column: each row is a specialisation, in launch_cpu.cpp, conv_cpu.cpp and
+// <op>_cuda.cpp.
 template <class Args>
 void launch_on_cpu(int device, const at::Tensor& like, const Args& args);
 template <class Args>
@@ -36,7 +38,8 @@ struct LaunchRows {
 };
 
 struct Launches : LaunchRows<StatisticsArgs, CombineArgs, ApplyArgs, RunningApplyArgs, BackwardArgs,
-                             ReduceArgs, CoefficientsArgs, ApplyGradArgs, DrawArgs, DropoutArgs> {};
+                             ReduceArgs, CoefficientsArgs, ApplyGradArgs, ConvForwardArgs,
+                             ConvInputGradArgs, ConvWeightGradArgs, DrawArgs, DropoutArgs> {};
 
 const Launches& cpu_launches();
 

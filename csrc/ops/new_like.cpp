@@ -131,9 +131,10 @@ at::Tensor new_lasting(const at::Tensor& like, c10::ScalarType dtype) {
   return make_like(like, dtype, allocator_of(like));
 }
 
-at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype) {
+at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype,
+                     c10::MemoryFormat format) {
   const c10::DeviceGuard guard(like.device());
-  return at::detail::empty_generic(sizes, allocator_of(like), keys_of(like), dtype, std::nullopt);
+  return at::detail::empty_generic(sizes, allocator_of(like), keys_of(like), dtype, format);
 }
 
 void set_memory_reuse(bool on) {

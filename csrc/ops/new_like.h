@@ -16,8 +16,9 @@ at::Tensor new_like(const at::Tensor& like);
 // The same for a tensor that stays: in fresh memory.
 at::Tensor new_lasting(const at::Tensor& like, c10::ScalarType dtype);
 
-// An uninitialised contiguous tensor of these sizes on the device of `like`.
-at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype);
+// An uninitialised dense tensor of these sizes on the device of `like`.
+at::Tensor new_array(const at::Tensor& like, at::IntArrayRef sizes, c10::ScalarType dtype,
+                     c10::MemoryFormat format = c10::MemoryFormat::Contiguous);
 
 // Off: results get fresh memory, and nothing is kept.
 void set_memory_reuse(bool on);

@@ -14,21 +14,22 @@ from op_layouts import LAYOUTS
 from op_table import BF16, FP32, FP64, Op, Sample, Wrong
 from ops_batch_norm import BATCH_NORM_OPS
 from ops_batch_norm_steps import STEP_OPS
+from ops_conv import CONV_OPS
 from ops_dropout import DROPOUT_OPS
 from test_leaks import assert_flat
 
-OP_DB: tuple[Op, ...] = (*BATCH_NORM_OPS, *STEP_OPS, *DROPOUT_OPS)
+OP_DB: tuple[Op, ...] = (*BATCH_NORM_OPS, *STEP_OPS, *CONV_OPS, *DROPOUT_OPS)
 
 
 def cases(*dtypes: torch.dtype, choose: Callable[[Op], tuple[Sample, ...]] | None = None) -> Any:
-    """Every operation, sample and dtype."""
+    """Every operation, sample and dtype. An operation that has none of ``dtypes`` is called with its first."""
     parameters = []
     for op in OP_DB:
+        wanted = [d for d in op.dtypes if not dtypes or d in dtypes] or op.dtypes[:1]
         for sample in op.samples if choose is None else choose(op):
-            for dtype in op.dtypes:
-                if not dtypes or dtype in dtypes:
-                    name = f"{op.name}-{sample.name}-{str(dtype)[6:]}"
-                    parameters.append(pytest.param(op, sample, dtype, id=name))
+            for dtype in wanted:
+                name = f"{op.name}-{sample.name}-{str(dtype)[6:]}"
+                parameters.append(pytest.param(op, sample, dtype, id=name))
     return pytest.mark.parametrize(("op", "sample", "dtype"), parameters)
 
 

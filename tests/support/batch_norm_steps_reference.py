@@ -130,6 +130,11 @@ def dx_of(d: Tensor, x: Tensor, stats: Tensor, sums: Tensor, count: Tensor | flo
     return (scale * (d - grad - centred(x, stats) * invstd.square() * grad_input)).to(x.dtype)
 
 
+def input_grad(grad: Tensor, x: Tensor, stats: Tensor, coefficients: Tensor) -> Tensor:
+    on_grad, on_input, constant = (per_channel(row, x) for row in coefficients)
+    return (grad * on_grad + (x - per_channel(stats[0], x)) * on_input + constant).to(x.dtype)
+
+
 def apply_grad(
     grad: Tensor,
     x: Tensor,

@@ -136,6 +136,16 @@ def backward_sample(
     return Sample(f"{config.name}-{'two' if two else grads}-{wanted}", make, fixed=with_mask)
 
 
+def input_grad_sample(config: Config) -> Sample:
+    """Of a gradient behind the activation's derivative."""
+
+    def make(dtype: torch.dtype) -> Args:
+        grad, x, stats = reduce_sample(config, False, False).make(dtype)[:3]
+        return [grad, x, stats, values((3, x.shape[1]), 50, arithmetic(dtype))]
+
+    return Sample(config.name, make)
+
+
 def _with(args: Args, position: int, value: object) -> Args:
     args[position] = value
     return args
@@ -211,7 +221,6 @@ STEP_OPS = (
         composite=steps.backward,
         large=tuple(backward_sample(c, with_mask=c.last) for c in LARGE),
         activations=(0, 1, 2, 5, 8),
-        python=False,
     ),
     Op(
         name="batch_norm_moments",
@@ -263,5 +272,20 @@ STEP_OPS = (
         large=tuple(reduce_sample(c, c.last, True) for c in LARGE),
         activations=(0, 1, 3),
         wrong=wrong_steps("apply_grad"),
+    ),
+    Op(
+        name="batch_norm_input_grad",
+        samples=tuple(input_grad_sample(c) for c in (*CONFIGS, EMPTY)),
+        composite=steps.input_grad,
+        large=tuple(input_grad_sample(c) for c in LARGE),
+        activations=(0, 1),
+        wrong=(
+            Wrong(
+                "coefficients",
+                lambda: changed(input_grad_sample(SMALL).make(FP32), _3=values((3, 3), 1)),
+                ValueError,
+                "coefficients must be",
+            ),
+        ),
     ),
 )

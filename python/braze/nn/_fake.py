@@ -1,4 +1,4 @@
-"""What the batch-norm operators return, without the numbers: for FakeTensor and torch.compile."""
+"""What the operators of batch norms and convolutions return without the numbers, for FakeTensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch._prims_common import suggest_memory_format
 from braze._native import _C
 
 # Rows of the arrays [rows, C] that operators hand to each other; csrc/plan/batch_norm.h.
-_STATS, _MOMENTS, _SUMS = 5, 3, 2
+_STATS, _MOMENTS, _SUMS, _COEFFICIENTS = 5, 3, 2, 3
+_LAST = torch.channels_last
 _SLOPES = tuple(_C.ACTIVATION_SLOPES.values())
 
 
@@ -121,14 +122,45 @@ def apply_grad(grad: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, Te
     return _like(input), _like(input) if need_residual else input.new_empty((0,))
 
 
+def input_grad(grad: Tensor, input: Tensor, *_: Any) -> Tensor:
+    return _like(input)
+
+
+def conv_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weight, stride, padding = arguments[3:6]
+    kernel = weight.size(2)
+    size = ((d + 2 * padding - kernel) // stride + 1 for d in input.shape[2:])
+    y = input.new_empty((input.size(0), weight.size(0), *size)).to(memory_format=_LAST)
+    return y, _array(y, _STATS, y.size(1))
+
+
+def conv_input_grad(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, input, _, norm_weight, _, _, size, _, _ = arguments[3:]
+    dx = grad.new_empty((grad.size(0), weight.size(1), *size)).to(memory_format=_LAST)
+    c = 0 if input is None else dx.size(1)
+    rows = _array(grad, 0 if input is None else _COEFFICIENTS, c)
+    vector = _array(grad, c) if input is None or norm_weight is None else norm_weight.new_empty(c)
+    return dx, rows, vector, torch.empty_like(vector)
+
+
+def conv_weight_grad(input: Tensor, *arguments: Any) -> Tensor:
+    grad, kernel, wide = arguments[3], arguments[7], arguments[10]
+    dw = input.new_empty((grad.size(1), input.size(1), kernel, kernel)).to(memory_format=_LAST)
+    return dw.float() if wide else dw
+
+
 def register() -> None:
     for name, function in (
-        ("act_forward", forward),
-        ("act_backward", backward),
-        ("moments", moments),
-        ("combine", combine),
-        ("apply", apply),
-        ("reduce", reduce),
-        ("apply_grad", apply_grad),
+        ("batch_norm_act_forward", forward),
+        ("batch_norm_act_backward", backward),
+        ("batch_norm_moments", moments),
+        ("batch_norm_combine", combine),
+        ("batch_norm_apply", apply),
+        ("batch_norm_reduce", reduce),
+        ("batch_norm_apply_grad", apply_grad),
+        ("batch_norm_input_grad", input_grad),
+        ("conv_norm_forward", conv_forward),
+        ("conv_norm_input_grad", conv_input_grad),
+        ("conv_norm_weight_grad", conv_weight_grad),
     ):
-        torch.library.register_fake(f"braze::batch_norm_{name}", function)
+        torch.library.register_fake(f"braze::{name}", function)
