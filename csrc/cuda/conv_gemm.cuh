@@ -333,7 +333,10 @@ __device__ __forceinline__ void finish_sums(const ConvInputGradArgument& a, uint
                                             double* shared) {
   if (a.input.stats == nullptr) return;
   using Item = SumsItem<1>;
-  const bool some = kept_values<Layout>(a) != 0;
+  const int channel = (static_cast<int>(blockIdx.y) * Layout::kChunks +
+                       static_cast<int>(threadIdx.x) % Layout::kChunks) *
+                      8;
+  const bool some = channel < a.width && kept_values<Layout>(a) != 0;
   const auto item_of = [&](int lane) {
     Item item = {};
     if (some) {

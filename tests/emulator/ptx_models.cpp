@@ -58,28 +58,43 @@ float f16_of(uint32_t bits) {
   return (*all)[bits];
 }
 
-}  // namespace
-
-// Exact products, summed in double and rounded once: the hardware rounds otherwise, within a few
-// units in the last place of the largest term.
-void multiply_matrices(WarpOp op, uint32_t* registers) {
-  double a[16][16], b[16][8], c[16][8];
-  const auto value_of = op == WarpOp::mma_bf16 ? bf16_of : f16_of;
+// out: registers 0..3. Lane 8 i + r names row r of matrix i.
+void load_matrices(bool transposed, uint32_t* const (&registers)[32], uint32_t (&out)[32][4]) {
   for (int lane = 0; lane < 32; ++lane) {
-    const uint32_t* const own = registers + 10 * lane;
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      if (!transposed) {
+        out[lane][i] = registers[8 * i + g][t];
+        continue;
+      }
+      const auto half = [&](int row) {
+        return registers[8 * i + row][g / 2] >> (16 * (g % 2)) & 0xffffu;
+      };
+      out[lane][i] = half(2 * t) | half(2 * t + 1) << 16;
+    }
+  }
+}
+
+// From c[4], a[4], b[2] of each lane. Exact products, summed in double and rounded once: the
+// hardware rounds otherwise, within a few units in the last place of the largest term.
+void multiply_matrices(float (*value_of)(uint32_t), uint32_t* const (&registers)[32],
+                       uint32_t (&out)[32][4]) {
+  double a[16][16], b[16][8], c[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t* const own = registers[lane];
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
       float sum;
-      memcpy(&sum, own + 6 + i, sizeof(sum));
+      memcpy(&sum, own + i, sizeof(sum));
       c[g + i / 2 * 8][2 * t + i % 2] = sum;
     }
     for (int half = 0; half < 2; ++half) {
       const int shift = 16 * half;
       for (int i = 0; i < 4; ++i) {
-        a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = value_of(own[i] >> shift & 0xffffu);
+        a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = value_of(own[4 + i] >> shift & 0xffffu);
       }
       for (int i = 0; i < 2; ++i) {
-        b[2 * t + 8 * i + half][g] = value_of(own[4 + i] >> shift & 0xffffu);
+        b[2 * t + 8 * i + half][g] = value_of(own[8 + i] >> shift & 0xffffu);
       }
     }
   }
@@ -91,8 +106,23 @@ void multiply_matrices(WarpOp op, uint32_t* registers) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const auto sum = static_cast<float>(c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
-      memcpy(registers + 4 * lane + i, &sum, sizeof(sum));
+      memcpy(&out[lane][i], &sum, sizeof(sum));
     }
+  }
+}
+
+}  // namespace
+
+void compute_matrices(WarpOp op, uint32_t* const (&registers)[32]) {
+  Unobserved unobserved;
+  uint32_t out[32][4];
+  if (op == WarpOp::ldmatrix || op == WarpOp::ldmatrix_trans) {
+    load_matrices(op == WarpOp::ldmatrix_trans, registers, out);
+  } else {
+    multiply_matrices(op == WarpOp::mma_bf16 ? bf16_of : f16_of, registers, out);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) give(registers[lane] + i, out[lane][i]);
   }
 }
 

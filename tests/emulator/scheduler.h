@@ -34,8 +34,6 @@ struct Warp {
   unsigned rank = 0;      // pct: 0 runs first
   uint8_t generation[32] = {};
   char order[32][2] = {};  // TSan: what a collective's lanes are ordered by, per lowest lane
-  // Written when all lanes have come, and so have read what the last gather left.
-  uint32_t gathered[32 * kMaxGathered];
 };
 
 // All threads of a block wait at one, or all of a grid.
@@ -99,8 +97,8 @@ void set_up_order(Block& block);
 std::string who(const Block& block, const Thread& thread);
 std::string deadlock_text();
 void thread_exits(Block& block, Thread& thread);
-// From a[4], b[2], c[4] of each lane to c[4] of each.
-void multiply_matrices(WarpOp op, uint32_t* registers);
+// What such an instruction makes of the registers of a warp's lanes.
+void compute_matrices(WarpOp op, uint32_t* const (&registers)[32]);
 void free_cells();
 void recycle_cells(Block& block);
 

@@ -11,12 +11,13 @@ namespace emulator {
 namespace {
 
 const char* name(WarpOp op) {
-  constexpr const char* kNames[] = {
-      "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
-      "__shfl_xor_sync",   "__ballot_sync",     "__any_sync",        "__all_sync",
-      "__match_any_sync",  "ldmatrix",          "mma of bf16",       "mma of f16",
-      "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_min_sync",
-      "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync"};
+  constexpr const char* kNames[] = {"__syncwarp",        "__shfl_sync",       "__shfl_up_sync",
+                                    "__shfl_down_sync",  "__shfl_xor_sync",   "__ballot_sync",
+                                    "__any_sync",        "__all_sync",        "__match_any_sync",
+                                    "ldmatrix",          "ldmatrix.trans",    "mma of bf16",
+                                    "mma of f16",        "__reduce_add_sync", "__reduce_min_sync",
+                                    "__reduce_max_sync", "__reduce_min_sync", "__reduce_max_sync",
+                                    "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync"};
   return kNames[static_cast<int>(op)];
 }
 
@@ -97,17 +98,6 @@ void resolve(WarpOp op, Thread* lanes, uint32_t mask) {
   }
 }
 
-void gather(WarpOp op, const Thread* lanes, uint32_t* gathered) {
-  Unobserved unobserved;
-  const size_t bytes = static_cast<size_t>(lanes[0].operand) * sizeof(uint32_t);
-  for (int lane = 0; lane < 32; ++lane) {
-    memcpy(gathered + lane * lanes[0].operand, reinterpret_cast<const void*>(lanes[lane].value),
-           bytes);
-  }
-  mark_written(gathered, 32 * bytes);
-  if (op != WarpOp::gather) multiply_matrices(op, gathered);
-}
-
 void check_mask(const Block& block, const Thread& thread, const Warp& warp) {
   const auto where = [&] {
     return std::string(name(thread.op)) + " at " + text(thread.site) + ", " + who(block, thread);
@@ -177,8 +167,10 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int operand, 
   warp.at_collective |= 1u << thread.number % 32;
   thread.wait = Wait::warp;
   if ((warp.at_collective & mask) == mask) {
-    if (op >= WarpOp::gather && op <= WarpOp::mma_f16) {
-      gather(op, lanes, warp.gathered);
+    if (op >= WarpOp::ldmatrix && op <= WarpOp::mma_f16) {
+      uint32_t* registers[32];
+      for (int i = 0; i < 32; ++i) registers[i] = reinterpret_cast<uint32_t*>(lanes[i].value);
+      compute_matrices(op, registers);
     } else {
       resolve(op, lanes, mask);
     }
@@ -192,12 +184,12 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int operand, 
   return thread.result;
 }
 
-const uint32_t* warp_gather(WarpOp op, const uint32_t* words, int count, Site site) {
+void warp_matrices(WarpOp op, uint32_t* registers, Site site) {
 #if defined(BRAZE_EMULATOR_MSAN)
-  __msan_check_mem_is_initialized(words, static_cast<size_t>(count) * sizeof(uint32_t));
+  const size_t words = op < WarpOp::mma_bf16 ? 4 : 10;
+  __msan_check_mem_is_initialized(registers, words * sizeof(uint32_t));
 #endif
-  warp_collective(op, ~0u, reinterpret_cast<uint64_t>(words), count, 32, site);
-  return warp_of(*block_now, *thread_now).gathered;
+  warp_collective(op, ~0u, reinterpret_cast<uint64_t>(registers), 0, 32, site);
 }
 
 unsigned active_mask() {

@@ -46,7 +46,7 @@ def load(variant: str = "native") -> emulated.Emulated:
         # Two functions: dynamo wants to tell them from each other.
         "_exchange_device": lambda device: module.exchange_device(device),
         "_maybe_exchange_device": lambda device: module.exchange_device(device),
-        "_get_device_properties": lambda _: SimpleNamespace(major=9, minor=0),
+        "_get_device_properties": lambda _: SimpleNamespace(major=9, minor=0, name="fake"),
         "default_generators": tuple(module.default_generator(i) for i in range(DEVICES)),
     }
     for name, value in state.items():

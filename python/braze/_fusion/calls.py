@@ -7,15 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braze.nn import _dropout_functional
+from braze.nn import _conv_bn, _dropout_functional
 from braze.nn import dropout as braze_dropout
 from braze.nn._activation import ACTIVATIONS, has_hooks
 from braze.nn._batch_norm_functional import run, run_add
 from braze.nn._conv_bn import conv_bn_act
+from braze.nn._conv_chain import Link, result_dtype
 from braze.nn._norms import norm_of
 from braze.nn._route import transformed
 
-__all__ = ["ALLOCATING", "act_dropout", "dropout_add", "is_dropout", "norm_act", "norm_add_act"]
+__all__ = [
+    "ALLOCATING",
+    "act_dropout",
+    "conv_chain",
+    "dropout_add",
+    "is_dropout",
+    "norm_act",
+    "norm_add_act",
+]
 
 _DROPOUTS = (nn.Dropout, braze_dropout.Dropout)
 
@@ -42,7 +51,7 @@ def norm_act(
     if (
         residual is not None
         and stored == "residual"
-        and residual.dtype != _result_dtype(conv, input)
+        and residual.dtype != (input.dtype if conv is None else result_dtype(input))
     ):
         residual += norm_act(conv, norm, input, "identity", 0.0)
         y = ACTIVATIONS[activation](residual, parameter)
@@ -55,11 +64,23 @@ def norm_act(
     return run(input, *norm_of(norm, input), activation, parameter, residual, fork)
 
 
-def _result_dtype(conv: Any, input: Tensor) -> torch.dtype:
-    device = input.device.type
-    if conv is not None and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return input.dtype
+def conv_chain(
+    input: Tensor,
+    links: tuple[tuple[Any, Any, str, float], ...],
+    residual: Any = None,
+    stored: str = "",
+    fork: bool = False,
+) -> Any:
+    """norm_act of one convolution, batch norm and activation after the other; the rest is the last one's."""
+    *before, last = (Link(*link) for link in links)
+    joins = isinstance(residual, Tensor) and (
+        stored != "residual" or residual.dtype == result_dtype(input)
+    )
+    if residual is None or joins:
+        return _conv_bn.conv_chain(input, (*before, last), residual, stored == "norm", fork)
+    input = _conv_bn.conv_chain(input, before)
+    conv, norm, activation, parameter = last
+    return norm_act(conv, norm, input, activation, parameter, residual, stored, fork)
 
 
 def norm_add_act(
@@ -127,4 +148,4 @@ def dropout_add(
 
 
 # Their results are never memory of their arguments.
-ALLOCATING = frozenset((norm_act, norm_add_act, act_dropout, dropout_add))
+ALLOCATING = frozenset((norm_act, conv_chain, norm_add_act, act_dropout, dropout_add))

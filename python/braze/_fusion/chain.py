@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from braze._fusion import calls
 from braze._fusion.guards import Guards
-from braze._fusion.nodes import Modules, uses
+from braze._fusion.nodes import Modules, following, uses
 from braze.nn._activation import has_hooks
 from braze.nn._conv_bn import CONVS
 from braze.nn._norms import norm_activation
@@ -26,7 +26,7 @@ from braze.nn._route import is_plain
 
 __all__ = ["Forked", "chain", "chain_fork", "forked", "link"]
 
-_FORKING = (calls.norm_act, calls.norm_add_act)
+_FORKING = (calls.norm_act, calls.conv_chain, calls.norm_add_act)
 
 
 class Forked(NamedTuple):
@@ -45,14 +45,6 @@ def _is_block(node: Node, modules: Modules) -> bool:
     return not leaf and isinstance(node.args[0], Node) and norm_activation(module) is None
 
 
-def _next(node: Node) -> Node:
-    """The node that runs after it, so that nothing else is moved by making one call of two."""
-    node = node.next
-    while node.op == "get_attr":
-        node = node.next
-    return node
-
-
 def link(graph: Graph, modules: Modules) -> bool:
     """Makes one call of blocks that follow each other and whose results nobody else uses."""
     linked = False
@@ -61,7 +53,7 @@ def link(graph: Graph, modules: Modules) -> bool:
         if node in done or not _is_block(node, modules):
             continue
         run = [node]
-        while uses(run[-1]) == 1 and (user := _next(run[-1])) in run[-1].users:
+        while uses(run[-1]) == 1 and (user := following(run[-1])) in run[-1].users:
             if not _is_block(user, modules):
                 break
             run.append(user)
@@ -109,11 +101,11 @@ def forked(graph: Graph, modules: Modules) -> Forked | None:
 
 
 def _split_input(graph: Graph, first: Node, modules: Modules, guards: Guards) -> bool:
-    """Gives one of two users of the input a second one to use."""
+    """Gives one of two users of the input a second one to use, or the one that uses it twice."""
     with graph.inserting_after(first):
         second = graph.placeholder("again")
     users = list(first.users)
-    if len(users) != 2 or uses(first) != 2:
+    if uses(first) != 2:
         return False
     for user in users:
         if user.op == "call_module":
@@ -125,7 +117,12 @@ def _split_input(graph: Graph, first: Node, modules: Modules, guards: Guards) ->
     for node in graph.nodes:  # a hook on a convolution could ask for its input's gradient
         if node.op == "get_attr" and isinstance(modules.get(str(node.target)), CONVS):
             guards.quiet(str(node.target))
-    users[-1].replace_input_with(first, second)
+    if len(users) == 2:
+        users[-1].replace_input_with(first, second)
+    else:
+        args = list(users[0].args)
+        args[max(i for i, arg in enumerate(args) if arg is first)] = second
+        users[0].args = tuple(args)
     return True
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "activation_of",
     "addition_of",
     "dropout_of",
+    "following",
     "is_fresh",
     "is_identity",
     "may_write",
@@ -62,6 +63,14 @@ def uses(node: Node) -> int:
     for user in node.users:
         torch.fx.map_arg((user.args, user.kwargs), see)
     return count
+
+
+def following(node: Node) -> Node:
+    """The node that runs after it, so that nothing else is moved by making one call of two."""
+    node = node.next
+    while node.op == "get_attr":
+        node = node.next
+    return node
 
 
 def _only_argument(node: Node) -> Node | None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from braze._fusion.chain import forked, link
+from braze._fusion.conv_chain import chain_convolutions
 from braze._fusion.guards import Guards
 from braze._fusion.kinds import default_kinds
 from braze._fusion.match import Fusion, rewrite
@@ -177,6 +178,8 @@ def plan(
     graph = tracer.graph
     fusions = rewrite(graph, modules, tracer.guards, training, dropout)
     left = _left(graph, modules)
+    if training:
+        chain_convolutions(graph, modules)
     linked = link(graph, modules)
     owner = type(module).__name__
     twice = forked(graph, modules) if training else None

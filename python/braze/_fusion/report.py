@@ -9,6 +9,7 @@ from torch import nn
 from braze._fusion.block import BlockFusion, fusion_of
 from braze._fusion.kinds import default_kinds
 from braze._fusion.plan import is_library_leaf, original_class
+from braze.nn._conv_chain import verdict
 from braze.nn._norms import norm_activation
 
 __all__ = ["OPTIONS", "BlockReport", "FusionReport", "report"]
@@ -18,13 +19,18 @@ OPTIONS = "_braze_fuse_options"  # attribute of a model that was fused
 
 @dataclass
 class BlockReport:
-    """One module whose forward calls others."""
+    """One module whose forward calls others.
+
+    ``convolutions`` says who computes each that could be braze's in training, cuDNN or braze, and why. It is
+    known of those that the model has been called with.
+    """
 
     name: str
     kind: str
     fused: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     reason: str = ""
+    convolutions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,6 +57,7 @@ class FusionReport:
         for block in self.blocks:
             lines.append(f"{block.name or '(the model)'}: {block.kind}")
             lines += [f"    fused  {text}" for text in block.fused]
+            lines += [f"    conv   {name}: {who}" for name, who in block.convolutions.items()]
             lines += [f"    left   {name}: {reason}" for name, reason in block.left.items()]
             if block.reason:
                 lines.append(f"    left as it is: {block.reason}")
@@ -99,6 +106,9 @@ def report(model: nn.Module) -> FusionReport:
                         block.fused.append(text)
                     target = joined if fused.follows else folded
                     target.update(_join(name, norm) for norm in fused.norms)
+                    for child in fused.modules if training else ():
+                        if (who := verdict(module.get_submodule(child))) is not None:
+                            block.convolutions[child] = who
                 if training:
                     for norm, reason in plan.left:
                         block.left[norm] = left[_join(name, norm)] = reason

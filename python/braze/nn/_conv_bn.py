@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from braze.nn._activation import has_hooks
 from braze.nn._batch_norm_functional import run
+from braze.nn._conv_chain import Link, parts, possible
+from braze.nn._conv_chain import run as run_chain
 from braze.nn._fold import folded_conv_bn_act
 from braze.nn._norms import is_batch_norm, norm_of
 from braze.nn._route import WIDE, takes_addend, takes_batch_norm, transformed
 
-__all__ = ["CONVS", "conv_bn_act"]
+__all__ = ["CONVS", "conv_bn_act", "conv_chain"]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -101,6 +104,42 @@ def conv_bn_act(
     ``inplace``: the sum has the dtype of the convolution's result, whatever the residual's. ``fork``: the
     result twice, as :func:`braze.nn.functional.batch_norm_act` gives it.
     """
+    if norm.training and possible():
+        link = Link(conv, norm, activation, parameter)
+        return conv_chain(input, (link,), residual, inplace, fork)
+    return _alone(conv, norm, input, activation, parameter, residual, inplace, fork)
+
+
+def conv_chain(
+    input: Tensor,
+    links: Sequence[Link],
+    residual: Tensor | None = None,
+    inplace: bool = False,
+    fork: bool = False,
+) -> Any:
+    """The links one after the other, where braze's kernels are chosen as one; ``residual``, ``inplace`` and
+    ``fork`` are the last one's."""
+    for part in parts(links, input, residual, inplace):
+        join, forks = (residual, fork) if part.links[-1] is links[-1] else (None, False)
+        if part.own:
+            input = run_chain(part, input, join, forks)
+        else:
+            conv, norm, activation, parameter = part.links[0]
+            input = _alone(conv, norm, input, activation, parameter, join, inplace, forks)
+    return input
+
+
+def _alone(
+    conv: Any,
+    norm: Any,
+    input: Tensor,
+    activation: str,
+    parameter: float,
+    residual: Tensor | None,
+    inplace: bool,
+    fork: bool,
+) -> Any:
+    """By torch's convolution."""
     if not norm.training and not torch.is_grad_enabled():
         folded = folded_conv_bn_act(conv, norm, input, activation, parameter, residual, inplace)
         if folded is not None:

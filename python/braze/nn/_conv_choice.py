@@ -24,7 +24,7 @@ import torch
 
 from braze import _build, _cache, _native
 
-__all__ = ["Choice", "Problem", "choices", "describe", "forget", "mode", "prefers_own"]
+__all__ = ["Choice", "Problem", "choices", "describe", "forget", "mode", "possible", "prefers_own"]
 
 _MODES = ("", "cudnn", "braze", "auto")
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -181,9 +181,19 @@ def mode() -> str:
     return value
 
 
+@cache
+def possible() -> bool:
+    """Whether any convolution could be braze's: where not, nobody need look at one. Raises ValueError as
+    ``mode``."""
+    if mode() == "":  # nothing is added
+        return any(choice.winner == "braze" for choice in _known().choices.values())
+    return mode() != "cudnn"
+
+
 def forget() -> None:
     """Forgets what this process knows: BRAZE_CONV and the file are read anew."""
     mode.cache_clear()
+    possible.cache_clear()
     _known.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""What operators of batch norms and convolutions return, without the numbers: for FakeTensor and torch.compile."""
+"""What the operators of batch norms and convolutions return without the numbers, for FakeTensor."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from braze._native import _C
 # A subclass of these may mean anything, and its own torch function or dispatch decides.
 _PLAIN = frozenset((Tensor, Parameter, FakeTensor, FunctionalTensor))
 WIDE = frozenset((torch.float32, torch.float64))
-_HALF = frozenset((torch.bfloat16, torch.float16))
-DTYPES = WIDE | _HALF
+HALF = frozenset((torch.bfloat16, torch.float16))
+DTYPES = WIDE | HALF
 
 
 class Norm(NamedTuple):
@@ -79,10 +79,8 @@ def takes_activation(input: Tensor) -> bool:
     return input.dim() >= 2 and input.shape[1] > 0
 
 
-def takes_vectors(input: Tensor, norm: Norm) -> bool:
-    """Whether the vectors fit ``input``; where they do not, torch has the words for it."""
-    channels = input.shape[1]
-    dtype = input.dtype
+def takes_vectors(norm: Norm, channels: int, dtype: torch.dtype, beside: Tensor) -> bool:
+    """Whether the vectors fit such an input on the device of ``beside``; where not, torch has words for it."""
     wide = dtype in WIDE
     for running, pair in enumerate((norm[:2], norm[2:4])):
         first = None
@@ -99,7 +97,7 @@ def takes_vectors(input: Tensor, norm: Norm) -> bool:
                 return False
             if running and vector.requires_grad:
                 return False
-            if vector.dim() != 1 or vector.shape[0] != channels or not _beside(vector, input):
+            if vector.dim() != 1 or vector.shape[0] != channels or not _beside(vector, beside):
                 return False
     return (norm.running_mean is None) == (norm.running_var is None)
 
@@ -121,19 +119,23 @@ def _beside(tensor: Tensor, input: Tensor) -> bool:
     return tensor.is_cpu if input.is_cpu else tensor.device == input.device
 
 
+def takes_statistics(norm: Norm) -> bool:
+    """Whether the batch's statistics can be taken and kept: no average without a count."""
+    _, _, running_mean, _, num_batches_tracked, momentum, eps = norm
+    return (
+        eps > 0.0
+        and (running_mean is not None or num_batches_tracked is None)
+        and (momentum is not None or running_mean is None or num_batches_tracked is not None)
+    )
+
+
 def takes_batch_norm(input: Tensor, norm: Norm, training: bool) -> bool:
     """Whether the kernels do what torch's batch_norm would; where it raises, it should do so itself."""
     if transformed() or not takes_activation(input) or input.numel() == 0:
         return False
-    if not takes_vectors(input, norm):
+    channels = input.shape[1]
+    if not takes_vectors(norm, channels, input.dtype, input):
         return False
-    _, _, running_mean, _, num_batches_tracked, momentum, eps = norm
     if training is True:
-        # One value per channel, and no average without a count.
-        return (
-            eps > 0.0
-            and input.numel() != input.shape[1]
-            and (running_mean is not None or num_batches_tracked is None)
-            and (momentum is not None or running_mean is None or num_batches_tracked is not None)
-        )
-    return training is False and running_mean is not None and eps >= 0.0
+        return input.numel() != channels and takes_statistics(norm)  # more than one value each
+    return training is False and norm.running_mean is not None and norm.eps >= 0.0

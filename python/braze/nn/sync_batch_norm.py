@@ -184,7 +184,7 @@ class SyncBatchNormAct(FusedBatchNorm):
         if (
             transformed()
             or not takes_activation(input)
-            or not takes_vectors(input, norm)
+            or not takes_vectors(norm, input.shape[1], input.dtype, input)
             or (norm.running_mean is None and norm.num_batches_tracked is not None)
         ):
             raise NotImplementedError(

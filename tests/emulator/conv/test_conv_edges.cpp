@@ -62,6 +62,7 @@ TEST(not_finite) {
       for (const int64_t pixel : {0, 45, 62}) {
         for (const int kernel : {1, 3}) {
           if (pixel != 45 && (small() || value != infinity)) continue;
+          if (small() && (kernel == 1 || value != infinity)) continue;
           for (const bool normalised : {false, true}) {
             Spec spec = spec_of(kernel, pixel % 2 == 0 ? DType::bf16 : DType::f16);
             spec.h = 7;

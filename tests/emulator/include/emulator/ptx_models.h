@@ -14,11 +14,6 @@ void async_copy_commit();
 // The next one that must be there when `pending` groups may be under way; false: no more.
 bool async_copy_landing(int pending, void** to, const void** from);
 
-inline int lane() {
-  const unsigned row = threadIdx.y + blockDim.y * threadIdx.z;
-  return static_cast<int>((threadIdx.x + blockDim.x * row) % 32);
-}
-
 }  // namespace emulator
 
 namespace braze::cuda {
@@ -75,36 +70,25 @@ inline void cp_async_wait() {
 }
 
 // Each lane reads the row that it names: a request of the warp is four matrices, in their order.
-inline const uint32_t* matrix_rows(const void* row, const char* file, int line) {
+inline void ldmatrix(emulator::WarpOp op, const void* row, uint32_t (&out)[4],
+                     emulator::Site site) {
   const uint4 bits = load16(row);
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-  return emulator::warp_gather(emulator::WarpOp::gather, words, 4, {file, line});
+  memcpy(out, &bits, sizeof(out));
+  emulator::warp_matrices(op, out, site);
 }
-
 inline void ldmatrix_x4(const void* row, uint32_t (&out)[4], EMULATOR_SITE) {
-  const uint32_t* const rows = matrix_rows(row, file, line);
-  const int lane = emulator::lane();
-  for (int i = 0; i < 4; ++i) out[i] = rows[4 * (8 * i + lane / 4) + lane % 4];
+  ldmatrix(emulator::WarpOp::ldmatrix, row, out, {file, line});
 }
-
 inline void ldmatrix_x4_trans(const void* row, uint32_t (&out)[4], EMULATOR_SITE) {
-  const uint32_t* const rows = matrix_rows(row, file, line);
-  const int lane = emulator::lane();
-  const int column = lane / 4;
-  for (int i = 0; i < 4; ++i) {
-    out[i] = 0;
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t word = rows[4 * (8 * i + 2 * (lane % 4) + half) + column / 2];
-      out[i] |= (word >> (16 * (column % 2)) & 0xffffu) << (16 * half);
-    }
-  }
+  ldmatrix(emulator::WarpOp::ldmatrix_trans, row, out, {file, line});
 }
 
 inline void mma_m16n8k16(emulator::WarpOp op, float (&c)[4], const uint32_t (&a)[4],
                          const uint32_t (&b)[2], emulator::Site site) {
-  uint32_t own[10] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  memcpy(own + 6, c, sizeof(c));
-  memcpy(c, emulator::warp_gather(op, own, 10, site) + 4 * emulator::lane(), sizeof(c));
+  uint32_t registers[10] = {0, 0, 0, 0, a[0], a[1], a[2], a[3], b[0], b[1]};
+  memcpy(registers, c, sizeof(c));
+  emulator::warp_matrices(op, registers, site);
+  memcpy(c, registers, sizeof(c));
 }
 inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               EMULATOR_SITE) {

@@ -28,7 +28,8 @@ enum class WarpOp {
   any,
   all,
   match_any,
-  gather,
+  ldmatrix,
+  ldmatrix_trans,
   mma_bf16,
   mma_f16,
   reduce_add,
@@ -44,10 +45,8 @@ enum class WarpOp {
 int block_barrier(BarrierKind kind, int predicate, Site site);
 uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int operand, int width,
                          Site site);
-// What all 32 lanes have brought, lane by lane, or what mma makes of it, until the caller's next
-// call.
-constexpr int kMaxGathered = 10;
-const uint32_t* warp_gather(WarpOp op, const uint32_t* words, int count, Site site);
+// An instruction of all 32 lanes: each has brought words in registers, and finds four there.
+void warp_matrices(WarpOp op, uint32_t* registers, Site site);
 unsigned active_mask();
 [[noreturn]] void trap(Site site);
 
