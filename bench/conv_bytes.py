@@ -120,7 +120,7 @@ def between(kernel: int, way: str) -> Traffic:
     for conv in (first, second):
         found = found.plus(convolution(conv, way, 1)).plus(convolution(conv, "cudnn", 1), -1)
     kept = found.saved + convolution(second, "cudnn", 1).saved
-    return Traffic().plus(found._replace(saved=kept), 1 / outputs_of(first, 1))
+    return Traffic(*(v / outputs_of(first, 1) for v in (found.forward, found.backward, kept)))
 
 
 def resnet50(way: str, batch: int) -> Traffic:

@@ -126,6 +126,19 @@ def test_debt_takes_the_newest_result_for_the_present_sources(checkout: Path) ->
     assert len(debt.find_debt(checkout)) == 1
 
 
+def test_debt_of_convolutions(checkout: Path) -> None:
+    """Their operators are theirs alone; a kernel's header is everybody's."""
+    (checkout / "csrc/ops/conv.cpp").write_text("")
+    result(checkout, "NVIDIA H200")
+    assert debt.find_debt(checkout) == []
+    (checkout / "csrc/ops/conv.cpp").write_text("edited")
+    owed = {line.partition(":")[0] for line in debt.find_debt(checkout)}
+    assert {"conv kernels", "conv kernels, all", "convolution", "bits", "memcheck"} <= owed
+    assert not owed & {"optimizer", "dropout", "batch norm", "micro"}
+    (checkout / "csrc/cuda/conv_gemm.cuh").write_text("")
+    assert len(debt.find_debt(checkout)) == len(STEPS)
+
+
 def test_debt_and_damaged_or_missing_results(checkout: Path) -> None:
     assert len(debt.find_debt(checkout)) == len(STEPS)
     result(checkout, "rehearsal", type="cpu")
@@ -217,7 +230,7 @@ def test_golden_tolerance_is_of_the_largest_element() -> None:
     assert golden.distance({"y": x["y"] * math.nan}, x, 1e-5) and golden.distance({}, x, 1.0)
 
 
-@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "CAG/all/fp16", "dropout", "dropped"])
+@pytest.mark.parametrize("name", ["SGD/sizes/fp32", "CAG/all/fp16", "dropout", "dropped", "conv/"])
 def test_this_machine_computes_the_committed_bits(name: str) -> None:
     assert main([*GOLDEN, "--filter", name, "--goldens", str(ROOT / "bench/goldens.json")]) == 0
 
@@ -228,7 +241,7 @@ def test_the_emulated_device_computes_the_committed_bits() -> None:
     if (reason := emulated.why_not()) is not None:
         pytest.skip(reason)
     goldens = ["--goldens", str(ROOT / "bench/goldens.json"), "--device", "emulated"]
-    for name in ("misaligned/bf16", "dropout/1000/", "dropped", "batch_norm"):
+    for name in ("misaligned/bf16", "dropout/1000/", "dropped", "batch_norm", "conv/3x3"):
         goldens += ["--filter", name]
     assert main([*GOLDEN, *goldens]) == 0
 
