@@ -15,7 +15,7 @@ constexpr int kStepDepth = 64, kStepChunks = kStepDepth / 8;
 template <int kChunks>
 __device__ __forceinline__ uint4* chunk_at(uint4* tile, int row, int chunk) {
   static_assert(kChunks % 8 == 0);
-  return tile + row * kChunks + (chunk ^ BRAZE_HOOK(swizzle, row & 7));
+  return tile + row * kChunks + (chunk ^ (row & 7));
 }
 
 // What a lane takes of a 16x16 part for mma, whose rows begin at a multiple of 8: of a tile whose

@@ -16,6 +16,7 @@ from pathlib import Path
 import emulator_build as build
 import pytest
 import test_batch_norm_kernels as norm
+import test_conv_kernels as conv
 import test_dropout_kernels as dropout
 import test_emulated_kernels as optimizer
 from test_emulated_kernels import run
@@ -27,6 +28,7 @@ PROGRAMS = {
     "optimizer": optimizer.kernels_program,
     "batch_norm": norm.norm_program,
     "dropout": dropout.program,
+    "conv": conv.conv_program,
 }
 FAULTS = {
     "optimizer": """
@@ -81,11 +83,20 @@ FAULTS = {
         rounding_up: zero; chunks: minus_one; unused: one; by_channels: zero; own_seed: one
         own_offset: zero
     """,
+    "conv": """
+        own_columns: zero one; own_rows: zero one; own_channels: zero one; uncounted_row: zero one
+        has_channel: zero one; values_in_part: zero plus_one; conv_waves: zero
+        past_pixels: zero one; linear: one; past_linear: zero one; turned: zero one
+        between_strides: one; before_first: one; after_last: one; last_stride: one
+        padding_stays: zero; own_gradients: zero one
+        stretch_end: plus_one zero; own_weights: zero one; sum_parts: minus_one
+    """,
 }
 # No hooks, for no result can show a fault there: a head of the optimizers' one vector longer or beyond the
 # tensor's end; phases without the chunk's begin; `capturing` in the choice of what is resident; a plain tensor
 # without a gradient; the order in which a pass of batch norm walks; threads of channels beyond the last that go
-# home at once; units that move to a plane's 16-byte boundaries; blocks that merge in one step instead of two.
+# home at once; units that move to a plane's 16-byte boundaries; blocks that merge in one step instead of two;
+# where a convolution's tile has the chunks of a row.
 # test_kernel_memory.py sees some of these.
 
 # In the order of what finds most: variant, arguments and schedule.
@@ -99,6 +110,7 @@ KILLERS = {
     "optimizer": NATIVE,
     "batch_norm": NATIVE,
     "dropout": [*NATIVE[:2], ("asan", ("--small", "--stop"), "inorder")],
+    "conv": [*NATIVE[:2], ("asan", ("--small", "--stop"), "inorder")],
 }
 
 
@@ -181,6 +193,7 @@ def barriers_unnoticed(
     [
         ("optimizer", optimizer.FEW_BLOCKS, (*optimizer.FEW_BLOCKS, "device_counts")),
         ("batch_norm", norm.FEW_BLOCKS, norm.FEW_BLOCKS),
+        ("conv", conv.FEW_BLOCKS, conv.FEW_BLOCKS),
     ],
 )
 def test_barriers(name: str, few_blocks: Sequence[str], for_orders: Sequence[str]) -> None:

@@ -1,7 +1,5 @@
 // The same bits whoever runs first, replays of a graph, failing calls, memory beyond 2^31 elements,
 // and the seeded faults that detectors must find.
-#include <sys/mman.h>
-
 #include <cstring>
 
 #include "intercept.h"
@@ -180,23 +178,6 @@ TEST(failing_calls) {
     CHECK(calls > 1);  // one at least could fail
   }
 }
-
-// Address space of which only the pages that are touched exist.
-class Sparse {
- public:
-  explicit Sparse(size_t bytes) : bytes_(bytes) {
-    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    CHECK(memory_ != MAP_FAILED);
-  }
-  ~Sparse() { munmap(memory_, bytes_); }
-  Sparse(const Sparse&) = delete;
-  uint16_t* data() const { return static_cast<uint16_t*>(memory_); }
-
- private:
-  size_t bytes_;
-  void* memory_ = nullptr;
-};
 
 // y = x + 1 at the end of a tensor with more than 2^32 elements, by the blocks that have it. Only
 // these run: the others' pages would fill the memory.

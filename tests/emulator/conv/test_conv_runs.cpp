@@ -1,6 +1,7 @@
 // The same bits whoever runs first, replays of a graph, failing calls, and the seeded faults that
 // detectors must find.
 #include "convolution.h"
+#include "cuda/conv_grid.h"
 #include "intercept.h"
 
 namespace conv_run_tests {
@@ -114,6 +115,73 @@ TEST(failing_calls) {
   check_failing(&Problem::forward_args, cuda::conv_forward);
   check_failing(&Problem::input_grad_args, cuda::conv_input_grad);
   check_failing(&Problem::weight_grad_args, cuda::conv_weight_grad);
+}
+
+// Beyond what the kernels count in 32 bits nothing is launched.
+TEST(too_large) {
+  Problem p(several(DType::bf16, 1));
+  const auto check = [](auto args, auto launch) {
+    args.shape.n = int64_t{1} << 31;
+    cuda::NormScratchSize size;
+    CHECK_CODE(cuda::conv_scratch(args, size), cudaErrorInvalidConfiguration);
+    CHECK_CODE(launch(args, cuda::NormScratch{}, nullptr), cudaErrorInvalidConfiguration);
+  };
+  const auto of = [](auto* launch) { return launch; };
+  check(p.forward_args(), of(cuda::conv_forward));
+  check(p.input_grad_args(), of(cuda::conv_input_grad));
+  check(p.weight_grad_args(), of(cuda::conv_weight_grad));
+}
+
+// The last pixel of tensors with 2^32 elements, by the block that has it. Only that one runs: the
+// others' pages would fill the memory.
+TEST(beyond_32_bits) {
+  Spec spec{.n = 1, .h = 1, .w = 1};
+  spec.normalised = spec.after_norm = false;
+  Problem p(spec);
+  const Sparse from(size_t{1} << 33), to(size_t{1} << 33), workspace(size_t{1} << 30);
+  const Sparse tickets(size_t{1} << 20);
+  const cuda::NormScratch scratch{workspace.data(), reinterpret_cast<unsigned*>(tickets.data())};
+  const auto last_block = [&](auto launch, const auto& args) {
+    cuda::NormScratchSize size;
+    CHECK_OK(cuda::conv_scratch(args, size));
+    CHECK(size.workspace <= size_t{1} << 30 && size.tickets <= size_t{1} << 18);
+    emulator::set_block_range(0, 0);
+    CHECK_OK(launch(args, scratch, nullptr));
+    // Blocks take tiles in turn, and a thread adds up so many values of each.
+    constexpr uint64_t kTiles = (uint64_t{1} << 29) / cuda::kTilePixels;
+    constexpr uint64_t kValues = cuda::kTilePixels * 64 / 8 / cuda::kNormThreads;
+    const uint64_t blocks = intercept::last_grid(), block = (kTiles - 1) % blocks;
+    if (!CHECK(kTiles * kValues <= blocks * cuda::kMaxRun)) return;
+    emulator::set_block_range(block, block + 1);
+    CHECK_OK(launch(args, scratch, nullptr));
+    CHECK_OK(cudaDeviceSynchronize());
+    emulator::clear_block_range();
+  };
+  const auto large = [](ConvShape shape) {
+    shape.n = int64_t{1} << 15;
+    shape.h = shape.out_h = shape.w = shape.out_w = 128;
+    return shape;
+  };
+  const size_t last = (size_t{1} << 32) - 1;
+  from.data()[last] = 0x4040;  // 3
+  for (int64_t i = 0; i < 64; ++i) p.weight.set(i, i % 9 == 0 ? 2 : 0);
+  {
+    ConvForwardArgs args = p.forward_args();
+    args.shape = large(args.shape);
+    args.input.x = from.data();
+    args.output = to.data();
+    last_block(cuda::conv_forward, args);
+    CHECK(to.data()[last] == 0x40c0);  // 6
+    to.data()[last] = 0;
+  }
+  {
+    ConvInputGradArgs args = p.input_grad_args();
+    args.shape = large(args.shape);
+    args.grad.d = from.data();
+    args.result = to.data();
+    last_block(cuda::conv_input_grad, args);
+    CHECK(to.data()[last] == 0x40c0);
+  }
 }
 
 TEST(seeded_short_buffer) {

@@ -1,5 +1,7 @@
 #include "harness.h"
 
+#include <sys/mman.h>
+
 #include <cstdarg>
 #include <cstdlib>
 #include <cstring>
@@ -93,6 +95,13 @@ Case::Case(const char* format, ...) {
   state().cases.push_back(this);
 }
 Case::~Case() { state().cases.pop_back(); }
+
+Sparse::Sparse(size_t bytes) : bytes_(bytes) {
+  memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  CHECK(memory_ != MAP_FAILED);
+}
+Sparse::~Sparse() { munmap(memory_, bytes_); }
 
 }  // namespace harness
 

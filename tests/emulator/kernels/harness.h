@@ -76,6 +76,19 @@ struct Stream {
   operator cudaStream_t() const { return handle; }
 };
 
+// Address space, of zeros, of which only the pages that are touched exist.
+class Sparse {
+ public:
+  explicit Sparse(size_t bytes);
+  ~Sparse();
+  Sparse(const Sparse&) = delete;
+  uint16_t* data() const { return static_cast<uint16_t*>(memory_); }
+
+ private:
+  size_t bytes_;
+  void* memory_ = nullptr;
+};
+
 struct OnDevice {
   explicit OnDevice(int device) { (void)cudaSetDevice(device); }
   ~OnDevice() { (void)cudaSetDevice(0); }
