@@ -110,7 +110,7 @@ KILLERS = {
     "optimizer": NATIVE,
     "batch_norm": NATIVE,
     "dropout": [*NATIVE[:2], ("asan", ("--small", "--stop"), "inorder")],
-    "conv": [*NATIVE[:2], ("asan", ("--small", "--stop"), "inorder")],
+    "conv": NATIVE,
 }
 
 

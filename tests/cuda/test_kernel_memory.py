@@ -89,6 +89,12 @@ def test_controls() -> None:
     assert per_request("control_transpose", "shared read 4") == 32  # all lanes in one bank
     assert per_request("control_padded_transpose", "shared read 4") == 1
     assert per_request("control_padded_transpose", "shared write 4") == 1
+    # ldmatrix of rows in the same banks, and of rows in different ones: a turn for each matrix.
+    assert counted()["control_matrices"]["shared read 16"] == [1, 32, 32]
+    padded = counted()["control_padded_matrices"]
+    assert padded["shared read 16"] == [1, 32, 4]
+    # cp.async, of which a quarter of the lanes take zeros, counts once.
+    assert padded["shared write 16"] == [1, 32, 4] and padded["in read 16"] == [1, 24, 16]
 
 
 # Operands that each element has read or written.
@@ -166,6 +172,44 @@ def test_activations_are_read_in_full_sectors(step: str, layout: str) -> None:
     accesses = {access: c for access, c in all_of_it if access.split()[0] in buffers}
     assert {access.split()[0] for access in accesses} == set(buffers)
     assert moved_whole(accesses) == 2 * 64 * 32 * 16 * len(buffers)
+
+
+# Channels before and after; 256 pixels after.
+CONV_LAYERS = {"1x1": (64, 128), "1x1_narrow": (128, 64), "3x3": (64, 64), "3x3_stride_2": (64, 64)}
+CONV_STEPS = ("forward", "input_grad", "weight_grad")
+
+
+@pytest.mark.parametrize("layer", CONV_LAYERS)
+@pytest.mark.parametrize("step", CONV_STEPS)
+def test_convolutions_have_no_bank_conflicts(step: str, layer: str) -> None:
+    accesses = counted()[f"conv_{step}_{layer}"]
+    for access in ("shared read 16", "shared write 16"):
+        _, lanes, turns = accesses[access]
+        assert 8 * turns == lanes, access
+
+
+@pytest.mark.parametrize("layer", CONV_LAYERS)
+@pytest.mark.parametrize("step", CONV_STEPS)
+def test_convolutions_move_full_sectors(step: str, layer: str) -> None:
+    tensors = {"forward": {"x", "weight", "output"}, "weight_grad": {"x", "d", "output"}}
+    wanted = tensors.get(step, {"x", "d", "output", "weight", "result"})
+    found = set()
+    for access, (_, lanes, sectors) in counted()[f"conv_{step}_{layer}"].items():
+        buffer, _, size = access.split()
+        if buffer in wanted:
+            found.add(buffer)
+            assert size == "16" and 2 * sectors <= lanes, access
+    assert found == wanted
+
+
+@pytest.mark.parametrize("layer", ("1x1", "1x1_narrow"))
+def test_convolutions_of_one_tap_move_each_element_once(layer: str) -> None:
+    c, k = CONV_LAYERS[layer]
+    forward, back = counted()[f"conv_forward_{layer}"], counted()[f"conv_input_grad_{layer}"]
+    slabs = -(-c // 64)
+    assert forward["x read 16"][1] * 8 == 256 * c and forward["output write 16"][1] * 8 == 256 * k
+    assert back["d read 16"][1] * 8 == back["output read 16"][1] * 8 == slabs * 256 * k
+    assert back["x read 16"][1] * 8 == back["result write 16"][1] * 8 == 256 * c
 
 
 def test_pinned() -> None:

@@ -54,7 +54,8 @@ inline uint32_t relu_pair_f16(float first, float second) {
 inline void cp_async16_or_zero(void* shared, const void* global, bool copy) {
   alignas(16) static const unsigned char zeros[16] = {};
   store16(shared, uint4{~0u, ~0u, ~0u, ~0u});
-  if (copy) (void)load16(global);  // a wrong address is found here
+  // A wrong address is found here. Volatile, or compilers leave out what nobody uses.
+  if (copy) (void)*static_cast<const volatile emulator::Vector16*>(global);
   emulator::async_copy(shared, copy ? global : zeros);
 }
 inline void cp_async16(void* shared, const void* global) {
