@@ -1,6 +1,7 @@
 // Asynchronous copies of each thread, until they are waited for, and what a warp multiplies.
 #include "emulator/ptx_models.h"
 
+#include <cmath>
 #include <deque>
 #include <unordered_map>
 
@@ -43,15 +44,16 @@ float bf16_of(uint32_t bits) {
   memcpy(&value, &word, sizeof(value));
   return value;
 }
-// A table: baseline x86-64 has no instruction for it.
+// A table, for speed.
 float f16_of(uint32_t bits) {
   static const std::vector<float>* const all = [] {
     auto* const values = new std::vector<float>(1 << 16);
-    for (size_t i = 0; i < values->size(); ++i) {
-      const auto half = static_cast<uint16_t>(i);
-      _Float16 value;
-      memcpy(&value, &half, sizeof(value));
-      (*values)[i] = value;
+    for (int i = 0; i < 1 << 16; ++i) {
+      const int exponent = i >> 10 & 31, fraction = i & 1023;
+      float value = std::ldexp(static_cast<float>(fraction), -24);
+      if (exponent > 0) value = std::ldexp(1024.0f + static_cast<float>(fraction), exponent - 25);
+      if (exponent == 31) value = fraction == 0 ? HUGE_VALF : NAN;
+      (*values)[static_cast<size_t>(i)] = i >> 15 ? -value : value;
     }
     return values;
   }();
