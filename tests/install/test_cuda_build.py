@@ -95,7 +95,7 @@ def test_figures_are_pinned(commands: Commands, kernels: cuda_gates.Kernels) -> 
     if cuda_gates.nvcc_version() != ratchet.nvcc:
         pytest.skip(f"pinned with nvcc {ratchet.nvcc}, this is {cuda_gates.nvcc_version()}")
     rows = cuda_gates.hot_rows(cuda_gates.cuda_objects(commands), kernels)
-    problems, changes = cuda_gates.problems_and_changes(ratchet, kernels, rows)
+    problems, changes = cuda_gates.problems_and_changes(ratchet, kernels, *rows)
     assert not problems + changes, "\n".join(
         [*problems, *changes, f"if this is meant: {cuda_gates.PIN}"]
     )

@@ -370,7 +370,13 @@ def test_figures_against_the_copy() -> None:
 
 # ----------------------------------------------------------------- the limits
 
-LIMITS = {"need_issue": 0.6, "need_alu": 0.6, "in_flight": 26 * 1024}
+LIMITS = {
+    "need_issue": 0.6,
+    "need_alu": 0.6,
+    "in_flight": 26 * 1024,
+    "issue": 1,
+    "issue_prologue": 1,
+}
 GOOD = Row("", "bf16", 8, 256, 100, 50, 64, 4, 65536)
 
 
@@ -412,15 +418,15 @@ def test_difference_of_a_row_and_of_the_page_is_noticed(
     monkeypatch.setattr(cuda_gates, "PAGE", tmp_path / "page.md")
     rows = {"k": GOOD}
     ratchet = cuda_gates.Ratchet(limits=LIMITS, model=cuda_gates.pinned(rows))
-    cuda_gates.PAGE.write_text(cuda_gates.page(ratchet, rows))
-    assert cuda_gates.problems_and_changes(ratchet, {}, rows) == ([], [])
+    cuda_gates.PAGE.write_text(cuda_gates.page(ratchet, rows, {}))
+    assert cuda_gates.problems_and_changes(ratchet, {}, rows, {}) == ([], [])
     rows = {"k": dataclasses.replace(GOOD, instructions=99)}
-    assert cuda_gates.problems_and_changes(ratchet, {}, rows)[1] == [
+    assert cuda_gates.problems_and_changes(ratchet, {}, rows, {})[1] == [
         "k on sm_90: instructions 100 -> 99",
         "page.md is not made of these figures",
     ]
     cuda_gates.PAGE.unlink()
-    assert "page.md" in cuda_gates.problems_and_changes(ratchet, {}, rows)[1][-1]
+    assert "page.md" in cuda_gates.problems_and_changes(ratchet, {}, rows, {})[1][-1]
 
 
 def test_page_has_the_rows_and_the_excuses() -> None:

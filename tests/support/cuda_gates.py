@@ -4,9 +4,10 @@
     .venv/bin/python tests/support/cuda_gates.py --pin    make the present figures the pinned ones
 
 Pinned per kernel and architecture: registers, stack and shared bytes, local memory accesses
-(spills), and 128-bit global loads and stores. Pinned per hot loop: sass_model.py's figures, which
-must keep to limits too, and which docs/cuda_model.md shows. Any difference fails, improvements too:
-they are pinned, and so cannot be lost again unnoticed.
+(spills), and 128-bit global loads and stores. Pinned per hot loop: sass_model.py's figures, and
+per kernel that multiplies sass_tensor.py's. They must keep to limits too, and docs/cuda_model.md
+shows them. Any difference fails, improvements too: they are pinned, and so cannot be lost again
+unnoticed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import sass_layers
 import sass_model
+import sass_tensor
 
 ROOT = Path(__file__).parents[2]
 RATCHET = ROOT / "tests/support/cuda_ratchet.json"
@@ -33,6 +36,8 @@ BUILD = ROOT / "build/cuda-check"
 PIN = ".venv/bin/python tests/support/cuda_gates.py --pin"
 FIGURES = ("registers", "stack", "shared", "local", "loads128", "stores128")
 Kernels = dict[str, dict[str, dict[str, int]]]
+Rows = dict[str, sass_model.Row]
+TensorRows = dict[str, sass_tensor.TensorRow]
 
 
 class GateError(RuntimeError):
@@ -49,6 +54,7 @@ class Ratchet:
     limits: dict[str, float] = field(default_factory=dict)
     excused: dict[str, str] = field(default_factory=dict)  # row: why it may miss a limit
     model: Kernels = field(default_factory=Kernels)  # rows of the model, on its one architecture
+    tensor: Kernels = field(default_factory=Kernels)  # of the kernels that multiply
 
 
 def nvcc_module() -> ModuleType:
@@ -203,9 +209,9 @@ def measure(objects: list[Path]) -> Kernels:
     return dict(sorted(result.items()))
 
 
-def hot_rows(objects: list[Path], kernels: Kernels) -> dict[str, sass_model.Row]:
-    """The model's rows of ``objects``, whose figures are ``kernels``."""
-    rows: dict[str, sass_model.Row] = {}
+def hot_rows(objects: list[Path], kernels: Kernels) -> tuple[Rows, TensorRows]:
+    """The models' rows of ``objects``, whose figures are ``kernels``."""
+    rows, tensor = Rows(), TensorRows()
     for file in objects:
         sass = dump(file, "-arch", sass_model.ARCH, "-sass")
         for mangled, body in sass_model.functions(sass).items():
@@ -215,7 +221,13 @@ def hot_rows(objects: list[Path], kernels: Kernels) -> dict[str, sass_model.Row]
             if sass_model.family_of(name) and not found:
                 raise GateError(f"{name} has no loop with the accesses of its family")
             rows |= found
-    return dict(sorted(rows.items()))
+            try:
+                row = sass_tensor.row_of(name, body, figures["registers"], figures["shared"])
+            except ValueError as error:
+                raise GateError(str(error)) from error
+            if row:
+                tensor[name] = row
+    return dict(sorted(rows.items())), dict(sorted(tensor.items()))
 
 
 def broken_rules(kernels: Kernels, scalar: list[str]) -> list[str]:
@@ -265,26 +277,28 @@ def differences(pinned: Kernels, present: Kernels) -> list[str]:
 
 
 def problems_and_changes(
-    ratchet: Ratchet, kernels: Kernels, rows: dict[str, sass_model.Row]
+    ratchet: Ratchet, kernels: Kernels, rows: Rows, tensor: TensorRows
 ) -> tuple[list[str], list[str]]:
     """What breaks a rule, and what is not as it was pinned."""
     problems = broken_rules(kernels, ratchet.scalar)
-    problems += sass_model.broken_limits(rows, ratchet.limits, ratchet.excused)
+    problems += sass_model.broken_limits({**rows, **tensor}, ratchet.limits, ratchet.excused)
     changes = differences(ratchet.kernels, kernels) + differences(ratchet.model, pinned(rows))
-    if not PAGE.exists() or PAGE.read_text() != page(ratchet, rows):
+    changes += differences(ratchet.tensor, pinned(tensor))
+    if not PAGE.exists() or PAGE.read_text() != page(ratchet, rows, tensor):
         changes.append(f"{PAGE.name} is not made of these figures")
     return problems, changes
 
 
-def pinned(rows: dict[str, sass_model.Row]) -> Kernels:
+def pinned(rows: Rows | TensorRows) -> Kernels:
     return {name: {sass_model.ARCH: row.figures()} for name, row in rows.items()}
 
 
-def page(ratchet: Ratchet, rows: dict[str, sass_model.Row]) -> str:
-    return sass_model.document(rows, ratchet.limits, ratchet.excused, PIN)
+def page(ratchet: Ratchet, rows: Rows, tensor: TensorRows) -> str:
+    first = sass_model.document(rows, ratchet.limits, ratchet.excused, PIN)
+    return first + sass_layers.document(tensor, ratchet.limits, ratchet.excused)
 
 
-COLUMNS = {"kernels": FIGURES, "model": sass_model.FIGURES}
+COLUMNS = {"kernels": FIGURES, "model": sass_model.FIGURES, "tensor": sass_tensor.FIGURES}
 
 
 def read_ratchet() -> Ratchet:
@@ -320,18 +334,19 @@ def main() -> int:
     try:
         objects = cuda_objects(compile_objects())
         kernels = measure(objects)
-        rows = hot_rows(objects, kernels)
+        rows, tensor = hot_rows(objects, kernels)
     except GateError as error:
         print(error, file=sys.stderr)
         return 1
-    problems, changes = problems_and_changes(ratchet, kernels, rows)
+    problems, changes = problems_and_changes(ratchet, kernels, rows, tensor)
     print(*problems, *changes, sep="\n")
     if pin:
-        ratchet.nvcc, ratchet.kernels, ratchet.model = nvcc_version(), kernels, pinned(rows)
+        ratchet.nvcc, ratchet.kernels = nvcc_version(), kernels
+        ratchet.model, ratchet.tensor = pinned(rows), pinned(tensor)
         ratchet.scalar = [name for name in ratchet.scalar if name in kernels]
         write_ratchet(ratchet)
-        PAGE.write_text(page(ratchet, rows))
-        print(f"pinned {len(kernels)} kernels, {len(rows)} hot loops")
+        PAGE.write_text(page(ratchet, rows, tensor))
+        print(f"pinned {len(kernels)} kernels, {len(rows) + len(tensor)} hot loops")
         return 1 if problems else 0
     if changes:
         print(f"if this is meant: {PIN}")

@@ -10,15 +10,17 @@ which share of the issue slots and of the ALUs the kernel needs to be bound by m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Protocol
 
 ARCH = "sm_90"
 INSTRUCTION = re.compile(
     r"\s*/\*(?P<address>[0-9a-f]+)\*/\s+(?:@(?P<predicate>!?U?P[0-9T])\s+)?"
     r"(?P<opcode>[A-Z][A-Z0-9_.]+)\s*(?P<operands>[^;]*?)\s*;"
 )
-LOAD128 = re.compile(r"LDG?\..*\b128\b")
+LOAD128 = re.compile(r"LDG?(STS)?\..*\b128\b")  # LDGSTS: to shared memory
 STORE128 = re.compile(r"STG?\..*\b128\b")
 
 # An H200. Of its 132 multiprocessors each issues 4 warps' instructions a cycle, 2 of them to ALUs.
@@ -173,8 +175,49 @@ def hot_loops(body: list[Instruction]) -> Iterator[tuple[list[Block], list[int],
         yield blocks, [k for k in order if k in own], back
 
 
-# A state of the search: 128-bit loads, 128-bit stores, whether the family's own work was passed.
-State = tuple[int, int, bool]
+def ways(
+    blocks: list[Block],
+    own: list[int],
+    back: list[int],
+    counts: Callable[[int], Iterable[tuple[int, ...]]],
+) -> dict[tuple[int, ...], list[Instruction]]:
+    """The shortest way around the loop for each sum of counts, of which a block adds one."""
+    rank = {k: r for r, k in enumerate(own)}
+    zero = tuple(0 for _ in next(iter(counts(own[0]))))
+    # By sum: instructions so far, and the block and sum before.
+    best: list[dict[tuple[int, ...], tuple[int, int, tuple[int, ...]]]] = [{} for _ in own]
+    best[0][zero] = 0, -1, zero
+    leaving = [dict[tuple[int, ...], tuple[int, tuple[int, ...]]]() for _ in own]
+    for r, k in enumerate(own):
+        cost, added = sum(i.opcode != "NOP" for i in blocks[k].body), list(counts(k))
+        for state, (before, _, _) in best[r].items():
+            for more in added:
+                new = tuple(map(sum, zip(state, more, strict=True)))
+                if new not in leaving[r] or before + cost < leaving[r][new][0]:
+                    leaving[r][new] = before + cost, state
+        for s in blocks[k].next:
+            to = rank.get(s, 0)
+            if to > r:
+                for state, (total, _) in leaving[r].items():
+                    if state not in best[to] or total < best[to][state][0]:
+                        best[to][state] = total, r, state
+    found: dict[tuple[int, ...], tuple[int, int]] = {}
+    for k in back:
+        for state, (total, _) in leaving[rank[k]].items():
+            found[state] = min(found.get(state, (total, rank[k])), (total, rank[k]))
+    result = {}
+    for end, (_, r) in found.items():
+        path, state = list[Instruction](), end
+        while r >= 0:
+            path = blocks[own[r]].body + path
+            _, r, state = best[r][leaving[r][state][1]]
+        result[end] = [i for i in path if i.opcode != "NOP"]
+    return result
+
+
+def matches(block: Block, pattern: str) -> int:
+    """How many instructions of ``block``, with their operands, ``pattern`` finds."""
+    return sum(bool(re.search(pattern, f"{i.opcode} {i.operands}")) for i in block.body)
 
 
 def hot_path(
@@ -184,44 +227,26 @@ def hot_path(
 
     (0, []) where no way around has ``family``'s accesses.
     """
-    rank = {k: r for r, k in enumerate(own)}
-    best: list[dict[State, tuple[int, int, State]]] = [{} for _ in own]
-    best[0][0, 0, not family.passes] = 0, -1, (0, 0, False)
-    leaving = [dict[State, tuple[int, State]]() for _ in own]
-    for r, k in enumerate(own):
-        cost = sum(i.opcode != "NOP" for i in blocks[k].body)
-        loads, stores = blocks[k].count(LOAD128), blocks[k].count(STORE128)
-        passed = bool(family.passes) and any(
-            re.search(family.passes, f"{i.opcode} {i.operands}") for i in blocks[k].body
-        )
-        for state, (before, _, _) in best[r].items():
-            for more_loads in range(loads[1], loads[0] + 1):
-                for more_stores in range(stores[1], stores[0] + 1):
-                    new = state[0] + more_loads, state[1] + more_stores, state[2] or passed
-                    if new not in leaving[r] or before + cost < leaving[r][new][0]:
-                        leaving[r][new] = before + cost, state
-        for s in blocks[k].next:
-            to = rank.get(s, 0)
-            if to > r:
-                for state, (total, _) in leaving[r].items():
-                    if state not in best[to] or total < best[to][state][0]:
-                        best[to][state] = total, r, state
+
+    def counts(k: int) -> Iterator[tuple[int, ...]]:
+        block = blocks[k]
+        (loads, always_loads), (stores, always_stores) = map(block.count, (LOAD128, STORE128))
+        passed = int(bool(family.passes) and matches(block, family.passes) > 0)
+        for more in product(range(always_loads, loads + 1), range(always_stores, stores + 1)):
+            yield *more, passed
+
     sign = 1 if family.fewest else -1
     ends = [
-        (sign * units, leaving[rank[k]][state][0], rank[k], state)
-        for k in back
-        for state in leaving[rank[k]]
-        if (units := state[0] // family.loads) > 0
-        and state == (units * family.loads, units * family.stores, True)
+        (sign * units, len(path), path)
+        for (loads, stores, passed), path in ways(blocks, own, back, counts).items()
+        if (units := loads // family.loads) > 0
+        and (loads, stores) == (units * family.loads, units * family.stores)
+        and (passed or not family.passes)
     ]
     if not ends:
         return 0, []
-    units, _, r, state = min(ends)
-    path: list[Instruction] = []
-    while r >= 0:
-        path = blocks[own[r]].body + path
-        _, r, state = best[r][leaving[r][state][1]]
-    return sign * units, [i for i in path if i.opcode != "NOP"]
+    units, _, path = min(ends, key=lambda end: end[:2])
+    return sign * units, path
 
 
 # -------------------------------------------------------------------- kernels
@@ -317,6 +342,11 @@ class Row:
         """The pinned ones."""
         return {figure: getattr(self, figure) for figure in FIGURES}
 
+    def misses(self, limits: dict[str, float]) -> list[str]:
+        """Each limit that the row does not keep to, with its figure."""
+        shares = {"need_issue": self.need_issue, "need_alu": self.need_alu}
+        return beyond(limits, shares, self.in_flight)
+
 
 FIGURES = ("elements", "bits", "instructions", "alu", "registers", "blocks", "in_flight")
 
@@ -390,29 +420,35 @@ def rows_of(name: str, body: list[Instruction], registers: int, shared: int) -> 
 # -------------------------------------------------------------------- limits
 
 
-def misses(row: Row, limits: dict[str, float]) -> list[str]:
-    """Each limit that ``row`` does not keep to, with its figure."""
+class Limited(Protocol):
+    """A row of this model or of another one."""
+
+    def misses(self, limits: dict[str, float]) -> list[str]: ...
+
+
+def beyond(limits: dict[str, float], shares: dict[str, float], in_flight: int) -> list[str]:
+    """Each share that is too large, and too few bytes in flight."""
     found = []
-    for figure in ("need_issue", "need_alu"):
-        if (value := getattr(row, figure)) > limits[figure]:
+    for figure, value in shares.items():
+        if value > limits[figure]:
             found.append(f"{figure} {value:.2f} > {limits[figure]:.2f}")
-    if row.in_flight < limits["in_flight"]:
-        found.append(f"in_flight {row.in_flight} < {limits['in_flight']:.0f}")
+    if in_flight < limits["in_flight"]:
+        found.append(f"in_flight {in_flight} < {limits['in_flight']:.0f}")
     return found
 
 
 def broken_limits(
-    rows: dict[str, Row], limits: dict[str, float], excused: dict[str, str]
+    rows: Mapping[str, Limited], limits: dict[str, float], excused: dict[str, str]
 ) -> list[str]:
     """Rows that miss a limit and are not excused, and excuses that say nothing or are not needed."""
     problems = []
     for name, row in rows.items():
-        if (missed := misses(row, limits)) and name not in excused:
+        if (missed := row.misses(limits)) and name not in excused:
             problems.append(f"{name}: {', '.join(missed)}")
     for name, reason in excused.items():
         if not reason.strip():
             problems.append(f"{name} is excused without a reason")
-        if name not in rows or not misses(rows[name], limits):
+        if name not in rows or not rows[name].misses(limits):
             problems.append(f"{name} is excused, and needs no excuse")
     return problems
 
@@ -452,7 +488,10 @@ def document(
             f"{row.need_alu:.2f}", row.registers, row.blocks, f"{row.in_flight / 1024:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    if excused:
-        lines += ["", "Beyond a limit:", ""]
-        lines += [f"- `{name}`: {reason}" for name, reason in sorted(excused.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *excuses(rows, excused)]) + "\n"
+
+
+def excuses(rows: Mapping[str, Limited], excused: dict[str, str]) -> list[str]:
+    """Lines about those of ``rows``."""
+    found = [f"- `{name}`: {why}" for name, why in sorted(excused.items()) if name in rows]
+    return ["", "Beyond a limit:", "", *found] if found else []
