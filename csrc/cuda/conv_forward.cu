@@ -30,6 +30,7 @@ cudaError_t conv_forward(const ConvForwardArgs& args, const NormScratch& scratch
   argument.kernel = s.kernel;
   argument.depth = static_cast<int32_t>(s.c);
   argument.width = static_cast<int32_t>(s.k);
+  argument.weight_row = static_cast<int32_t>(s.taps() * (s.c / 8));
   argument.partials = scratch.workspace;
   argument.tickets = scratch.tickets;
   argument.statistics.shape = s.output();

@@ -20,6 +20,7 @@ struct ConvArgument {
   void* result;
   int32_t kernel;
   int32_t depth, width;  // channels that are summed, and those of the result
+  int32_t weight_row;    // chunks between rows of the weight
   void* partials;        // items [groups][splits][width of a slab]
   unsigned int* tickets;
 };
@@ -43,7 +44,7 @@ struct ConvLayout {
   // The result's tile takes the place of a step's.
   static constexpr int kChunks = kColumns / 8, kRowStep = kConvThreads / kChunks;
   // Chunks that a thread has in registers at once, and how often that many.
-  static constexpr int kStores = kColumns == 64 ? 4 : 2;
+  static constexpr int kStores = 4;
   static constexpr int kParts = kTilePixels / kRowStep / kStores;
   static_assert(kTilePixels * kChunks <= kStage);
   static_assert(kMergeNumbers<MomentsItem> * sizeof(double) <= 2 * kStage * sizeof(uint4));
@@ -59,92 +60,123 @@ class ConvSteps {
   __device__ __forceinline__ ConvSteps(const ConvArgument& a) : a_(a) { start(blockIdx.x); }
 
   __device__ __forceinline__ void copy(uint4* stage) const {
-    const int thread = computed_here(static_cast<int>(threadIdx.x));
-    const bool in_depth = own_chunk() < a_.pixels.chunks;
-#pragma unroll
-    for (int i = 0; i < kRowsA; ++i) {
-      const bool there = in_depth && rows_.there(i, tap_y(), tap_x());
-      const int32_t chunk = rows_.chunk(a_.pixels, i, tap_y(), tap_x()) + own_chunk();
-      uint4* const to = place(stage, i);
-      copy_chunk(to, kForward ? a_.input.x : a_.grad.d, chunk, there);
-      if constexpr (Layout::kTwoTiles) {
-        if (a_.grad.coefficients != nullptr) {
-          copy_chunk(to + Layout::kTileA, a_.grad.x, chunk, there);
-        }
-      }
+    uint4* const to = place(stage);
+    copy_rows(to, kForward ? a_.input.x : a_.grad.d);
+    if constexpr (Layout::kTwoTiles) {
+      if (a_.grad.coefficients != nullptr) copy_rows(to + Layout::kTileA, a_.grad.x);
     }
-    // Weights: rows are channels of the result, or channels that are summed.
-    constexpr int kChunks = kForward ? kStepChunks : Layout::kChunks;
-    constexpr int kStep = kConvThreads / kChunks;  // rows
-    const int row = thread / kChunks, column = thread % kChunks;
-    const int tap = tap_y() * a_.kernel + tap_x(), taps = a_.kernel * a_.kernel;
-    const int channel = row + (kForward ? first_column() : depth_chunk() * 8);
-    const int chunk = kForward ? own_chunk() : first_column() / 8 + column;
-    const int chunks = kForward ? a_.pixels.chunks : a_.width / 8;
-    const int left = (kForward ? a_.width : a_.depth) - channel;
-    uint4* const to = chunk_at<kChunks>(stage + Layout::kStage - Layout::kTileB, row, column);
-    const int from = (channel * taps + tap) * chunks + chunk;
+    constexpr int kTile = Layout::kStage - Layout::kTileB;
+    uint4* const to_weight = (kChunksB == kStepChunks ? to : place<kChunksB>(stage)) + kTile;
 #pragma unroll
     for (int i = 0; i < kRowsB; ++i) {
-      copy_chunk(to + i * kConvThreads, a_.weight, from + i * kStep * taps * chunks,
-                 BRAZE_HOOK(own_columns, i * kStep < left) && chunk < chunks);
+      const bool there = kForward ? has_bit(live_, kWeightBits + i) : i * kStepB < left_;
+      copy_chunk(to_weight + i * kConvThreads, a_.weight, weight_ + i * kStepB * a_.weight_row,
+                 there);
     }
     cp_async_commit();
   }
 
   // Of what copy() brought last, once it is there.
   __device__ __forceinline__ void prepare(uint4* stage) const {
-    if (own_chunk() >= a_.pixels.chunks) return;
-    const auto at = [&](int i) {
-      return rows_.there(i, tap_y(), tap_x()) ? place(stage, i) : nullptr;
-    };
+    if ((live_ & kPrologue) == 0) return;
     if constexpr (kForward) {
-      if (a_.input.stats != nullptr) {
-        activate_chunks<S, kRowsA>(a_.input, a_.depth, own_chunk() * 8, at);
-      }
+      activate_chunks<S, kRowsA>(a_.input, a_.depth, own_chunk() * 8, place(stage), live_);
     } else if constexpr (Layout::kTwoTiles) {
-      if (a_.grad.coefficients != nullptr) {
-        differentiate_chunks<S, kRowsA>(a_.grad, a_.depth, own_chunk() * 8, Layout::kTileA, at);
-      }
+      differentiate_chunks<S, kRowsA>(a_.grad, a_.depth, own_chunk() * 8, Layout::kTileA,
+                                      place(stage), live_);
     }
   }
 
   // To the next step; true: it is the first of tile `next`, which there may not be.
   __device__ __forceinline__ bool advance(uint32_t next) {
     at_ += kStepChunks << 4;
-    if (depth_chunk() < a_.pixels.chunks) return false;
+    if (depth_chunk() < a_.pixels.chunks) {
+      from_ += kStepChunks;
+      if (own_chunk() >= a_.pixels.chunks) live_ = 0;
+      weight_ += kForward ? kStepChunks : kStepDepth * a_.weight_row;
+      left_ -= kStepDepth;
+      return false;
+    }
     at_ = (at_ & 15) + 1;
-    if (tap_x() < a_.kernel) return false;
-    at_ = (at_ & 12) + 4;
-    if (tap_y() < a_.kernel) return false;
-    start(next);
-    return true;
+    if (tap_x() == a_.kernel) at_ = (at_ & 12) + 4;
+    const bool last = tap_y() == a_.kernel;
+    if (last) {
+      start(next);
+    } else {
+      start_tap();
+    }
+    return last;
   }
 
  private:
-  static __device__ __forceinline__ int first_column() {
-    return static_cast<int>(blockIdx.y) * kColumns;
+  // Rows of the weight are channels of the result, or channels that are summed.
+  static constexpr int kChunksB = kForward ? kStepChunks : Layout::kChunks;
+  static constexpr int kStepB = kConvThreads / kChunksB;
+  // Bits of live_: the first one of the weight's rows; whether there is something to prepare.
+  static constexpr int kWeightBits = 24;
+  static constexpr uint32_t kPrologue = 1u << 31;
+  static_assert(kRowsA <= 4 && kRowsB <= 4);
+
+  __device__ __forceinline__ void copy_rows(uint4* to, const void* tensor) const {
+#pragma unroll
+    for (int i = 0; i < kRowsA; ++i) {
+      copy_chunk(to + i * kConvThreads, tensor, rows_.chunk(i) + from_, has_row(live_, i));
+    }
+  }
+  static __device__ __forceinline__ int own_lane() {
+    return static_cast<int>(threadIdx.x % kStepChunks);
   }
   __device__ __forceinline__ int tap_x() const { return at_ & 3; }
   __device__ __forceinline__ int tap_y() const { return at_ >> 2 & 3; }
   __device__ __forceinline__ int depth_chunk() const { return at_ >> 4; }
-  __device__ __forceinline__ int own_chunk() const {
-    return depth_chunk() + static_cast<int>(threadIdx.x) % kStepChunks;
+  __device__ __forceinline__ int own_chunk() const { return depth_chunk() + own_lane(); }
+  template <int kChunks = kStepChunks>
+  static __device__ __forceinline__ uint4* place(uint4* stage) {
+    return chunk_at<kChunks>(stage, threadIdx.x / kChunks, threadIdx.x % kChunks);
   }
-  __device__ __forceinline__ uint4* place(uint4* stage, int i) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    return chunk_at<kStepChunks>(stage, thread / kStepChunks, thread % kStepChunks) +
-           i * kConvThreads;
-  }
+
   __device__ __forceinline__ void start(uint32_t tile) {
     at_ = 0;
-    rows_.start(a_.pixels, tile * kTilePixels + threadIdx.x / static_cast<uint32_t>(kStepChunks),
+    rows_.start(a_.pixels, tile * kTilePixels + threadIdx.x / static_cast<unsigned>(kStepChunks),
                 kConvThreads / kStepChunks);
+    start_tap();
+  }
+  // The first step of a tap.
+  __device__ __forceinline__ void start_tap() {
+    const int tap = tap_y() * a_.kernel + tap_x();
+    const int row = static_cast<int>(threadIdx.x / kChunksB);
+    const int column = static_cast<int>(threadIdx.x % kChunksB);
+    const int first_column = static_cast<int>(blockIdx.y) * kColumns;
+    from_ = rows_.distance(a_.pixels, tap_y(), tap_x()) + own_lane();
+    live_ = 0;
+    const bool in_depth = own_lane() < a_.pixels.chunks;
+    if (in_depth) {
+      live_ = rows_.under(a_.pixels, tap_y(), tap_x());
+      if ((kForward ? a_.input.stats : a_.grad.coefficients) != nullptr) live_ |= kPrologue;
+    }
+    if constexpr (kForward) {
+      const int channel = first_column + row;
+      weight_ = channel * a_.weight_row + tap * a_.pixels.chunks + own_lane();
+#pragma unroll
+      for (int i = 0; i < kRowsB; ++i) {
+        const bool there = BRAZE_HOOK(own_columns, channel + i * kStepB < a_.width);
+        if (in_depth && there) live_ |= 1u << (kWeightBits + i);
+      }
+    } else {
+      const int chunks = a_.width / 8, chunk = first_column / 8 + column;
+      weight_ = row * a_.weight_row + tap * chunks + chunk;
+      left_ = BRAZE_HOOK(own_columns, chunk < chunks) ? a_.depth - row : 0;
+    }
   }
 
   const ConvArgument& a_;
-  PixelRows<kRowsA> rows_;
+  PixelRows<kRowsA, !kForward> rows_;
   int at_;  // depth_chunk << 4 | tap_y << 2 | tap_x
+  // Of this step: its distance from rows_'s chunks; what is there; the first chunk of the weight;
+  // not forward: rows of the weight from there on.
+  int32_t from_;
+  uint32_t live_;
+  int32_t weight_, left_ = 0;
 };
 
 // Eight numbers that a thread keeps in shared memory from tile to tile.
@@ -175,27 +207,36 @@ __device__ __forceinline__ void kept8(float (&values)[8], uint4* kept, int numbe
 template <int kColumns, bool kForward>
 struct ConvStores {
   using Layout = ConvLayout<kColumns, kForward>;
-  int32_t chunk[Layout::kStores];  // -1: there is none
+  uint32_t pixel, end;   // the first's, and that from which on there are none
+  uint32_t first, step;  // chunks of the result
   Words words[Layout::kStores];
 
   __device__ __forceinline__ ConvStores(const ConvArgument& a, uint32_t tile, int column, int part,
                                         uint4* from) {
-    const int thread = computed_here(static_cast<int>(threadIdx.x));
-    const int own = thread % Layout::kChunks;
-    const int row = thread / Layout::kChunks + part * Layout::kStores * Layout::kRowStep;
+    const unsigned own = threadIdx.x % Layout::kChunks;
+    const unsigned row = threadIdx.x / Layout::kChunks +
+                         static_cast<unsigned>(part * Layout::kStores * Layout::kRowStep);
+    const unsigned own_column = static_cast<unsigned>(column) / 8 + own;
+    const unsigned chunks = static_cast<unsigned>(a.width) / 8;
+    pixel = tile * kTilePixels + row;
+    end = BRAZE_HOOK(own_channels, own_column < chunks) ? a.pixels.count : 0;
+    first = pixel * chunks + own_column;
+    step = Layout::kRowStep * chunks;
 #pragma unroll
     for (int i = 0; i < Layout::kStores; ++i) {
-      const uint32_t pixel = tile * kTilePixels + static_cast<uint32_t>(row + i * Layout::kRowStep);
-      const bool there = BRAZE_HOOK(own_rows, pixel < a.pixels.count) &&
-                         BRAZE_HOOK(own_channels, column + own * 8 < a.width);
-      chunk[i] = there ? static_cast<int32_t>(pixel) * (a.width / 8) + column / 8 + own : -1;
       words[i] = words_of(load16(chunk_at<Layout::kChunks>(from, row, own) + i * kConvThreads));
     }
+  }
+  __device__ __forceinline__ bool there(int i) const {
+    return BRAZE_HOOK(own_rows, pixel + static_cast<unsigned>(i * Layout::kRowStep) < end);
+  }
+  __device__ __forceinline__ uint32_t chunk(int i) const {
+    return first + static_cast<unsigned>(i) * step;
   }
   __device__ __forceinline__ void store(void* result) const {
 #pragma unroll
     for (int i = 0; i < Layout::kStores; ++i) {
-      if (chunk[i] >= 0) store16(static_cast<uint4*>(result) + chunk[i], raw_of(words[i]));
+      if (there(i)) store16(static_cast<uint4*>(result) + chunk(i), raw_of(words[i]));
     }
   }
 };
@@ -203,7 +244,7 @@ struct ConvStores {
 // Stores them and adds their values to the thread's moments.
 template <class S, int kColumns>
 __device__ __forceinline__ void finish_part(const ConvForwardArgument& a,
-                                            const ConvStores<kColumns, true>& tile, int64_t,
+                                            const ConvStores<kColumns, true>& tile, int,
                                             uint4* kept, bool first) {
   constexpr int kStores = ConvLayout<kColumns, true>::kStores;
   tile.store(a.result);
@@ -212,14 +253,14 @@ __device__ __forceinline__ void finish_part(const ConvForwardArgument& a,
     // The mean of the thread's first values: near enough, whatever the others are.
     int values = 0;
 #pragma unroll
-    for (int i = 0; i < kStores; ++i) values += tile.chunk[i] >= 0;
+    for (int i = 0; i < kStores; ++i) values += tile.there(i);
     const float part = 1 / static_cast<float>(values);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       shift[j] = 0;
 #pragma unroll
       for (int i = 0; i < kStores; ++i) {
-        if (tile.chunk[i] >= 0) shift[j] += tile.words[i].template get<S>(j);
+        if (tile.there(i)) shift[j] += tile.words[i].template get<S>(j);
       }
       shift[j] = make_shift(shift[j] * part, 1.0f);
     }
@@ -231,7 +272,7 @@ __device__ __forceinline__ void finish_part(const ConvForwardArgument& a,
   }
 #pragma unroll
   for (int i = 0; i < kStores; ++i) {
-    if (BRAZE_HOOK(uncounted_row, tile.chunk[i] < 0)) continue;
+    if (BRAZE_HOOK(uncounted_row, !tile.there(i))) continue;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       add_moment(tile.words[i].template get<S>(j), shift[j], sum[j], square[j]);
@@ -244,44 +285,40 @@ __device__ __forceinline__ void finish_part(const ConvForwardArgument& a,
 // The same of a gradient, which the batch norm before takes through its activation.
 template <class S, int kColumns>
 __device__ __forceinline__ void finish_part(const ConvInputGradArgument& a,
-                                            ConvStores<kColumns, false>& tile, int64_t channel,
+                                            ConvStores<kColumns, false>& tile, int channel,
                                             uint4* kept, bool first) {
   constexpr int kStores = ConvLayout<kColumns, false>::kStores;
   if (a.input.stats != nullptr && BRAZE_HOOK(has_channel, channel < a.width)) {
-    Words x[kStores];
+    Words x[kStores] = {};
 #pragma unroll
     for (int i = 0; i < kStores; ++i) {
-      const bool there = tile.chunk[i] >= 0;
-      x[i] =
-          there ? words_of(load16(static_cast<const uint4*>(a.input.x) + tile.chunk[i])) : Words{};
+      if (tile.there(i)) {
+        x[i] = words_of(load16(static_cast<const uint4*>(a.input.x) + tile.chunk(i)));
+      }
     }
     const ChunkNormalizer z(a.input.stats, a.width, channel);
     const auto parameter = static_cast<float>(a.input.parameter);
-    with_activation<is_recomputed>(a.input.activation, [&](auto activation) {
-#pragma unroll
-      for (int i = 0; i < kStores; ++i) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          tile.words[i].template set<S>(
-              j, activation_gradient<decltype(activation)::value>(
-                     tile.words[i].template get<S>(j), z(x[i].template get<S>(j), j), parameter));
-        }
-      }
-    });
     float grad[8] = {}, grad_input[8] = {};
     if (!first) {
       kept8(grad, kept, 0);
       kept8(grad_input, kept, 1);
     }
+    with_activation<is_recomputed>(a.input.activation, [&](auto activation) {
+      constexpr Activation kA = decltype(activation)::value;
 #pragma unroll
-    for (int i = 0; i < kStores; ++i) {
-      if (tile.chunk[i] < 0) continue;
+      for (int i = 0; i < kStores; ++i) {
+        if (!tile.there(i)) continue;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        add_gradient(tile.words[i].template get<S>(j), x[i].template get<S>(j), z.mean[j], grad[j],
-                     grad_input[j]);
+        for (int j = 0; j < 8; ++j) {
+          const float v = x[i].template get<S>(j);
+          float d = activation_gradient<kA>(tile.words[i].template get<S>(j), z(v, j), parameter);
+          tile.words[i].template set<S>(j, d);
+          // As stored; what is d or 0 has been rounded before.
+          if constexpr (kA != Activation::relu) d = tile.words[i].template get<S>(j);
+          add_gradient(d, v, z.mean[j], grad[j], grad_input[j]);
+        }
       }
-    }
+    });
     keep8(kept, 0, grad);
     keep8(kept, 1, grad_input);
   }
@@ -385,13 +422,9 @@ __global__ void __launch_bounds__(kConvThreads, 2)
     // The last step's stage, which nothing is copied to before the next step's barrier.
     uint4* const stored = shared + (now ^ 1) * Layout::kStage;
     __syncthreads();  // all warps have read it
-    product.for_pairs([&](int rows, int row, int columns, int at, float first, float second) {
-      uint4* const chunk =
-          chunk_at<Layout::kChunks>(stored + rows * Layout::kChunks, row, columns / 8);
-      reinterpret_cast<uint32_t*>(chunk)[at / 2] = pair_of<S>(first, second);
-    });
+    product.template store<S>(stored);
     __syncthreads();  // all of the tile is there
-    const int own = static_cast<int>(threadIdx.x) % Layout::kChunks;
+    const int own = static_cast<int>(threadIdx.x % Layout::kChunks);
 #pragma unroll 1
     for (int part = 0; part < Layout::kParts; ++part) {
       ConvStores<kColumns, kForward> stores(a, tile, column, part, stored);

@@ -27,7 +27,6 @@ ConvPixels conv_pixels(const ConvShape& s, bool transposed) {
   pixels.chunks = static_cast<int32_t>((transposed ? s.k : s.c) / 8);
   pixels.stride = s.stride;
   pixels.padding = s.padding;
-  pixels.transposed = transposed;
   pixels.linear = BRAZE_HOOK(linear, s.kernel == 1 && s.stride == 1 && s.padding == 0);
   return pixels;
 }

@@ -18,7 +18,6 @@ struct ConvPixels {
   int32_t from_h, from_w;   // of the other one, which is read
   int32_t chunks;           // of a pixel there
   int32_t stride, padding;  // stride: 1 or 2
-  bool transposed;          // the gradient of the input
   bool linear;              // each pixel reads the one of the same number
 };
 

@@ -34,6 +34,7 @@ cudaError_t conv_input_grad(const ConvInputGradArgs& args, const NormScratch& sc
   argument.kernel = s.kernel;
   argument.depth = static_cast<int32_t>(s.k);
   argument.width = static_cast<int32_t>(s.c);
+  argument.weight_row = static_cast<int32_t>(s.taps() * (s.c / 8));
   argument.partials = scratch.workspace;
   argument.tickets = scratch.tickets;
   argument.norm.shape = s.input();

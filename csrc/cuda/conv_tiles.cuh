@@ -10,51 +10,47 @@ constexpr int kConvThreads = 256, kConvWarps = kConvThreads / 32;
 // Elements that one step adds up for each result, and 16-byte chunks of them.
 constexpr int kStepDepth = 64, kStepChunks = kStepDepth / 8;
 
-// Chunk `chunk` of row `row` of a tile with kChunks of them a row. The same chunk of eight rows in
-// a row lies in all 32 banks, as eight chunks of one row do.
+// Chunk `chunk` of row `row` of a tile with kChunks of them a row, which begins at a multiple of
+// 128 bytes. The same chunk of eight rows in a row lies in all 32 banks, as eight chunks of one row
+// do.
 template <int kChunks>
-__device__ __forceinline__ uint4* chunk_at(uint4* tile, int row, int chunk) {
+__device__ __forceinline__ uint4* chunk_at(uint4* tile, unsigned row, unsigned chunk) {
   static_assert(kChunks % 8 == 0);
-  return tile + row * kChunks + (chunk ^ (row & 7));
+  // One number, so that not each of its terms takes a register.
+  return tile + computed_here(row * kChunks + (chunk ^ (row & 7)));
+}
+// The chunk of the same row whose number has the other values of `bits`, which are below 8.
+template <class T>
+__device__ __forceinline__ T* flip(T* chunk, unsigned bits) {
+  return static_cast<T*>(flip_shared(chunk, bits * sizeof(uint4)));
 }
 
-// What a lane takes of a 16x16 part for mma, whose rows begin at a multiple of 8: of a tile whose
-// rows are the result's,
-template <int kChunks>
-__device__ __forceinline__ void load_rows(uint4* tile, int row, int depth_chunk, int lane,
-                                          uint32_t (&a)[4]) {
-  ldmatrix_x4(chunk_at<kChunks>(tile + row * kChunks, lane % 16, depth_chunk + lane / 16), a);
-}
-// or whose rows are the depth.
-template <int kChunks>
-__device__ __forceinline__ void load_rows_of_depth(uint4* tile, int depth, int row_chunk, int lane,
-                                                   uint32_t (&a)[4]) {
-  ldmatrix_x4_trans(
-      chunk_at<kChunks>(tile + depth * kChunks, lane / 16 * 8 + lane % 8, row_chunk + lane / 8 % 2),
-      a);
-}
-// The same of the second factor: 16 columns, as two of mma's, of a tile whose rows are the result's
-// columns,
-template <int kChunks>
-__device__ __forceinline__ void load_columns(uint4* tile, int column, int depth_chunk, int lane,
-                                             uint32_t (&b)[2][2]) {
-  uint32_t quarters[4];
-  ldmatrix_x4(chunk_at<kChunks>(tile + column * kChunks, lane / 16 * 8 + lane % 8,
-                                depth_chunk + lane / 8 % 2),
-              quarters);
-#pragma unroll
-  for (int q = 0; q < 4; ++q) b[q / 2][q % 2] = quarters[q];
-}
-// or whose rows are the depth.
-template <int kChunks>
-__device__ __forceinline__ void load_columns_of_depth(uint4* tile, int depth, int column_chunk,
-                                                      int lane, uint32_t (&b)[2][2]) {
-  uint32_t quarters[4];
-  ldmatrix_x4_trans(chunk_at<kChunks>(tile + depth * kChunks, lane % 16, column_chunk + lane / 16),
-                    quarters);
-#pragma unroll
-  for (int q = 0; q < 4; ++q) b[q / 2][q % 2] = quarters[q];
-}
+// What a lane takes of one factor of a product for mma, in parts of 16 rows, or columns, of the
+// result by 16 of the depth. kDepthRows: the tile's rows are the depth. kSecond: of the second
+// factor, two of mma's.
+template <int kChunks, bool kDepthRows, bool kSecond>
+class Factor {
+ public:
+  // `side`: the warp's first row, or column, of the result.
+  __device__ __forceinline__ Factor(uint4* tile, unsigned side, unsigned lane) {
+    constexpr bool kRowsFirst = kDepthRows == kSecond;
+    const unsigned row = kRowsFirst ? lane % 16 : lane / 16 * 8 + lane % 8;
+    const unsigned chunk = kRowsFirst ? lane / 16 : lane / 8 % 2;
+    first_ = kDepthRows ? chunk_at<kChunks>(tile, row, side / 8 + chunk)
+                        : chunk_at<kChunks>(tile + side * kChunks, row, chunk);
+  }
+  // The part `side` rows, or columns, further, of this depth: multiples of 16.
+  __device__ __forceinline__ void load(unsigned side, unsigned depth, uint32_t (&part)[4]) const {
+    if constexpr (kDepthRows) {
+      ldmatrix_x4_trans(flip(first_, side / 8) + depth * kChunks, part);
+    } else {
+      ldmatrix_x4(flip(first_, depth / 8) + side * kChunks, part);
+    }
+  }
+
+ private:
+  uint4* first_;
+};
 
 template <class S>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
@@ -64,6 +60,15 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
   } else {
     mma_m16n8k16_f16(c, a, b);
   }
+}
+
+// Two neighbours as memory holds them.
+template <class S>
+__device__ __forceinline__ uint32_t pair_of(float first, float second) {
+  S low, high;
+  to_storage(first, low);
+  to_storage(second, high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
 // The part of a kRows x kColumns result that a warp has: 32 rows, and a share of the columns.
@@ -77,13 +82,8 @@ struct WarpTile {
   float sums[kRowTiles][kColumnTiles][4];
 
   struct Place {
-    int lane, row, column;
-    __device__ __forceinline__ Place() {
-      const int thread = computed_here(static_cast<int>(threadIdx.x)), warp = thread / 32;
-      lane = thread % 32;
-      row = warp / kAcross * 32;
-      column = warp % kAcross * kWidth;
-    }
+    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned row = warp / kAcross * 32, column = warp % kAcross * kWidth;
   };
 
   __device__ __forceinline__ void clear() {
@@ -100,36 +100,51 @@ struct WarpTile {
   // Adds the product of one step. kDepthRows...: the tile's rows are the depth.
   template <class S, bool kDepthRowsA, bool kDepthRowsB>
   __device__ __forceinline__ void add(uint4* tile_a, uint4* tile_b) {
+    const Place at;
+    const Factor<kDepthRowsA ? kRows / 8 : kStepChunks, kDepthRowsA, false> first(tile_a, at.row,
+                                                                                  at.lane);
+    const Factor<kDepthRowsB ? kColumns / 8 : kStepChunks, kDepthRowsB, true> second(
+        tile_b, at.column, at.lane);
 #pragma unroll
-    for (int depth = 0; depth < kStepDepth; depth += 16) {
-      const Place at;
+    for (unsigned depth = 0; depth < kStepDepth; depth += 16) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        if constexpr (kDepthRowsA) {
-          load_rows_of_depth<kRows / 8>(tile_a, depth, at.row / 8 + 2 * i, at.lane, a[i]);
-        } else {
-          load_rows<kStepChunks>(tile_a, at.row + 16 * i, depth / 8, at.lane, a[i]);
-        }
-      }
+      for (int i = 0; i < kRowTiles; ++i) first.load(16 * i, depth, a[i]);
 #pragma unroll
       for (int j = 0; j < kColumnTiles; j += 2) {
-        uint32_t b[2][2];
-        if constexpr (kDepthRowsB) {
-          load_columns_of_depth<kColumns / 8>(tile_b, depth, at.column / 8 + j, at.lane, b);
-        } else {
-          load_columns<kStepChunks>(tile_b, at.column + 8 * j, depth / 8, at.lane, b);
-        }
+        uint32_t b[4];
+        second.load(8 * j, depth, b);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          multiply_add<S>(sums[i][j], a[i], b[0]);
-          multiply_add<S>(sums[i][j + 1], a[i], b[1]);
+          multiply_add<S>(sums[i][j], a[i], {b[0], b[1]});
+          multiply_add<S>(sums[i][j + 1], a[i], {b[2], b[3]});
         }
       }
     }
   }
 
-  // f(row, of eight from there, column, of eight from there, two neighbours' sums).
+  // Puts the result, rounded, in a tile of kRows rows.
+  template <class S>
+  __device__ __forceinline__ void store(uint4* tile) const {
+    constexpr int kChunks = kColumns / 8;
+    const Place at;
+    uint32_t* const first = reinterpret_cast<uint32_t*>(chunk_at<kChunks>(
+                                tile + at.row * kChunks, at.lane / 4, at.column / 8)) +
+                            at.lane % 4;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          flip(first, j)[(16 * i + 8 * half) * kChunks * 4] =
+              pair_of<S>(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+        }
+      }
+    }
+  }
+
+  // f(row, column, two neighbours' sums).
   template <class F>
   __device__ __forceinline__ void for_pairs(F&& f) const {
     const Place at;
@@ -139,21 +154,13 @@ struct WarpTile {
       for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          f(at.row + 16 * i + 8 * half, at.lane / 4, at.column + 8 * j, at.lane % 4 * 2,
-            sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+          f(static_cast<int>(at.row + at.lane / 4) + 16 * i + 8 * half,
+            static_cast<int>(at.column + at.lane % 4 * 2) + 8 * j, sums[i][j][2 * half],
+            sums[i][j][2 * half + 1]);
         }
       }
     }
   }
 };
-
-// Two neighbours as memory holds them.
-template <class S>
-__device__ __forceinline__ uint32_t pair_of(float first, float second) {
-  S low, high;
-  to_storage(first, low);
-  to_storage(second, high);
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
-}
 
 }  // namespace braze::cuda

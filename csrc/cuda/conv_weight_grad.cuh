@@ -43,73 +43,71 @@ class ConvWeightSteps {
  public:
   __device__ __forceinline__ ConvWeightSteps(const ConvWeightGradArgument& a, int k0, int c0,
                                              int tap, uint32_t step)
-      : a_(a), chunk_d_(k0 / 8), chunk_x_(c0 / 8), tap_y_(tap / a.kernel), step_(step) {
+      : a_(a), step_(step) {
+    tap_y_ = tap / a.kernel;
     tap_x_ = tap - tap_y_ * a.kernel;
+    own_d_ = k0 / 8 + static_cast<int>(threadIdx.x % kChunksD);
+    own_x_ = c0 / 8 + static_cast<int>(threadIdx.x % 8);
+    from_x_ = rows_.distance(a.pixels, tap_y_, tap_x_) + own_x_;
   }
 
   __device__ __forceinline__ void copy(uint4* stage) {
-    const int thread = computed_here(static_cast<int>(threadIdx.x));
-    const uint32_t first = step_ * kStepDepth;
-    const int own_d = chunk_d_ + thread % kChunksD, chunks_d = a_.k / 8;
-#pragma unroll
-    for (int i = 0; i < kRowsD; ++i) {
-      const uint32_t pixel = pixel_d(i, thread);
-      const bool there = BRAZE_HOOK(own_gradients, pixel < a_.pixels.count) && own_d < chunks_d;
-      const int32_t chunk = static_cast<int32_t>(pixel) * chunks_d + own_d;
-      copy_chunk(place_d(stage, i), a_.grad.d, chunk, there);
-      if (a_.grad.coefficients != nullptr) {
-        copy_chunk(place_d(stage, i) + Layout::kTileD, a_.grad.x, chunk, there);
-      }
-    }
-    rows_.start(a_.pixels, first + static_cast<uint32_t>(thread / 8), kConvThreads / 8);
-    const int own_x = chunk_x_ + thread % 8;
+    copy_rows_d(place_d(stage), a_.grad.d);
+    if (a_.grad.coefficients != nullptr) copy_rows_d(place_d(stage) + Layout::kTileD, a_.grad.x);
+    rows_.start(a_.pixels, step_ * kStepDepth + threadIdx.x / 8, kConvThreads / 8);
+    live_ = own_x_ < a_.pixels.chunks ? rows_.under(a_.pixels, tap_y_, tap_x_) : 0;
 #pragma unroll
     for (int i = 0; i < kRowsX; ++i) {
-      copy_chunk(place_x(stage, i), a_.input.x, rows_.chunk(a_.pixels, i, tap_y_, tap_x_) + own_x,
-                 there_x(i));
+      copy_chunk(place_x(stage) + i * kConvThreads, a_.input.x, rows_.chunk(i) + from_x_,
+                 has_row(live_, i));
     }
     cp_async_commit();
   }
 
   // Of what copy() brought last, once it is there.
   __device__ __forceinline__ void prepare(uint4* stage) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int own_d = chunk_d_ + thread % kChunksD, own_x = chunk_x_ + thread % 8;
-    if (a_.grad.coefficients != nullptr && own_d < a_.k / 8) {
-      differentiate_chunks<S, kRowsD>(a_.grad, a_.k, own_d * 8, Layout::kTileD, [&](int i) {
-        return pixel_d(i, thread) < a_.pixels.count ? place_d(stage, i) : nullptr;
-      });
+    if (a_.grad.coefficients != nullptr && own_d_ < a_.k / 8) {
+      uint32_t rows = 0;
+#pragma unroll
+      for (int i = 0; i < kRowsD; ++i) rows |= (pixel_d(i) < a_.pixels.count ? 1u : 0) << (6 * i);
+      differentiate_chunks<S, kRowsD>(a_.grad, a_.k, own_d_ * 8, Layout::kTileD, place_d(stage),
+                                      rows);
     }
-    if (a_.input.stats != nullptr && own_x < a_.pixels.chunks) {
-      activate_chunks<S, kRowsX>(a_.input, a_.c, own_x * 8,
-                                 [&](int i) { return there_x(i) ? place_x(stage, i) : nullptr; });
+    if (a_.input.stats != nullptr && own_x_ < a_.pixels.chunks) {
+      activate_chunks<S, kRowsX>(a_.input, a_.c, own_x_ * 8, place_x(stage), live_);
     }
   }
 
   __device__ __forceinline__ uint32_t advance() { return ++step_; }
 
  private:
-  __device__ __forceinline__ uint32_t pixel_d(int i, int thread) const {
-    return step_ * kStepDepth +
-           static_cast<uint32_t>(thread / kChunksD + i * (kConvThreads / kChunksD));
+  __device__ __forceinline__ uint32_t pixel_d(int i) const {
+    return step_ * kStepDepth + threadIdx.x / kChunksD +
+           static_cast<uint32_t>(i * (kConvThreads / kChunksD));
   }
-  __device__ __forceinline__ bool there_x(int i) const {
-    return chunk_x_ + static_cast<int>(threadIdx.x) % 8 < a_.pixels.chunks &&
-           rows_.there(i, tap_y_, tap_x_);
+  __device__ __forceinline__ void copy_rows_d(uint4* to, const void* tensor) const {
+    const int chunks = a_.k / 8;
+#pragma unroll
+    for (int i = 0; i < kRowsD; ++i) {
+      const bool there = BRAZE_HOOK(own_gradients, pixel_d(i) < a_.pixels.count) && own_d_ < chunks;
+      copy_chunk(to + i * kConvThreads, tensor, static_cast<int32_t>(pixel_d(i)) * chunks + own_d_,
+                 there);
+    }
   }
-  static __device__ __forceinline__ uint4* place_d(uint4* stage, int i) {
-    const int thread = static_cast<int>(threadIdx.x);
-    return chunk_at<kChunksD>(stage, thread / kChunksD, thread % kChunksD) + i * kConvThreads;
+  static __device__ __forceinline__ uint4* place_d(uint4* stage) {
+    return chunk_at<kChunksD>(stage, threadIdx.x / kChunksD, threadIdx.x % kChunksD);
   }
-  static __device__ __forceinline__ uint4* place_x(uint4* stage, int i) {
-    const int thread = static_cast<int>(threadIdx.x);
-    return chunk_at<8>(stage + 2 * Layout::kTileD, thread / 8, thread % 8) + i * kConvThreads;
+  static __device__ __forceinline__ uint4* place_x(uint4* stage) {
+    return chunk_at<8>(stage + 2 * Layout::kTileD, threadIdx.x / 8, threadIdx.x % 8);
   }
 
   const ConvWeightGradArgument& a_;
-  PixelRows<kRowsX> rows_;
-  int chunk_d_, chunk_x_, tap_y_, tap_x_;
+  PixelRows<kRowsX, false> rows_;
+  int tap_y_, tap_x_;
+  int own_d_, own_x_;  // chunks of a pixel
   uint32_t step_;
+  int32_t from_x_;  // the thread's chunk of a pixel under the first tap
+  uint32_t live_;   // of the step: rows of the input that are there
 };
 
 template <class S, int kRows>
@@ -143,8 +141,8 @@ __global__ void __launch_bounds__(kConvThreads, 2)
     if (step < end) next.copy(shared + now * Layout::kStage);
     product.template add<S, true, true>(stage, stage + 2 * Layout::kTileD);
   }
-  product.for_pairs([&](int rows, int row, int columns, int at, float first, float second) {
-    const int k = k0 + rows + row, c = c0 + columns + at;
+  product.for_pairs([&](int row, int column, float first, float second) {
+    const int k = k0 + row, c = c0 + column;
     if (BRAZE_HOOK(own_weights, k < a.k && c < a.c)) {
       const int64_t place = ((int64_t{split} * a.k + k) * taps + tap) * a.c + c;
       *reinterpret_cast<float2*>(a.partials + place) = make_float2(first, second);

@@ -18,9 +18,9 @@
 // type name[count] in shared memory.
 #define BRAZE_SHARED(type, name, count) __shared__ type name[count]
 
-// type* name: the launch's dynamic shared memory, aligned to 16 bytes.
-#define BRAZE_DYNAMIC_SHARED(type, name)                                \
-  extern __shared__ __align__(16) unsigned char braze_dynamic_shared[]; \
+// type* name: the launch's dynamic shared memory, aligned to 128 bytes.
+#define BRAZE_DYNAMIC_SHARED(type, name)                                 \
+  extern __shared__ __align__(128) unsigned char braze_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(braze_dynamic_shared)
 
 // Launches and returns the launch's error (cudaError_t). A kernel with template arguments goes in

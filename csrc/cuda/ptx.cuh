@@ -14,6 +14,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* address) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(address));
 }
 
+// The address with other values of some bits; both are in shared memory.
+__device__ __forceinline__ void* flip_shared(const void* address, uint32_t bits) {
+  return __cvta_shared_to_generic(shared_address(address) ^ bits);
+}
+
 // One 16-byte store to global memory; the address must be a multiple of 16. nvcc splits a plain one
 // into four for some GPUs, and its store functions make a strong one, which memory may not merge.
 __device__ __forceinline__ void store16(void* address, uint4 value) {
@@ -41,9 +46,8 @@ __device__ __forceinline__ unsigned int atomic_add_acq_rel(unsigned int* counter
   return before;
 }
 
-// The value, of which the compiler knows nothing: what follows from it is computed here, and not
-// kept in registers from before a loop.
-__device__ __forceinline__ int computed_here(int value) {
+// The value, of which the compiler knows nothing.
+__device__ __forceinline__ uint32_t computed_here(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }

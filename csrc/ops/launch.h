@@ -23,7 +23,7 @@ struct DrawArgs {
 template <class Args>
 using Launch = void (*)(int device, const at::Tensor& like, const Args& args);
 
-// What fills a column: each row is a specialisation, in launch_cpu.cpp, conv_cpu.cpp and
+// What fills a column: each row is a specialisation, in launch_cpu.cpp or <op>_cpu.cpp, and in
 // <op>_cuda.cpp.
 template <class Args>
 void launch_on_cpu(int device, const at::Tensor& like, const Args& args);

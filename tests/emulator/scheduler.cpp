@@ -114,7 +114,7 @@ void restart(Launch& launch, Block& block, uint64_t number) {
   recycle_cells(block);
   if (const size_t bytes = launch.config->shared_bytes) {
     Unobserved unobserved;
-    if (block.dynamic == nullptr && posix_memalign(&block.dynamic, 16, bytes) != 0) {
+    if (block.dynamic == nullptr && posix_memalign(&block.dynamic, 128, bytes) != 0) {
       fail("no memory for a block's dynamic shared memory");
     }
     fill_poison(block.dynamic, bytes);

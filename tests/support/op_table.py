@@ -64,6 +64,7 @@ class Op:
         view: what of the outputs is compared with the composite's outputs; all without it.
         exact: every bit is the composite's.
         random: draws from torch's generator; its last output is what it drew, the composite's first argument.
+        composed: the CPU's kernel is a composition of torch's operators.
         python: also a function of ``braze._native._C``.
     """
 
@@ -79,6 +80,7 @@ class Op:
     view: Callable[[list[Tensor]], list[Tensor]] = field(default=list)
     exact: bool = False
     random: bool = False
+    composed: bool = False
     python: bool = True
     namespace: str = "braze"
 

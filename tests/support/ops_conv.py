@@ -241,6 +241,7 @@ CONV_OPS = (
         activations=(0, 4),
         mutated=(9, 10, 11),
         dtypes=(BF16, FP16),
+        composed=True,
         view=lambda out: [out[0], *steps.comparable(out[1])],
         wrong=wrong(
             forward_args,
@@ -267,6 +268,7 @@ CONV_OPS = (
         composite=input_grad,
         activations=(0, 1, 4, 5),
         dtypes=(BF16, FP16),
+        composed=True,
         wrong=wrong(
             input_grad_args,
             (
@@ -284,6 +286,7 @@ CONV_OPS = (
         composite=weight_grad,
         activations=(0, 4, 5),
         dtypes=(BF16, FP16),
+        composed=True,
         wrong=wrong(
             weight_grad_args,
             (

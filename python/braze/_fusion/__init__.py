@@ -36,7 +36,9 @@ def fuse(
     Classes are swapped, the tree is not: parameters, names, ``state_dict``, hooks and optimizers made before
     stay valid, ``isinstance`` too. In training, norm -> activation, norm -> sum -> activation and norm + norm
     -> activation become one call of :mod:`braze.nn.functional`, a convolution's bias before a batch norm is
-    not added, activation -> dropout and dropout -> sum are one pass. In ``eval()`` without gradients,
+    not added, activation -> dropout and dropout -> sum are one pass; on CUDA, 1x1 and 3x3 convolutions in a row
+    with these between them never store the activations where braze's kernels are chosen (``BRAZE_CONV``). In
+    ``eval()`` without gradients,
     convolution, batch norm, sum and activation are one convolution of oneDNN on the CPU; on CUDA one of cuDNN
     if that is faster (with ReLU only), or one and a kernel. The folded weights are kept until a tensor they
     come from changes, and dropped by ``train()``, ``.to()`` and the like. On the CPU no change is missed, as

@@ -114,7 +114,9 @@ class ConvBNAct2d(FusedConv):
 
     The children are a :class:`torch.nn.Conv2d` named ``conv`` and a :class:`BatchNormAct2d` named ``bn``, and
     the ``state_dict`` is theirs: ``conv.weight``, ``bn.weight``, ``bn.running_mean`` and so on. The convolution
-    is torch's own (oneDNN, cuDNN); all after it is two passes forward and two backward.
+    is torch's own (oneDNN, cuDNN); all after it is two passes forward and two backward. On CUDA, 1x1 and 3x3
+    convolutions in training can be braze's, where ``BRAZE_CONV`` or its file of choices says so: then the
+    statistics come out of the convolution, and what is after it is one pass forward.
 
     A ``bias`` of the convolution is not added in training, as the batch's mean would take it away again: the
     running mean accounts for it, and its gradient is exactly zero. With running statistics (``eval()``, also

@@ -8,7 +8,7 @@ namespace emulator {
 
 // The block's storage for the call site `key`, filled with 0xff at block start.
 void* shared_cell(const void* key, size_t bytes, size_t alignment);
-// The launch's dynamic shared memory, null if it has none.
+// The launch's dynamic shared memory, aligned to 128 bytes; null if it has none.
 void* dynamic_shared();
 
 typedef unsigned int Vector16 __attribute__((vector_size(16), may_alias));

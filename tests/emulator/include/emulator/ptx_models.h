@@ -26,7 +26,10 @@ inline unsigned int atomic_add_acq_rel(unsigned int* counter, unsigned int value
   return atomicAdd(counter, value);
 }
 
-inline int computed_here(int value) { return value; }
+inline uint32_t computed_here(uint32_t value) { return value; }
+inline void* flip_shared(const void* address, uint32_t bits) {
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) ^ bits);
+}
 
 template <class Round>
 inline uint32_t relu_pair(float first, float second, Round round) {
