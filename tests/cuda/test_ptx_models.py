@@ -101,10 +101,11 @@ def inputs() -> list[float]:
 
 
 def bits_of(value: float, dtype: str) -> int:
-    """Of a number that the dtype has."""
+    """Rounded to nearest, ties to even."""
     if dtype == "f16":
         return int(struct.unpack("<H", struct.pack("<e", value))[0])
-    return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
+    bits = int(struct.unpack("<I", struct.pack("<f", value))[0])
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
 
 
 def expected_patterns(dtype: str) -> list[str]:
@@ -134,10 +135,13 @@ def expected_patterns(dtype: str) -> list[str]:
             for m in matrices:
                 low, high = (bits_of(m[g][2 * t + half], dtype) for half in range(2))
                 out.append(low | high << 16)
+        totals = []
         for i in range(4):
             row, column = g + 8 * (i // 2), 2 * t + i % 2
-            total = 1.0 + i + sum(a[row][k] * b[k][column] for k in range(16))
-            out.append(struct.unpack("<I", struct.pack("<f", total))[0])
+            totals.append(1.0 + i + sum(a[row][k] * b[k][column] for k in range(16)))
+            out.append(struct.unpack("<I", struct.pack("<f", totals[i]))[0])
+        positive = [bits_of(max(total, 0.0), dtype) for total in totals]
+        out += [positive[0] | positive[1] << 16, positive[2] | positive[3] << 16]
     return [f"{word:08x}" for word in out]
 
 
@@ -163,6 +167,9 @@ def test_nvcc(architecture: str, tmp_path: Path) -> None:
         r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;",
         r"cp\.async\.commit_group",
         r"cp\.async\.wait_group 1",
+        r"st\.shared\.v4\.b32",
+        r"cvt\.rn\.relu\.bf16x2\.f32",
+        r"cvt\.rn\.relu\.f16x2\.f32",
         r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16",
         r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16",
         r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",

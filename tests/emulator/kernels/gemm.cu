@@ -86,7 +86,7 @@ template <Type kType>
 int print_patterns() {
   const std::vector<uint16_t> in = numbers(512, 3, kType);
   const OnDevice<uint16_t> device_in(in);
-  const OnDevice<uint32_t> device_out(32 * 12);
+  const OnDevice<uint32_t> device_out(32 * kPatternWords);
   const cudaError_t error =
       BRAZE_LAUNCH(pattern_kernel<kType>, 1, 32, 0, nullptr, device_in.data, device_out.data);
   if (error != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess) return 1;

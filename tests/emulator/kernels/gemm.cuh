@@ -45,6 +45,11 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   }
 }
 
+template <Type kType>
+__device__ uint32_t relu_pair(float first, float second) {
+  return kType == Type::bf16 ? relu_pair_bf16(first, second) : relu_pair_f16(first, second);
+}
+
 // Each of four warps has 32x32 of the block's 64x64.
 template <Type kType>
 __device__ void multiply(const uint16_t* tile_a, const uint16_t* tile_b, float (&sums)[2][4][4]) {
@@ -104,7 +109,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The raw bits that each instruction gives one warp: what a GPU is compared by. `in`: 512 numbers,
 // aligned to 16 bytes, of which zeros take the place of rows 5, 21, 37 and 53 of 8; out: 32 lanes x
-// 12 words.
+// kPatternWords.
+constexpr int kPatternWords = 14;
 template <Type kType>
 __global__ void __launch_bounds__(32) pattern_kernel(const uint16_t* in, uint32_t* out) {
   BRAZE_SHARED(uint4, matrices, 64);
@@ -120,10 +126,16 @@ __global__ void __launch_bounds__(32) pattern_kernel(const uint16_t* in, uint32_
   const uint32_t right[2] = {b[0], b[1]};
   float c[4] = {1, 2, 3, 4};
   mma<kType>(c, a, right);
+  BRAZE_SHARED(uint4, kept, 32);
+  store16_shared(&kept[lane],
+                 uint4{relu_pair<kType>(c[0], c[1]), relu_pair<kType>(c[2], c[3]), 0, 0});
+  const uint4 pairs = load16(&kept[lane]);
+  out[lane * kPatternWords + 12] = pairs.x;
+  out[lane * kPatternWords + 13] = pairs.y;
   for (int i = 0; i < 4; ++i) {
-    out[lane * 12 + i] = a[i];
-    out[lane * 12 + 4 + i] = b[i];
-    memcpy(&out[lane * 12 + 8 + i], &c[i], sizeof(float));
+    out[lane * kPatternWords + i] = a[i];
+    out[lane * kPatternWords + 4 + i] = b[i];
+    memcpy(&out[lane * kPatternWords + 8 + i], &c[i], sizeof(float));
   }
 }
 

@@ -2,6 +2,8 @@
 // both a load and the multiplication could hide; tests/cuda/test_ptx_models.py has the bit patterns
 // to compare on a GPU.
 #pragma once
+#include <cmath>
+
 #include "hooks.h"
 #include "memory.h"
 #include "threads.h"
@@ -45,10 +47,10 @@ inline uint32_t relu_pair_bf16(float first, float second) {
 }
 inline uint32_t relu_pair_f16(float first, float second) {
   return relu_pair(first, second, [](float value) {
-    const auto rounded = static_cast<_Float16>(value);
-    uint16_t bits;
-    memcpy(&bits, &rounded, sizeof(bits));
-    return bits;
+    if (value >= 65520.0f) return 0x7c00u;
+    const int exponent = std::ilogb(value) < -14 ? -14 : std::ilogb(value);
+    const float units = std::nearbyint(std::ldexp(value, 10 - exponent));
+    return static_cast<uint32_t>(exponent + 14) * 1024 + static_cast<uint32_t>(units);
   });
 }
 
