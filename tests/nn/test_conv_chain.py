@@ -529,7 +529,10 @@ REFUSED: dict[str, tuple[Callable[[Chain], Any], int]] = {
     "strides": (_conv(16, 16, 3, padding=1, stride=(1, 2)), 1),
     "stride 3": (_conv(16, 16, 3, padding=1, stride=3), 1),
     "a number": (_changed(stride=1), 0),
-    "a new weight": (_changed(weight=nn.Parameter(torch.ones(16, 16, 1, 1, dtype=BF16))), 2),
+    "a new weight": (
+        lambda model: _changed(weight=nn.Parameter(image(16, 16, 1, 1)))(model),
+        2,
+    ),
     "reflect": (_conv(16, 16, 3, padding=1, padding_mode="reflect"), 1),
     "wide padding": (_conv(16, 16, 1, padding=2), 1),
     "same": (_conv(16, 16, 3, padding="same"), 0),

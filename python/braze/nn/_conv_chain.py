@@ -147,8 +147,9 @@ def _output(conv: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape of its result; None if it does more than torch's convolution without bias."""
     if type(conv) is not nn.Conv2d or has_hooks(conv):
         return None
-    parameters, geometry = conv._parameters, (conv.stride, conv.padding, conv.dilation)
-    weight: Any = parameters.get("weight")  # none: it is made anew, or frozen as a buffer
+    parameters: Any = conv._parameters
+    geometry: Any = (conv.stride, conv.padding, conv.dilation)
+    weight = parameters.get("weight")  # none: it is made anew, or frozen as a buffer
     if type(weight) not in _TENSORS or parameters.get("bias", conv) is not None:
         return None
     if not all(type(pair) is tuple for pair in geometry):
