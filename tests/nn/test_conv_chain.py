@@ -528,6 +528,8 @@ REFUSED: dict[str, tuple[Callable[[Chain], Any], int]] = {
     "oblong": (_conv(16, 16, (3, 1), padding=(1, 0)), 1),
     "strides": (_conv(16, 16, 3, padding=1, stride=(1, 2)), 1),
     "stride 3": (_conv(16, 16, 3, padding=1, stride=3), 1),
+    "a number": (_changed(stride=1), 0),
+    "a new weight": (_changed(weight=nn.Parameter(torch.ones(16, 16, 1, 1, dtype=BF16))), 2),
     "reflect": (_conv(16, 16, 3, padding=1, padding_mode="reflect"), 1),
     "wide padding": (_conv(16, 16, 1, padding=2), 1),
     "same": (_conv(16, 16, 3, padding="same"), 0),
@@ -605,6 +607,19 @@ def test_residual_in_place() -> None:
         expected = conv_chain(x, model.links(), residual.to(BF16))
     assert counter.count("batch_norm_apply") == 2
     devices.assert_same([found], [expected])
+
+
+@pytest.mark.cpu_only("is about CPU tensors, which are no device's")
+@pytest.mark.parametrize("mode", ["", "auto", "cudnn"])
+def test_cpu_has_no_choice(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a look at the file, whatever it is: who has no GPU has no use for a warning about it."""
+    monkeypatch.setenv("BRAZE_CONV", mode)
+    _conv_choice.forget()
+    monkeypatch.setattr(_conv_choice, "_Known", None)
+    model = Chain(8, (16, 3, 1, "relu"), (8, 1, 1, "relu")).to(BF16)
+    with counted() as counter:
+        model.fused(image(2, 8, 4, 4))
+    assert counter.calls == []
 
 
 def test_dtypes_that_do_not_fit_are_torchs_error() -> None:

@@ -104,7 +104,7 @@ def conv_bn_act(
     ``inplace``: the sum has the dtype of the convolution's result, whatever the residual's. ``fork``: the
     result twice, as :func:`braze.nn.functional.batch_norm_act` gives it.
     """
-    if norm.training and possible():
+    if norm.training and possible(input):
         link = Link(conv, norm, activation, parameter)
         return conv_chain(input, (link,), residual, inplace, fork)
     return _alone(conv, norm, input, activation, parameter, residual, inplace, fork)

@@ -24,7 +24,6 @@ __all__ = ["Link", "Part", "parts", "possible", "result_dtype", "run", "verdict"
 
 # Those that csrc/plan/conv.h computes wherever it reads.
 _RECOMPUTED = frozenset(("identity", "relu", "relu6", "leaky_relu"))
-_KERNELS = {(1, 1): 1, (3, 3): 3}
 _SQUARES = {(size, size): size for size in range(4)}
 _MAX_SIDE, _MAX_PIXELS, _MAX_CHUNKS = 2**14 - 1, 2**31 - 2**8, 2**31 - 1
 _TENSORS = (Tensor, nn.Parameter)
@@ -52,9 +51,14 @@ class Part(NamedTuple):
 _asked: WeakKeyDictionary[Any, Problem] = WeakKeyDictionary()
 
 
-def possible() -> bool:
-    """Whether any convolution could be braze's in this call."""
-    return not torch.compiler.is_compiling() and _conv_choice.possible()
+def possible(input: Tensor) -> bool:
+    """Whether a convolution of ``input`` could be braze's. On the CPU, where it is a reference, only if
+    BRAZE_CONV says so."""
+    return (
+        not torch.compiler.is_compiling()
+        and (input.is_cuda or _conv_choice.mode() == "braze")
+        and _conv_choice.possible()
+    )
 
 
 def result_dtype(input: Tensor) -> torch.dtype:
@@ -70,7 +74,7 @@ def parts(
 ) -> list[Part]:
     """Who computes the links, with ``residual`` added before the last activation; ``inplace``: in the dtype of
     the convolution's result."""
-    if not possible() or not _takes_input(input):
+    if not possible(input) or not _takes_input(input):
         return [Part((link,), False) for link in links]
     own, joins = _own_convolutions(links, input, residual, inplace)
     found, first = [], 0
@@ -88,7 +92,6 @@ def parts(
 def _takes_input(input: Tensor) -> bool:
     return (
         type(input) in _TENSORS
-        and (input.is_cuda or _conv_choice.mode() == "braze")  # the CPU's is a reference
         and input.dim() == 4
         and input.numel() != 0
         and not transformed()
@@ -124,7 +127,7 @@ def _own_convolutions(
         out = _output(link.conv, shape)
         if out is None:
             break
-        weight = link.conv.weight
+        weight = link.conv._parameters["weight"]
         last = last or (weight.is_contiguous(memory_format=_last) and not weight.is_contiguous())
         fits = last and _takes_norm(link.norm, out, dtype, input)
         alone = residual is None or i + 1 < len(links)
@@ -142,15 +145,22 @@ def _own_convolutions(
 
 def _output(conv: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape of its result; None if it does more than torch's convolution without bias."""
-    if type(conv) is not nn.Conv2d or conv.bias is not None or has_hooks(conv):
+    if type(conv) is not nn.Conv2d or has_hooks(conv):
         return None
-    weight = conv.weight
-    if type(weight) not in _TENSORS or isinstance(conv.padding, str):
+    parameters, geometry = conv._parameters, (conv.stride, conv.padding, conv.dilation)
+    weight: Any = parameters.get("weight")  # none: it is made anew, or frozen as a buffer
+    if type(weight) not in _TENSORS or parameters.get("bias", conv) is not None:
+        return None
+    if not all(type(pair) is tuple for pair in geometry):
         return None
     k, c, *kernel = weight.shape
-    geometry = zip(shape[2:], kernel, conv.stride, conv.padding, conv.dilation, strict=True)
-    size = [(s + 2 * p - d * (r - 1) - 1) // step + 1 for s, r, step, p, d in geometry]
-    return (shape[0], k, *size) if c * conv.groups == shape[1] and min(size) > 0 else None
+    if c * conv.groups != shape[1]:
+        return None
+    h, w = (
+        (size + 2 * padding - dilation * (r - 1) - 1) // stride + 1
+        for size, r, stride, padding, dilation in zip(shape[2:], kernel, *geometry, strict=True)
+    )
+    return (shape[0], k, h, w) if h > 0 and w > 0 else None
 
 
 def _takes_norm(norm: Any, out: tuple[int, ...], dtype: torch.dtype, beside: Tensor) -> bool:
@@ -180,31 +190,30 @@ def _problem(
     input: Tensor,
 ) -> Problem | None:
     """None: there are no kernels for it."""
-    n, c, h, w = shape
-    weight, kernel = conv.weight, _KERNELS.get(conv.kernel_size)
+    (n, c, h, w), (_, k, out_h, out_w) = shape, out
+    weight = conv._parameters["weight"]
+    kernel, stride, padding = (
+        _SQUARES.get(pair) for pair in (tuple(weight.shape[2:]), conv.stride, conv.padding)
+    )
     autocast = torch.is_autocast_enabled(input.device.type)
-    stride, padding = _SQUARES.get(conv.stride), _SQUARES.get(conv.padding)
-    largest = max(n * h * w * c, out[0] * out[1] * out[2] * out[3]) // 8
-    pixels = max(n * h * w, out[0] * out[2] * out[3])
     if (
-        kernel is None
+        kernel not in (1, 3)
         or stride not in (1, 2)
         or padding is None
         or padding > kernel
-        or weight.shape[2:] != conv.kernel_size
         or conv.groups != 1
         or conv.dilation != (1, 1)
         or conv.padding_mode != "zeros"
         or c % 8 != 0
         or (weight.dtype is not dtype and not (autocast and weight.dtype is torch.float32))
         or weight.device != input.device
-        or max(h, w, *out[2:]) > _MAX_SIDE
-        or pixels > _MAX_PIXELS
-        or largest > _MAX_CHUNKS
+        or max(h, w, out_h, out_w) > _MAX_SIDE
+        or n * max(h * w, out_h * out_w) > _MAX_PIXELS
+        or n * max(h * w * c, out_h * out_w * k) // 8 > _MAX_CHUNKS
     ):
         return None
     where = _name(input.device)
-    return Problem(where, dtype, n, h, w, c, out[1], kernel, stride, padding, normalised)
+    return Problem(where, dtype, n, h, w, c, k, kernel, stride, padding, normalised)
 
 
 def run(part: Part, input: Tensor, residual: Tensor | None, fork: bool) -> Any:
@@ -217,13 +226,14 @@ def run(part: Part, input: Tensor, residual: Tensor | None, fork: bool) -> Any:
     x = input.to(result_dtype(input)).contiguous(memory_format=_last)
     residual = None if residual is None else residual.to(x.dtype)
     steps = tuple(_step(link, x) for link in links)
+    weights = [link.conv._parameters["weight"] for link in links]
     windows = tuple(
-        Window(conv.kernel_size[0], conv.stride[0], conv.padding[0]) for conv, *_ in links
+        Window(weight.shape[2], link.conv.stride[0], link.conv.padding[0])
+        for weight, link in zip(weights, links, strict=True)
     )
     vectors = [
         v for step in (head, *steps) for v in ((None, None) if step is None else step.norm[:2])
     ]
-    weights = [link.conv.weight for link in links]
     return ConvNorms.apply(Call(head, windows, steps, fork), x, residual, *weights, *vectors)
 
 
