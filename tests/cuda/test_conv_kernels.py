@@ -26,11 +26,11 @@ CONV = build.EMULATOR / "conv"
 
 
 def conv_program(variant: str, faults: bool = False) -> Path:
-    # The batch norms before and after, without their own tests.
-    shared = [NORM / f"{name}.cpp" for name in ("norm", "problem", "backward")]
+    # The batch norms before and after, without their kernels.
+    shared = [NORM / f"{name}.cpp" for name in ("norm", "problem")]
     sources = [together("conv", [*shared, *sorted(CONV.glob("*.cpp"))])]
     sources += [KERNELS / "harness.cpp", KERNELS / "intercept.cpp"]
-    sources += sorted([*CUDA.glob("conv_*.cu"), *CUDA.glob("batch_norm_*.cu")])
+    sources += [CUDA / "batch_norm_grid.cu", *sorted(CUDA.glob("conv_*.cu"))]
     return build_kernels("conv", sources, variant, faults)
 
 

@@ -106,11 +106,12 @@ NATIVE = [
     ("native", ("--small", "--stop"), "pct"),
     ("native", ("--small", "--stop"), "random"),
 ]
+ADDRESSES = [*NATIVE[:2], ("asan", ("--small", "--stop"), "inorder")]
 KILLERS = {
     "optimizer": NATIVE,
     "batch_norm": NATIVE,
-    "dropout": [*NATIVE[:2], ("asan", ("--small", "--stop"), "inorder")],
-    "conv": NATIVE,
+    "dropout": ADDRESSES,
+    "conv": ADDRESSES,
 }
 
 

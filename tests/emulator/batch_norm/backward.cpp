@@ -7,46 +7,6 @@ namespace norm {
 
 using namespace harness;
 
-std::vector<ChannelSums> Problem::sums_of(int k, const std::vector<double>& d,
-                                          const std::vector<double>& d_size) const {
-  std::vector<ChannelSums> result(static_cast<size_t>(spec.c));
-  for (size_t i = 0; i < d.size(); ++i) {
-    const auto at = static_cast<int64_t>(i);
-    const int64_t c = channel_of(at);
-    ChannelSums& s = result[static_cast<size_t>(c)];
-    const double distance = x[k].get(at) - (stat(k, kMean, c) + stat(k, kMeanLow, c));
-    s.grad += d[i];
-    s.grad_input += d[i] * distance;
-    s.grad_size += d_size[i];
-    s.input_size += d_size[i] * std::fabs(distance);
-  }
-  return result;
-}
-
-bool Problem::check_gradients(int k, const std::vector<ChannelSums>& all) const {
-  const double unit = sum_error(spec.dtype);
-  for (int64_t c = 0; c < spec.c; ++c) {
-    const ChannelSums& s = all[static_cast<size_t>(c)];
-    const double invstd = stat(k, kInvstd, c), rounded = rounding(grad_bias[k].dtype());
-    if (spec.bias && !CHECK(near_sum(grad_bias[k].get(c), s.grad,
-                                     unit * s.grad_size + rounded * std::fabs(s.grad) + 6e-8))) {
-      return false;
-    }
-    const double wanted = s.grad_input * invstd;
-    if (spec.weight &&
-        !CHECK(near_sum(grad_weight[k].get(c), wanted,
-                        unit * s.input_size * invstd + rounded * std::fabs(wanted) + 6e-8))) {
-      return false;
-    }
-  }
-  return true;
-}
-
-// At a place in the middle of either piece.
-double Problem::slope_of(bool high) const {
-  return derivative(spec.activation, high ? 0.5 : -10, spec.parameter);
-}
-
 // Needs stats, and x as it was.
 bool Problem::check_backward() {
   const int64_t numel = spec.n * spec.c * spec.spatial,

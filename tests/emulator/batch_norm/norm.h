@@ -61,6 +61,15 @@ int64_t offset_of(const Spec& spec, int64_t image, int64_t channel, int64_t pixe
 DType arithmetic(DType dtype);  // f64 or f32
 double gaussian(harness::Random& random);
 double rounding(DType dtype);  // relative error of one rounding to it
+// f(offset, channel) of every element.
+template <class F>
+void for_each(const Spec& s, F&& f) {
+  for (int64_t i = 0; i < s.n; ++i) {
+    for (int64_t c = 0; c < s.c; ++c) {
+      for (int64_t p = 0; p < s.spatial; ++p) f(offset_of(s, i, c, p), c);
+    }
+  }
+}
 
 // Workspace and tickets of exactly the size asked for.
 struct Memory {

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <cstring>
 
 #include "math/batch_norm.h"
 #include "norm.h"
@@ -7,27 +6,6 @@
 namespace norm {
 
 using namespace harness;
-
-namespace {
-
-template <class F>
-void for_each(const Spec& s, F&& f) {
-  for (int64_t i = 0; i < s.n; ++i) {
-    for (int64_t c = 0; c < s.c; ++c) {
-      for (int64_t p = 0; p < s.spatial; ++p) f(offset_of(s, i, c, p), c);
-    }
-  }
-}
-
-int64_t mask_byte(const Spec& s, int64_t i) {
-  const int64_t row = s.channels_last ? s.c : s.spatial;
-  return i / row * ((row + 7) / 8) + i % row / 8;
-}
-int mask_bit(const Spec& s, int64_t i) {
-  return static_cast<int>(i % (s.channels_last ? s.c : s.spatial) % 8);
-}
-
-}  // namespace
 
 Problem::Problem(const Spec& s) : spec(s) {
   Random random(seed() * 1000003 + s.salt);
@@ -250,71 +228,44 @@ bool Problem::check_stats(int k, const Running& before) {
   return check_running(k, before);
 }
 
-bool Problem::check_statistics() {
-  for (int k = 0; k < spec.inputs; ++k) {
-    const Running before = running(k);
-    const StatisticsArgs args = statistics_args(k);
-    const Memory memory = memory_for(args);
-    if (!CHECK_OK(cuda::batch_norm_statistics(args, memory.scratch, nullptr))) return false;
-    CHECK_OK(cudaDeviceSynchronize());
-    memory.check();
-    if (!check_stats(k, before)) return false;
+std::vector<ChannelSums> Problem::sums_of(int k, const std::vector<double>& d,
+                                          const std::vector<double>& d_size) const {
+  std::vector<ChannelSums> result(static_cast<size_t>(spec.c));
+  for (size_t i = 0; i < d.size(); ++i) {
+    const auto at = static_cast<int64_t>(i);
+    const int64_t c = channel_of(at);
+    ChannelSums& s = result[static_cast<size_t>(c)];
+    const double distance = x[k].get(at) - (stat(k, kMean, c) + stat(k, kMeanLow, c));
+    s.grad += d[i];
+    s.grad_input += d[i] * distance;
+    s.grad_size += d_size[i];
+    s.input_size += d_size[i] * std::fabs(distance);
+  }
+  return result;
+}
+
+bool Problem::check_gradients(int k, const std::vector<ChannelSums>& all) const {
+  const double unit = sum_error(spec.dtype);
+  for (int64_t c = 0; c < spec.c; ++c) {
+    const ChannelSums& s = all[static_cast<size_t>(c)];
+    const double invstd = stat(k, kInvstd, c), rounded = rounding(grad_bias[k].dtype());
+    if (spec.bias && !CHECK(near_sum(grad_bias[k].get(c), s.grad,
+                                     unit * s.grad_size + rounded * std::fabs(s.grad) + 6e-8))) {
+      return false;
+    }
+    const double wanted = s.grad_input * invstd;
+    if (spec.weight &&
+        !CHECK(near_sum(grad_weight[k].get(c), wanted,
+                        unit * s.input_size * invstd + rounded * std::fabs(wanted) + 6e-8))) {
+      return false;
+    }
   }
   return true;
 }
 
-// With running statistics, of which the kernel makes the very stats of the reference.
-bool Problem::apply_running() {
-  RunningApplyArgs args;
-  static_cast<ApplyArgs&>(args) = apply_args();
-  std::vector<char> stats_wanted[2];
-  for (int k = 0; k < spec.inputs; ++k) {
-    stats_wanted[k] = stats[k].bytes();
-    stats[k].zero();
-    args.channels[k] = channels(k);
-    args.stats[k] = stats[k].data();
-  }
-  if (!CHECK_OK(cuda::batch_norm_apply(args, nullptr))) return false;
-  CHECK_OK(cudaDeviceSynchronize());
-  for (int k = 0; k < spec.inputs; ++k) {
-    if (!CHECK(stats[k].bytes() == stats_wanted[k])) return false;
-  }
-  return true;
-}
-
-bool Problem::check_apply() {
-  if (!spec.training) set_stats();
-  std::vector<double> wanted(static_cast<size_t>(spec.n * spec.c * spec.spatial));
-  std::vector<bool> bits(wanted.size());
-  const double unit = rounding(spec.dtype), error = spec.dtype == DType::f64 ? 1e-14 : 2e-6;
-  for_each(spec, [&](int64_t i, int64_t c) {
-    const auto at = static_cast<size_t>(i);
-    wanted[at] = activate(spec.activation, z(i, c), spec.parameter);
-    bits[at] = is_upper(i, c);
-  });
-  if (spec.mask) memset(mask.data(), 0xff, static_cast<size_t>(spec.shape().mask_bytes()));
-  if (spec.training) {
-    if (!CHECK_OK(cuda::batch_norm_apply(apply_args(), nullptr))) return false;
-    CHECK_OK(cudaDeviceSynchronize());
-  } else if (!apply_running()) {
-    return false;
-  }
-  const Array& out = spec.in_place ? x[0] : y;
-  const auto* bytes = static_cast<const uint8_t*>(mask.data());
-  std::vector<uint8_t> expected(static_cast<size_t>(spec.shape().mask_bytes()));
-  bool good = true;
-  for_each(spec, [&](int64_t i, int64_t) {
-    const auto at = static_cast<size_t>(i);
-    const double want = wanted[at];
-    // 6e-8: half of fp16's least number.
-    good = good && CHECK(near(out.get(i), want, 1.001 * unit * std::fabs(want) + 6e-8 + error));
-    expected[static_cast<size_t>(mask_byte(spec, i))] |=
-        static_cast<uint8_t>(bits[at] << mask_bit(spec, i));
-  });
-  for (size_t i = 0; spec.mask && good && i < expected.size(); ++i) {
-    good = CHECK(bytes[i] == expected[i]);
-  }
-  return good;
+// At a place in the middle of either piece.
+double Problem::slope_of(bool high) const {
+  return derivative(spec.activation, high ? 0.5 : -10, spec.parameter);
 }
 
 }  // namespace norm
