@@ -64,8 +64,8 @@ struct ConvInputGradArgs {
   ConvShape shape;
   ConvOutputGradient grad;
   const void* weight = nullptr;
-  // With input.stats the gradient, rounded to the dtype, is multiplied by activation'(z) and rounded
-  // again; sums of what is stored become what `norm` wants, whose dx is not read.
+  // With input.stats the gradient, rounded to the dtype, is multiplied by activation'(z) and
+  // rounded again; sums of what is stored become what `norm` wants, whose dx is not read.
   ConvInput input;
   InputGradient norm;
   void* result = nullptr;
