@@ -252,7 +252,7 @@ def test_difference_of_a_row_and_of_the_page_is_noticed(
 
 
 def test_page_has_both_tables_and_the_excuses() -> None:
-    page = sass_layers.document(ROWS, LIMITS, {NAME.format(64): "it is rare", "other": "no"})
+    page = sass_layers.document(ROWS, LIMITS, {NAME.format(64): "it is rare", "step_kernel": "no"})
     assert "| `conv_kernel<Bf16, 64, true>` | 32 | 130 | 0.63 | 280 | 1.36 | 25 | 350 |" in page
-    assert "- `conv_kernel<Bf16, 64, true>`: it is rare" in page and "other" not in page
+    assert "- `conv_kernel<Bf16, 64, true>`: it is rare" in page and "step_kernel" not in page
     assert page.count("| relu |") == 4 and "| 1x1 512 → 128, 28x28 | none |" in page
