@@ -1,4 +1,4 @@
-// Which of the kernels a convolution takes, and the grid for it.
+// Which of the kernels a convolution takes, the grid for it, and what both are given.
 #pragma once
 #include "batch_norm_launch.h"
 #include "conv_gemm.cuh"
@@ -23,6 +23,22 @@ cudaError_t choose_conv(const ConvShape& shape, const ActivationShape& result, b
                 : run(storage, std::integral_constant<int, 64>{});
   };
   return shape.dtype == DType::bf16 ? of_width(Bf16{}) : of_width(F16{});
+}
+
+template <bool kForward>
+ConvArgumentOf<kForward> make_conv_argument(const ConvShape& s, const void* weight, void* result,
+                                            const NormScratch& scratch) {
+  ConvArgumentOf<kForward> argument = {};
+  argument.pixels = conv_pixels(s, !kForward);
+  argument.weight = weight;
+  argument.result = result;
+  argument.kernel = s.kernel;
+  argument.depth = static_cast<int32_t>(kForward ? s.c : s.k);
+  argument.width = static_cast<int32_t>(kForward ? s.k : s.c);
+  argument.weight_row = static_cast<int32_t>(s.taps() * (s.c / 8));
+  argument.partials = scratch.workspace;
+  argument.tickets = scratch.tickets;
+  return argument;
 }
 
 template <class Item>

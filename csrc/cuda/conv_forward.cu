@@ -22,17 +22,8 @@ cudaError_t conv_scratch(const ConvForwardArgs& args, NormScratchSize& size) {
 cudaError_t conv_forward(const ConvForwardArgs& args, const NormScratch& scratch,
                          cudaStream_t stream) {
   const ConvShape& s = args.shape;
-  ConvForwardArgument argument = {};
+  auto argument = make_conv_argument<true>(s, args.weight, args.output, scratch);
   argument.input = args.input;
-  argument.pixels = conv_pixels(s, false);
-  argument.weight = args.weight;
-  argument.result = args.output;
-  argument.kernel = s.kernel;
-  argument.depth = static_cast<int32_t>(s.c);
-  argument.width = static_cast<int32_t>(s.k);
-  argument.weight_row = static_cast<int32_t>(s.taps() * (s.c / 8));
-  argument.partials = scratch.workspace;
-  argument.tickets = scratch.tickets;
   argument.statistics.shape = s.output();
   argument.statistics.channels = args.channels;
   argument.statistics.stats = args.stats;

@@ -25,18 +25,9 @@ cudaError_t conv_scratch(const ConvInputGradArgs& args, NormScratchSize& size) {
 cudaError_t conv_input_grad(const ConvInputGradArgs& args, const NormScratch& scratch,
                             cudaStream_t stream) {
   const ConvShape& s = args.shape;
-  ConvInputGradArgument argument = {};
+  auto argument = make_conv_argument<false>(s, args.weight, args.result, scratch);
   argument.input = args.input;
   argument.grad = args.grad;
-  argument.pixels = conv_pixels(s, true);
-  argument.weight = args.weight;
-  argument.result = args.result;
-  argument.kernel = s.kernel;
-  argument.depth = static_cast<int32_t>(s.k);
-  argument.width = static_cast<int32_t>(s.c);
-  argument.weight_row = static_cast<int32_t>(s.taps() * (s.c / 8));
-  argument.partials = scratch.workspace;
-  argument.tickets = scratch.tickets;
   argument.norm.shape = s.input();
   argument.norm.input[0] = {args.input.x, args.input.stats};
   argument.norm.grad[0] = args.norm;

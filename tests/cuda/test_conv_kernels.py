@@ -14,9 +14,11 @@ from test_emulated_kernels import (
     CUDA,
     KERNELS,
     build_kernels,
+    check_asan,
+    check_msan,
+    check_tsan,
     compiled_again,
     expect_silence,
-    run,
     together,
 )
 
@@ -50,29 +52,15 @@ def test_other_compiler() -> None:
 
 @compiled_again
 def test_asan() -> None:
-    program = conv_program("asan")
-    expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="random")
-    status, output = run(program, "seeded_short_buffer")
-    assert status != 0 and "AddressSanitizer: heap-buffer-overflow" in output, output
-    assert "conv_" in output, output
+    check_asan(conv_program("asan"), "conv_")
 
 
 @compiled_again
 def test_msan() -> None:
-    program = conv_program("msan")
-    expect_silence(program, "--small", BRAZE_EMULATOR_ORDER="reverse")
-    status, output = run(program, "seeded_fresh_buffer")
-    assert status != 0 and "MemorySanitizer: use-of-uninitialized-value" in output, output
+    check_msan(conv_program("msan"))
 
 
 @compiled_again
 @pytest.mark.parametrize("mode", ["A", "B"])
 def test_tsan(mode: str) -> None:
-    program = conv_program("tsan")
-    env = {"BRAZE_EMULATOR_TSAN_MODE": mode}
-    output = expect_silence(program, "--small", "--barriers", *FEW_BLOCKS, **env)
-    sites = [line.split()[1] for line in output.splitlines() if line.startswith("barrier")]
-    status, output = run(
-        program, "--small", *FEW_BLOCKS, BRAZE_EMULATOR_DROP_BARRIER=sites[0], **env
-    )
-    assert status != 0 and "WARNING: ThreadSanitizer: data race" in output, output
+    check_tsan(conv_program("tsan"), mode, FEW_BLOCKS, FEW_BLOCKS)

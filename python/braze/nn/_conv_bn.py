@@ -53,15 +53,9 @@ def _absorbs_bias(conv: Any, norm: Any) -> bool:
 
 
 def _without_bias(
-    conv: Any,
-    norm: Any,
-    input: Tensor,
-    activation: str,
-    parameter: float,
-    residual: Tensor | None,
-    inplace: bool,
-    fork: bool,
+    link: Link, input: Tensor, residual: Tensor | None, inplace: bool, fork: bool
 ) -> Any:
+    conv, norm, activation, parameter = link
     output = conv._conv_forward(input, conv.weight, None)
     residual = _stored(residual, output, inplace)
     absorbed = takes_batch_norm(output, *norm_of(norm, output)) and (
@@ -104,10 +98,10 @@ def conv_bn_act(
     ``inplace``: the sum has the dtype of the convolution's result, whatever the residual's. ``fork``: the
     result twice, as :func:`braze.nn.functional.batch_norm_act` gives it.
     """
+    link = Link(conv, norm, activation, parameter)
     if norm.training and possible(input):
-        link = Link(conv, norm, activation, parameter)
         return conv_chain(input, (link,), residual, inplace, fork)
-    return _alone(conv, norm, input, activation, parameter, residual, inplace, fork)
+    return _alone(link, input, residual, inplace, fork)
 
 
 def conv_chain(
@@ -124,28 +118,19 @@ def conv_chain(
         if part.own:
             input = run_chain(part, input, join, forks)
         else:
-            conv, norm, activation, parameter = part.links[0]
-            input = _alone(conv, norm, input, activation, parameter, join, inplace, forks)
+            input = _alone(part.links[0], input, join, inplace, forks)
     return input
 
 
-def _alone(
-    conv: Any,
-    norm: Any,
-    input: Tensor,
-    activation: str,
-    parameter: float,
-    residual: Tensor | None,
-    inplace: bool,
-    fork: bool,
-) -> Any:
+def _alone(link: Link, input: Tensor, residual: Tensor | None, inplace: bool, fork: bool) -> Any:
     """By torch's convolution."""
+    conv, norm, activation, parameter = link
     if not norm.training and not torch.is_grad_enabled():
         folded = folded_conv_bn_act(conv, norm, input, activation, parameter, residual, inplace)
         if folded is not None:
             return (folded, folded) if fork else folded
     elif _absorbs_bias(conv, norm):
-        return _without_bias(conv, norm, input, activation, parameter, residual, inplace, fork)
+        return _without_bias(link, input, residual, inplace, fork)
     output = conv(input)
     residual = _stored(residual, output, inplace)
     return run(output, *norm_of(norm, output), activation, parameter, residual, fork)
